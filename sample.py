@@ -1,0 +1,181 @@
+"""sample.py - text generation that shows what the butler kept.
+
+    prompt --encode--> ids --dense prefill, all but the last--> cache --one token at a time--> text
+                                                                 ^ each through the selector
+
+The last token of the prompt already goes through the selector, so that every generated token comes
+from a selected cache. `--selector dense` is the model as its authors made it.
+
+    python sample.py                                            a question whose answer is far back
+    python sample.py --prompt-file book.txt --budget 0.1 --show continue a long text
+    python sample.py --chat --prompt "Name three rivers."       talk to it
+"""
+
+import codecs
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import tokenizer
+from baselines import NAMES, make_selector
+from butler import load_for
+from cli import UsageError, flag, provenance, run
+from model import Llama, resolve
+from synth_task import coreference, pools
+
+
+@dataclass
+class Config:
+    """Writes text from a selected part of the KV cache and reports what it attended to."""
+
+    model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
+    butler: str = flag(None, "butler checkpoint (default: the shipped one)")
+    selector: str = flag("butler", f"what chooses the tokens: {', '.join(NAMES)}")
+    budget: float = flag(0.1, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
+    interval: int = flag(1, "score and choose at every I-th step only")
+    neighbours: int = flag(0, "tokens fetched on either side of a chosen one, within the budget")
+    prompt: str = flag(None, "text to continue (default: a generated document and its question)")
+    prompt_file: str = flag(None, "file with the text to continue, UTF-8")
+    chat: bool = flag(False, "the prompt is a message to the model, in its own chat format")
+    max_new_tokens: int = flag(100, "tokens to write at most")
+    temperature: float = flag(0.7, "0 takes the likeliest token")
+    top_p: float = flag(0.9, "sample from the likeliest tokens that together have this probability")
+    seed: int = flag(0, "seed of the sampling")
+    show: bool = flag(False, "print the prompt, the tokens kept most marked by colour")
+    device: str = flag("cpu", "cpu or cuda")
+    dtype: str = flag("float32", "float32 or bfloat16")
+
+
+def read_prompt(config) -> str:
+    if config.prompt is not None and config.prompt_file is not None:
+        raise UsageError("--prompt and --prompt-file exclude each other")
+    if config.prompt_file is not None:
+        try:
+            return Path(config.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UsageError(f"cannot read {config.prompt_file} ({e})") from None
+    if config.prompt is not None:
+        return config.prompt
+    document = coreference(random.Random(config.seed), pools("test"))
+    return document.context + document.question
+
+
+def pick(logits, temperature: float, top_p: float, generator) -> int:
+    """Nucleus sampling (arXiv 1904.09751) from logits [V]; the likeliest token at temperature 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    p[p.cumsum(-1) - p >= top_p] = 0  # what stands before a token already makes up top_p
+    return int(ids[torch.multinomial(p.cpu(), 1, generator=generator)])
+
+
+class Tally:
+    """Counts how often each cached token was kept, over all steps, layers and KV heads."""
+
+    def __init__(self, capacity: int):
+        self.kept = torch.zeros(capacity, dtype=torch.long)
+        self.steps, self.choices, self.attended = 0, 0, 0
+
+    def add(self, selector) -> None:
+        for index in selector.index.values():  # [1, G, 1, K] of each layer
+            used = index[index >= 0].cpu()
+            self.kept += torch.bincount(used, minlength=len(self.kept))
+            self.attended += len(used)
+            self.choices += index.shape[1]
+        self.steps += 1
+
+
+def generate(llama, ids, selector, config, stop):
+    """Yields new token ids behind the prompt `ids`, up to a `stop` id or the context limit."""
+    capacity = min(len(ids) + config.max_new_tokens, llama.config.context)
+    cache = llama.new_cache(1, capacity)
+    generator = torch.Generator().manual_seed(config.seed)
+    prompt = torch.tensor([ids], device=llama.device)
+    chunks = prompt[:, :-1].split(512, dim=1) if len(ids) > 1 else ()
+    for chunk in tqdm(chunks, desc="reading", unit="chunk", file=sys.stderr, leave=False):
+        llama.prefill(chunk, cache)
+    token = prompt[:, -1:]
+    while cache.size < capacity:
+        logits = llama.decode(token, cache, selector)
+        new = pick(logits[0, -1], config.temperature, config.top_p, generator)
+        if new in stop:
+            return
+        yield new
+        token = torch.tensor([[new]], device=llama.device)
+
+
+def marked(tok, ids, tally) -> str:
+    """The prompt with a background per token: the darker, the more layers and heads kept it."""
+    share = tally.kept[: len(ids)] / max(1, tally.choices)
+    colours = (0, 22, 28, 34, 40)  # of the terminal's 256: none, then dark to bright green
+    levels = (share > 0.05).int() + (share > 0.15) + (share > 0.3) + (share > 0.6)
+    return "".join(f"\033[48;5;{colours[level]}m{piece}\033[0m" if level else piece
+                   for level, piece in zip(levels.tolist(), map(tok.decode, ([i] for i in ids)),
+                                       strict=True))
+
+
+def main(config: Config) -> dict:
+    check(config)
+    text = read_prompt(config)
+    path = resolve(config.model)
+    tok = tokenizer.load(path)
+    if config.chat:
+        ids = tok.chat([{"role": "user", "content": text}])
+    else:
+        ids = [tok.bos_id] * tok.add_bos + tok.encode(text)
+    llama = Llama.from_pretrained(path, getattr(torch, config.dtype), config.device)
+    if not 0 < len(ids) < llama.config.context:
+        raise UsageError(f"the prompt has {len(ids)} tokens, the model's context "
+                         f"is {llama.config.context}")
+    butler = load_for(llama, config.butler) if config.selector == "butler" else None
+    selector = make_selector(config.selector, config.budget, butler,
+                             interval=config.interval, neighbours=config.neighbours)
+    tally, new, first = Tally(len(ids) + config.max_new_tokens), [], None
+    print(text if len(text) < 600 else "[...]" + text[-600:], end="", flush=True)
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    start = time.perf_counter()
+    for token in generate(llama, ids, selector, config, tok.eos_ids):
+        first = first or time.perf_counter()
+        new.append(token)
+        if selector:
+            tally.add(selector)
+        print(utf8.decode(tok.decode_bytes([token])), end="", flush=True)
+    decoding = time.perf_counter() - (first or start)
+    print("\n")
+    cached = len(ids) + len(new)
+    if cached == llama.config.context:
+        print(f"stopped: the model's context of {cached} tokens is full", file=sys.stderr)
+    if config.show and selector:
+        print(marked(tok, ids, tally), "\n")
+    report = {
+        "prompt_tokens": len(ids), "new_tokens": len(new), "text": tok.decode(new),
+        "first_token_s": round((first or start) - start, 3),
+        "tokens_per_s": round((len(new) - 1) / decoding, 2) if len(new) > 1 else None,
+        "attended_per_step": round(tally.attended / tally.choices, 1) if tally.choices else cached,
+        "cached_tokens": cached,
+        "cache_bytes": cached * 2 * llama.config.layers * llama.config.kv_heads
+        * llama.config.head_dim * llama.embed_tokens.weight.element_size(),
+    }
+    print(f"{len(new)} tokens at {report['tokens_per_s']} a second; each query attended "
+          f"to {report['attended_per_step']} of up to {cached} cached tokens ({config.selector}); "
+          f"keys and values: {report['cache_bytes'] / 1e6:.1f} MB")
+    return report | provenance()
+
+
+def check(config) -> None:
+    if config.selector not in NAMES:
+        raise UsageError(f"unknown selector {config.selector!r}; known: {', '.join(NAMES)}")
+    if config.max_new_tokens < 1 or config.temperature < 0 or not 0 < config.top_p <= 1:
+        raise UsageError("--max-new-tokens is at least 1, --temperature at least 0, "
+                         "--top-p between 0 and 1")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

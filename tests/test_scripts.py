@@ -1,0 +1,205 @@
+"""The scripts as a user meets them: real processes, real files, one line for what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from butler import Butler, ButlerConfig
+from synth_task import bootstrap, coreference_documents, evaluate
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(*arguments, timeout=300, cwd=ROOT):
+    command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
+
+
+WRONG = [
+    ("train.py", "--stepz", "3"),
+    ("train.py", "--steps", "many"),
+    ("train.py", "--steps", "0"),
+    ("train.py", "--model", "/nowhere/at/all"),
+    ("train.py", "--data", "/nowhere/at/all.txt"),
+    ("train.py", "--resume", "--out", "/nowhere/out.safetensors"),
+    ("sample.py", "--model", "/nowhere/at/all"),
+    ("sample.py", "--butler", "/nowhere/at/all"),
+    ("sample.py", "--selector", "magic"),
+    ("sample.py", "--budget", "0"),
+    ("sample.py", "--budget", "1.5"),
+    ("sample.py", "--prompt-file", "/nowhere/at/all"),
+    ("sample.py", "--prompt", "a", "--prompt-file", "b"),
+    ("sample.py", "--top-p", "2"),
+    ("sample.py", "--prompt", ""),
+    ("synth_task.py", "--task", "magic"),
+    ("synth_task.py", "--selectors", "dense,magic"),
+    ("synth_task.py", "--question", "never"),
+    ("synth_task.py", "--budgets", "a"),
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=lambda a: " ".join(a))
+def test_what_is_wrong_ends_with_one_line_and_exit_code_2(arguments):
+    done = script(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "error:" in lines[0], done.stderr
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "synth_task.py"])
+def test_help_names_every_flag(name):
+    done = script(name, "--help")
+    assert done.returncode == 0 and "--model" in done.stdout and "default" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["model.py", "kernel.py", "butler.py", "baselines.py"])
+def test_every_module_runs(name):
+    done = script(name)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+
+
+def test_sample_writes_text_and_reports(tmp_path):
+    """The prompt's last token is decoded through the selector too: every new token is sparse."""
+    long = tmp_path / "long.txt"
+    long.write_text("The harbour was quiet that morning, and the boats lay still. " * 30)
+    done = script("sample.py", "--prompt-file", long, "--max-new-tokens", "8", "--budget", "0.1",
+                  "--temperature", "0", "--show")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["new_tokens"] == 8 and result["text"].strip()
+    cached = result["cached_tokens"]
+    assert 0.1 * (cached - 8) - 1 <= result["attended_per_step"] <= 0.1 * cached
+    assert "\033[48;5;" in done.stdout
+    assert result["config"]["budget"] == 0.1 and result["commit"]
+
+
+def test_the_context_limit_is_named():
+    done = script("sample.py", "--prompt", "word " * 9000, "--max-new-tokens", "1")
+    assert done.returncode == 2 and "8192" in done.stderr and "9001" in done.stderr
+
+
+def test_the_default_demonstration_finds_the_answer():
+    done = script("sample.py", "--max-new-tokens", "8", "--temperature", "0")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    document = train.coreference_documents("test", 1, seed=0)[0]
+    assert result["text"].startswith(document.answer)
+
+
+def test_evaluation_runs_every_selector_at_equal_budgets():
+    done = script("synth_task.py", "--n", "2", "--selectors", "dense,oracle,butler,recency,random",
+                  "--budgets", "0.1,1.0")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]["coreference"]
+    assert set(results["dense"]) == {"1.0"} and set(results["butler"]) == {"0.1", "1.0"}
+    for by in results.values():
+        for m in by.values():
+            assert m["n"] == 2 and 0 <= m["low"] <= m["mean"] <= m["high"] <= 1
+        assert by["1.0"]["mean"] == results["dense"]["1.0"]["mean"] if "1.0" in by else True
+
+
+def test_evaluation_equals_greedy_decoding_for_dense(llama, tok):
+    """Teacher-forced and exact means: greedy decoding would have written the answer."""
+    documents = coreference_documents("test", 3, seed=5)
+    right = evaluate(llama, tok, documents, ("dense",), ())["dense"]["1.0"]
+    for document, share in zip(documents, right, strict=True):
+        ids, answer = tok.encode(document.context + document.question), tok.encode(document.answer)
+        cache, written = llama.new_cache(1, len(ids) + len(answer)), []
+        token = llama.prefill(torch.tensor([ids]), cache)[0, -1].argmax()
+        for _ in answer:
+            written.append(int(token))
+            token = llama.decode(token.view(1, 1), cache)[0, -1].argmax()
+        assert (share == 1.0) == (written == answer)
+
+
+def test_bootstrap_brackets_the_mean():
+    m = bootstrap([1.0] * 30 + [0.0] * 70)
+    assert m["mean"] == 0.3 and 0.2 < m["low"] < 0.3 < m["high"] < 0.4 and m["n"] == 100
+    assert bootstrap([1.0] * 5) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 5}
+
+
+# ---------------------------------------------------------------------------- training
+
+
+class Noise:
+    """Windows of random tokens with something to find: the second half repeats the first."""
+
+    def window(self, seed, length):
+        generator = torch.Generator().manual_seed(int(seed.replace(" ", "")))
+        ids = torch.randint(200, (length // 2,), generator=generator).tolist()
+        return ids + ids
+
+
+def settings(tmp_path, **other):
+    return train.Config(**{"out": str(tmp_path / "b.safetensors"), "steps": 12, "length": 64,
+                           "rows": 16, "device": "cpu", "save_every": 5} | other)
+
+
+def trained(tiny, config):
+    torch.manual_seed(config.seed)
+    butler, log = Butler(ButlerConfig.for_model(tiny, stride=2, size=8, hidden=16)), []
+    train.distil(tiny, butler, Noise(), config, log)
+    return butler, log
+
+
+def test_training_lowers_the_loss_and_is_deterministic(tiny, tmp_path):
+    first, log = trained(tiny, settings(tmp_path, steps=60, learning_rate=1e-2))
+    again, _ = trained(tiny, settings(tmp_path, steps=60, learning_rate=1e-2))
+    assert sum(log[-5:]) < 0.8 * sum(log[:5])
+    for (name, a), b in zip(first.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_resume_ends_with_the_weights_of_an_uninterrupted_run(tiny, tmp_path):
+    whole, _ = trained(tiny, settings(tmp_path / "whole"))
+
+    class Cut(Noise):
+        def window(self, seed, length):
+            if seed.split()[1] == "8":
+                raise KeyboardInterrupt
+            return super().window(seed, length)
+
+    config = settings(tmp_path / "cut")
+    torch.manual_seed(config.seed)
+    butler = Butler(ButlerConfig.for_model(tiny, stride=2, size=8, hidden=16))
+    with pytest.raises(KeyboardInterrupt):
+        train.distil(tiny, butler, Cut(), config, [])
+    resumed, log = trained(tiny, settings(tmp_path / "cut", resume=True))
+    assert len(log) == 12 - 5
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(train.UsageError, match="other settings"):
+        trained(tiny, settings(tmp_path / "cut", resume=True, batch=1))
+
+
+def test_held_out_text_is_never_trained_on():
+    for source in [*train.default_texts(), {"one": "".join(f"line {i}\n" for i in range(5000))}]:
+        kept, held = train.hold_out(source)
+        assert kept and held and not set(kept) & set(held)
+        assert 0.02 < sum(map(len, held)) / sum(map(len, kept + held)) < 0.3
+
+
+def test_sampled_rows_are_sorted_unique_and_end_with_the_last():
+    rows = train.sample_rows(train.random.Random(1), 128, 512).tolist()
+    assert rows == sorted(set(rows)) and len(rows) == 128 and rows[-1] == 511
+    assert train.sample_rows(train.random.Random(1), 128, 64).tolist() == list(range(64))
+
+
+@pytest.mark.slow
+def test_training_end_to_end(tmp_path):
+    out = tmp_path / "b.safetensors"
+    done = script("train.py", "--steps", "6", "--documents", "2", "--out", out, "--rows", "32")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kl"] < report["kl_before"]
+    assert set(report["table"]) == {"dense", "oracle", "butler", "recency", "random"}
+    assert json.loads(out.with_suffix(".json").read_text())["kl"] == report["kl"]
+    sampled = script("sample.py", "--butler", out, "--max-new-tokens", "2")
+    assert sampled.returncode == 0, sampled.stderr

@@ -147,7 +147,7 @@ def rope_scaling(rope: dict, context: int) -> dict | None:
 
 
 def read(path):
-    """Folder or GGUF file -> (Config, iterator of (name, tensor), rope factors [D/2], [1] or 1.0)."""
+    """Folder or GGUF file -> (Config, iterator of (name, tensor), rope factors [D/2] or [1])."""
     path = Path(path)
     return read_gguf(path) if path.is_file() else read_folder(path)
 
@@ -179,7 +179,7 @@ def read_folder(folder: Path):
             except (SafetensorError, OSError, ValueError) as e:
                 raise ModelError(f"{folder / shard}: unreadable weights ({e})") from None
 
-    return config, tensors(), 1.0
+    return config, tensors(), torch.ones(1)
 
 
 GGUF_NAMES = {

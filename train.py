@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -44,11 +44,13 @@ class Config:
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     data: list = flag([], "text files or folders to train on (default: this Python's own text)")
     out: str = flag("out/butler.safetensors", "where the butler goes")
-    steps: int = flag(600, "optimiser steps")
+    report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
+    steps: int = flag(1200, "optimiser steps")
     batch: int = flag(2, "texts per step")
     length: int = flag(512, "tokens per text")
-    rows: int = flag(128, "queries per text that the loss looks at")
-    learning_rate: float = flag(2e-3, "peak learning rate")
+    rows: int = flag(64, "queries per text that a step looks at")
+    reuse: int = flag(4, "steps that a batch of texts serves, each with fresh rows")
+    learning_rate: float = flag(2e-2, "peak learning rate")
     stride: int = flag(5, "layers served by one producer (R)")
     size: int = flag(16, "channels of importance space (E)")
     hidden: int = flag(192, "hidden width of a producer")
@@ -83,7 +85,7 @@ def read_texts(paths: list) -> dict[str, str]:
 
 def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
     """-> (training texts, held-out texts): every tenth text, or every tenth part of a few."""
-    parts = list(texts.values())
+    parts = list(dict.fromkeys(texts.values()))  # the reference repeats itself under other names
     if len(parts) < 10:
         parts = [t[i : i + 8192] for t in parts for i in range(0, len(t), 8192)]
     if len(parts) < 2:
@@ -157,32 +159,46 @@ def distillation(butler, record, rows):
 def distil(llama, butler, mixture, config, log):
     """The loop: trains the butler in place; continues from OUT.state when asked to.
 
-    Learning rate: 10 % warm-up, then a cosine down to nothing. Gradients are clipped at 10.
+    Learning rate: 5 % warm-up, then a cosine down to nothing. Gradients are clipped at 10. A batch
+    of texts serves several steps with fresh rows: the base model's forward is most of the cost,
+    and what it says about a text is worth more than one look.
     """
-    optimizer = torch.optim.AdamW(butler.parameters(), lr=config.learning_rate)
-    start = load_state(butler, optimizer, config) if config.resume else 0
+    optimizers = make_optimizers(butler, config.learning_rate)
+    start = load_state(butler, optimizers, config) if config.resume else 0
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, file=sys.stderr,
-               unit_scale=config.batch * config.length, unit="tok", mininterval=1)
+               unit_scale=config.batch * config.length / config.reuse, unit="tok", mininterval=1)
     for step in bar:
-        seed = f"{config.seed} {step}"
-        tokens = torch.tensor([mixture.window(f"{seed} {b}", config.length)
-                               for b in range(config.batch)], device=config.device)
-        rows = sample_rows(random.Random(seed), config.rows, config.length).to(config.device)
-        warm = (step + 1) / (0.1 * config.steps)
+        if step == start or step % config.reuse == 0:
+            texts = [f"{config.seed} {step // config.reuse} {row}" for row in range(config.batch)]
+            tokens = [mixture.window(text, config.length) for text in texts]
+            recorded = record(llama, torch.tensor(tokens, device=config.device))
+        rows = sample_rows(random.Random(f"{config.seed} {step}"), config.rows, config.length)
+        warm = (step + 1) / (0.05 * config.steps)
         rate = min(1, warm) * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-        optimizer.param_groups[0]["lr"] = config.learning_rate * rate
-        kl = distillation(butler, record(llama, tokens), rows)
-        kl.mean().backward()
-        torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        kl = distillation(butler, recorded, rows.to(config.device))
         log.append(kl.mean().item())
         if not math.isfinite(log[-1]):
             raise UsageError(f"the loss is {log[-1]} at step {step}: lower --learning-rate")
+        kl.mean().backward()
+        torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+            optimizer.step()
+            optimizer.zero_grad()
         worst = int(kl.argmax())
         bar.set_postfix_str(f"KL {log[-1]:.3f} a layer, worst {kl[worst]:.2f} at {worst + 1}")
         if (step + 1) % config.save_every == 0:
-            save_state(butler, optimizer, config, step + 1)
+            save_state(butler, optimizers, config, step + 1)
+
+
+def make_optimizers(butler, rate: float) -> list:
+    """Muon for the producers' matrices, AdamW for the key projections and norms."""
+    producers = [p for p in butler.producers.parameters() if p.ndim == 2]
+    others = [p for p in butler.parameters() if p.ndim != 2]
+    return [torch.optim.Muon([{"params": producers, "initial_lr": rate}], weight_decay=0.0,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([{"params": others, "initial_lr": 0.4 * rate}], weight_decay=0.0)]
 
 
 def record(llama, tokens) -> Recorder:
@@ -201,13 +217,12 @@ def sample_rows(rng: random.Random, rows: int, length: int):
 # ---------------------------------------------------------------------------- surviving
 
 
-def save_state(butler, optimizer, config, step: int) -> None:
+def save_state(butler, optimizers, config, step: int) -> None:
     """Everything that the next step depends on, in one safetensors file, whole or not at all."""
-    tensors = {}
+    tensors = {f"weight {name}": p.detach() for name, p in butler.named_parameters()}
     for name, p in butler.named_parameters():
-        moments = optimizer.state[p]
-        tensors |= {f"weight {name}": p.detach(), f"mean {name}": moments["exp_avg"],
-                    f"square {name}": moments["exp_avg_sq"]}
+        for optimizer in optimizers:
+            tensors |= {f"{key} {name}": value for key, value in optimizer.state[p].items()}
     path = Path(config.out + ".state")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -215,25 +230,29 @@ def save_state(butler, optimizer, config, step: int) -> None:
     part.replace(path)
 
 
-def load_state(butler, optimizer, config) -> int:
+def load_state(butler, optimizers, config) -> int:
     """The other way round -> the step to go on with; a state of another run is refused."""
     path = Path(config.out + ".state")
-    if not path.exists():
-        raise UsageError(f"nothing to resume: no file {path}")
-    with safe_open(path, framework="pt") as f:
-        if f.metadata()["run"] != run_identity(butler, config):
-            raise UsageError(f"{path} belongs to a run with other settings or another model")
-        step = int(f.metadata()["step"])
-        for name, p in butler.named_parameters():
-            p.data.copy_(f.get_tensor(f"weight {name}"))
-            optimizer.state[p] = {"step": torch.tensor(float(step)),
-                                  "exp_avg": f.get_tensor(f"mean {name}").to(p.device),
-                                  "exp_avg_sq": f.get_tensor(f"square {name}").to(p.device)}
-    return step
+    owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    parameters = dict(butler.named_parameters())
+    try:
+        with safe_open(path, framework="pt", device=config.device) as f:
+            if f.metadata()["run"] != run_identity(butler, config):
+                raise UsageError(f"{path} belongs to a run with other settings or another model")
+            for entry in f.keys():
+                key, name = entry.split(" ")
+                p, value = parameters[name], f.get_tensor(entry)
+                if key == "weight":
+                    p.data.copy_(value)
+                else:
+                    owners[p].state[p][key] = value
+            return int(f.metadata()["step"])
+    except (SafetensorError, OSError, KeyError) as e:
+        raise UsageError(f"{path}: unreadable state ({e})") from None
 
 
 def run_identity(butler, config) -> str:
-    free = ("resume", "out", "documents", "save_every")  # may change between the two runs
+    free = ("resume", "out", "report", "documents", "save_every")  # may change between the two runs
     keep = {k: v for k, v in asdict(config).items() if k not in free}
     return json.dumps([keep, asdict(butler.config)])
 
@@ -276,6 +295,7 @@ def verdict(llama, tok, butler, windows, config) -> dict:
 
 def main(config: Config) -> dict:
     check(config)
+    report_path = Path(config.report or Path(config.out).with_suffix(".json"))
     began = time.perf_counter()
     torch.manual_seed(config.seed)
     texts = [read_texts(config.data)] if config.data else default_texts()
@@ -299,30 +319,34 @@ def main(config: Config) -> dict:
     trained = time.perf_counter() - began
     rows = verdict(llama, tok, butler, windows[:4], config)
     report = {
-        "parameters": parameters(butler), "share": share,
+        "config": asdict(config), "parameters": parameters(butler), "share": share,
         "kl_before": before.mean().item(), "kl": after.mean().item(), "kl_layers": after.tolist(),
         "table": rows, "loss": log, "training_s": round(trained, 1),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     } | provenance()
     butler.save(config.out, {"config": asdict(config), "kl": report["kl"]})
-    Path(config.out).with_suffix(".json").write_text(
-        json.dumps({"config": asdict(config)} | report, indent=1) + "\n")
+    report_path.parent.mkdir(parents=True, exist_ok=True)
+    report_path.write_text(json.dumps(report, indent=1) + "\n")
     Path(config.out + ".state").unlink(missing_ok=True)
-    print_table(report, config)
+    print(f"\n{table(report)}\n\nsaved {config.out} and {report_path}")
     return report
 
 
-def print_table(report: dict, config) -> None:
-    print(f"\nheld-out KL a layer: {report['kl_before']:.3f} before, {report['kl']:.3f} after "
-          f"{config.steps} steps; {report['share']:.2%} of the parameters; "
-          f"{report['seconds'] / 60:.1f} minutes, {report['peak_memory_gb']:.1f} GB at most\n")
-    print("10 % of the tokens attended   attention mass kept   co-reference answers exact [95 %]")
+def table(report: dict) -> str:
+    """What the run comes to, for a person; README.md shows that of the shipped butler."""
+    lines = ["10 % of all tokens attended    attention kept    co-reference answers exact  [95 %]"]
     for name, row in report["table"].items():
         e = row["coreference"]
-        print(f"{name:28s}  {row['mass_recall']:19.3f}   {e['mean']:22.2f} "
-              f"[{e['low']:.2f}, {e['high']:.2f}]")
-    print(f"\nsaved {config.out}")
+        lines.append(f"{name:28s}   {row['mass_recall']:14.3f}    {e['mean']:19.2f}"
+                     f"  [{e['low']:.2f}, {e['high']:.2f}] of {e['n']}")
+    return "\n".join(lines + [
+        "",
+        f"KL on held-out text, mean of the layers: {report['kl_before']:.3f} before, "
+        f"{report['kl']:.3f} after {report['config']['steps']} steps",
+        f"{report['parameters']:,} parameters, {report['share']:.2%} of the base model's; "
+        f"{report['seconds'] / 60:.1f} minutes, {report['peak_memory_gb']:.1f} GB at most",
+        f"{report['hardware']}; commit {report['commit']}, seed {report['config']['seed']}"])
 
 
 def parameters(module) -> int:
@@ -335,10 +359,11 @@ def note(text: str) -> None:
 
 def check(config) -> None:
     """Everything that can be known to be wrong before anything slow starts."""
-    counts = ("steps", "batch", "rows", "stride", "size", "hidden", "documents", "save_every")
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name} is at least 1, not {getattr(config, name)}")
+    for name, value in asdict(config).items():
+        if type(value) is int and name != "seed" and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is at least 1, not {value}")
+    if config.resume and not Path(config.out + ".state").exists():
+        raise UsageError(f"nothing to resume: no file {config.out}.state")
     if config.length < 64 or not config.learning_rate > 0:
         raise UsageError("--length is at least 64 and --learning-rate above 0")
 

@@ -139,20 +139,21 @@ class Noise:
 
 def settings(tmp_path, **other):
     return train.Config(**{"out": str(tmp_path / "b.safetensors"), "steps": 12, "length": 64,
-                           "rows": 16, "device": "cpu", "save_every": 5} | other)
+                           "rows": 16, "device": "cpu", "save_every": 5,
+                           "reuse": 2} | other)
 
 
 def trained(tiny, config):
     torch.manual_seed(config.seed)
-    butler, log = Butler(ButlerConfig.for_model(tiny, stride=2, size=8, hidden=16)), []
+    butler, log = Butler(ButlerConfig.for_model(tiny, stride=1, size=16, hidden=64)), []
     train.distil(tiny, butler, Noise(), config, log)
     return butler, log
 
 
 def test_training_lowers_the_loss_and_is_deterministic(tiny, tmp_path):
-    first, log = trained(tiny, settings(tmp_path, steps=60, learning_rate=1e-2))
-    again, _ = trained(tiny, settings(tmp_path, steps=60, learning_rate=1e-2))
-    assert sum(log[-5:]) < 0.8 * sum(log[:5])
+    first, log = trained(tiny, settings(tmp_path, steps=150))
+    again, _ = trained(tiny, settings(tmp_path, steps=150))
+    assert sum(log[-10:]) < 0.85 * sum(log[:10])
     for (name, a), b in zip(first.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -162,13 +163,13 @@ def test_resume_ends_with_the_weights_of_an_uninterrupted_run(tiny, tmp_path):
 
     class Cut(Noise):
         def window(self, seed, length):
-            if seed.split()[1] == "8":
+            if seed.split()[1] == "4":  # the batch of steps 8 and 9
                 raise KeyboardInterrupt
             return super().window(seed, length)
 
     config = settings(tmp_path / "cut")
     torch.manual_seed(config.seed)
-    butler = Butler(ButlerConfig.for_model(tiny, stride=2, size=8, hidden=16))
+    butler = Butler(ButlerConfig.for_model(tiny, stride=1, size=16, hidden=64))
     with pytest.raises(KeyboardInterrupt):
         train.distil(tiny, butler, Cut(), config, [])
     resumed, log = trained(tiny, settings(tmp_path / "cut", resume=True))

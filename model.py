@@ -219,10 +219,21 @@ class Llama(nn.Module):
         return F.linear(x, self.embed_tokens.weight) if self.config.tied else self.lm_head(x)
 
     @torch.no_grad()
-    def prefill(self, tokens, cache, selector=None, chunk=512):
-        """Reads tokens [B, T] in chunks (bounded memory) -> logits [B, 1, V] of the last one."""
+    def prefill(self, tokens, cache, selector=None, lengths=None, chunk=512):
+        """Reads tokens [B, T] in chunks (bounded memory) -> logits [B, 1, V] of each row's last.
+
+        lengths: real tokens per row (ints, at least 1) where rows are padded on the right.
+        """
+        if lengths is None:
+            for part in tokens.split(chunk, dim=1):
+                logits = self(part, cache, selector, last=True)
+            return logits
+        rest, logits = torch.as_tensor(lengths, device=tokens.device), None
         for part in tokens.split(chunk, dim=1):
-            logits = self(part, cache, selector, last=True)
+            real = rest.clamp(0, part.shape[1])
+            new = self(part, cache, selector, real, last=True)
+            logits = new if logits is None else torch.where(real[:, None, None] > 0, new, logits)
+            rest = rest - real
         return logits
 
     @torch.no_grad()

@@ -92,15 +92,15 @@ class Tally:
 
 def generate(llama, ids, selector, config, stop):
     """Yields new token ids behind the prompt `ids`, up to a `stop` id or the context limit."""
-    capacity = min(len(ids) + config.max_new_tokens, llama.config.context)
-    cache = llama.new_cache(1, capacity)
+    room = llama.config.context - len(ids) + 1  # the last token written need not be cached
+    cache = llama.new_cache(1, min(len(ids) + config.max_new_tokens - 1, llama.config.context))
     generator = torch.Generator().manual_seed(config.seed)
     prompt = torch.tensor([ids], device=llama.device)
     chunks = prompt[:, :-1].split(512, dim=1) if len(ids) > 1 else ()
     for chunk in tqdm(chunks, desc="reading", unit="chunk", file=sys.stderr, leave=False):
         llama.prefill(chunk, cache)
     token = prompt[:, -1:]
-    while cache.size < capacity:
+    for _ in range(min(config.max_new_tokens, room)):
         logits = llama.decode(token, cache, selector)
         new = pick(logits[0, -1], config.temperature, config.top_p, generator)
         if new in stop:
@@ -129,7 +129,7 @@ def main(config: Config) -> dict:
     else:
         ids = [tok.bos_id] * tok.add_bos + tok.encode(text)
     llama = Llama.from_pretrained(path, getattr(torch, config.dtype), config.device)
-    if not 0 < len(ids) < llama.config.context:
+    if not 0 < len(ids) <= llama.config.context:
         raise UsageError(f"the prompt has {len(ids)} tokens, the model's context "
                          f"is {llama.config.context}")
     butler = load_for(llama, config.butler) if config.selector == "butler" else None
@@ -147,8 +147,8 @@ def main(config: Config) -> dict:
         print(utf8.decode(tok.decode_bytes([token])), end="", flush=True)
     decoding = time.perf_counter() - (first or start)
     print("\n")
-    cached = len(ids) + len(new)
-    if cached == llama.config.context:
+    cached = len(ids) + max(len(new) - 1, 0)
+    if cached == llama.config.context and len(new) < config.max_new_tokens:
         print(f"stopped: the model's context of {cached} tokens is full", file=sys.stderr)
     if config.show and selector:
         print(marked(tok, ids, tally), "\n")

@@ -1,4 +1,4 @@
-"""Text to ids and back: byte-level BPE, built offline from the files that lie beside the weights.
+"""tokenizer.py - text to ids and back: byte-level BPE, built offline from files beside the weights.
 
     text --pattern--> pieces --UTF-8--> bytes --merges, lowest rank first--> tokens --table--> ids
     ids  --table--> bytes --UTF-8--> text
@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
-from gguf import GGUFReader
+
+from weights import open_gguf
 
 # How each family cuts text. GPT-2 takes words, numbers and punctuation with the space before them;
 # SmolLM first sets every numeric character alone, so white space before one stays in one piece;
@@ -302,7 +303,7 @@ def sort_added(added):
 
 def from_gguf(path):
     """The tokenizer inside a GGUF file (byte-level ones: `tokenizer.ggml.model` is gpt2)."""
-    fields = GGUFReader(path).fields
+    fields = open_gguf(path).fields
 
     def get(name, default=None):
         field = fields.get(name if "." in name else f"tokenizer.ggml.{name}")

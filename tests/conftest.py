@@ -1,13 +1,29 @@
 """What the tests share: the default model, a tiny one, and an assertion that says how far."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
+import cli
 import tokenizer
 import weights
 from model import Llama
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+MEASURED = {}  # test -> what its assertions measured, for `--record FILE`
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", metavar="FILE", help="write the errors measured to a JSON file")
+
+
+def pytest_sessionfinish(session):
+    if path := session.config.getoption("--record"):
+        report = cli.provenance() | {"max_error": MEASURED}
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def assert_close(name, actual, expected, atol):
@@ -16,6 +32,8 @@ def assert_close(name, actual, expected, atol):
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"
     error = actual - expected
     worst = error.abs().max().item()
+    test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
+    MEASURED.setdefault(test, {})[name] = worst
     ratio = (error.square().mean() / expected.square().mean()).sqrt().item()
     assert worst <= atol, f"{name}: max error {worst:.3e} > {atol:g}, RMS ratio {ratio:.3e}"
 

@@ -654,20 +654,23 @@ def in_chunks(model, x, cache, size):
     return torch.cat([model(part, cache) for part in x.split(size, dim=1)], dim=1)
 
 
-def test_chunks_steps_and_recompute_agree(model):
-    x = random_tokens(model, 1, 150)
+def test_chunks_steps_and_recompute_agree(model, tok):
+    """Float32 itself is 7e-5 away from float64 here: the real model's logits reach 40, its residual
+    stream 25,000. Longer texts come to 1.1e-4."""
+    x = random_tokens(model, 1, 90)
+    if model.config.vocab_size > 256:  # the real one reads text
+        x = torch.tensor([tok.encode(" ".join(PROMPTS))[:48]])
     expected = model(x)
-    singly = 1 if model.config.layers < 10 else [1] * 20 + [110] + [1] * 20  # the time it takes
-    for size in (150, 64, 7, singly):
-        cache = model.new_cache(1, 150)
+    for size in (90, 32, 7, 1):
+        cache = model.new_cache(1, 90)
         actual = in_chunks(model, x, cache, size)
-        assert_close(f"logits, chunks of {size}", actual, expected, 2e-4)
+        assert_close(f"logits, chunks of {size}", actual, expected, 1e-4)
         assert torch.equal(actual.argmax(-1), expected.argmax(-1))
     for size in (512, 64):
         last = model.prefill(x, model.new_cache(1, 160), chunk=size)
-        assert_close(f"prefill, chunks of {size}", last, expected[:, -1:], 2e-4)
-    for length in (1, 2, 77):
-        assert_close(f"first {length}", model(x[:, :length]), expected[:, :length], 2e-4)
+        assert_close(f"prefill, chunks of {size}", last, expected[:, -1:], 1e-4)
+    for length in (1, 2, 37):
+        assert_close(f"first {length}", model(x[:, :length]), expected[:, :length], 1e-4)
 
 
 def test_ragged_batch(model):
@@ -692,6 +695,10 @@ def test_ragged_batch(model):
     assert cache.lengths.tolist() == [n + steps for n in lengths]
     cache, _ = batch()
     assert_close("a block behind", model(more, cache), alone[:, 1:], 2e-4)
+    cache = model.new_cache(5, 40 + steps)
+    logits = model.prefill(x, cache, lengths=lengths, chunk=7)
+    assert_close("prefill in chunks", logits, alone[:, :1], 2e-4)
+    assert_close("a block behind chunks", model(more, cache), alone[:, 1:], 2e-4)
     cache, _ = batch()  # a second ragged block: 2 real tokens, padding, then 2 more
     padded = torch.cat([more[:, :2], torch.zeros(5, 2, dtype=torch.long)], dim=1)
     logits = model(padded, cache, lengths=[2] * 5, last=True)

@@ -1,0 +1,50 @@
+"""README.md cannot rot: its flags are real, its code runs, its tables are those of results/."""
+
+import re
+import runpy
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines()]
+
+
+def test_tables_are_those_of_the_results():
+    render = runpy.run_path(str(ROOT / "results" / "render.py"))["render"]
+    assert render(README) == README, "run python results/render.py"
+
+
+def test_the_first_command_stands_before_line_20():
+    assert "python train.py" in "\n".join(README.splitlines()[:20])
+    assert len(README.split()) < 1400
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c])
+def test_commands_name_files_and_flags_that_exist(command):
+    words = shlex.split(command.split("&&")[-1])
+    script = next(word for word in words if word.endswith(".py"))
+    known = {f.name for f in fields(runpy.run_path(str(ROOT / script))["Config"])}
+    for word in words:
+        if word.startswith("--"):
+            assert word[2:].replace("-", "_") in known, f"{script} has no {word}"
+
+
+def test_every_file_of_the_map_exists_and_says_what_it_is():
+    named = re.findall(r"^\| `(\w+\.py)` \|", README, re.M)
+    assert sorted(named) == sorted(p.name for p in ROOT.glob("*.py"))
+    for name in named:
+        assert (ROOT / name).read_text().startswith(f'"""{name} - '), f"{name} opens with its name"
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_python_blocks_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    assert any(c.endswith("python -m pytest -q") for c in COMMANDS)

@@ -1,0 +1,76 @@
+"""The shipped butler reproduces its golden numbers: released weights, released results."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from butler import SHIPPED, load_for
+from synth_task import coreference_documents, evaluate, exact
+from train import distillation, record
+
+GOLDEN_KL = 0.0
+GOLDEN_TEXT = ""
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@pytest.fixture(scope="module")
+def butler(llama):
+    return load_for(llama)
+
+
+def test_its_size_is_at_most_a_hundredth_or_so(llama, butler):
+    share = sum(p.numel() for p in butler.parameters()) / sum(p.numel() for p in llama.parameters())
+    assert share <= 0.012
+    assert SHIPPED.stat().st_size < 8e6
+
+
+def test_golden_divergence(llama, tok, butler):
+    """KL of each layer's mean on one co-reference document, every fourth row, float32."""
+    ids = torch.tensor([tok.encode(coreference_documents("test", 1, seed=1)[0].text)])
+    kl = distillation(butler, record(llama, ids), torch.arange(3, ids.shape[1], 4))
+    assert kl.mean().item() == pytest.approx(GOLDEN_KL, rel=2e-3)
+
+
+def test_golden_text(llama, tok, butler):
+    """Greedy text behind a question, a tenth of the tokens attended."""
+    document = coreference_documents("test", 1, seed=0)[0]
+    ids = torch.tensor([tok.encode(document.context + document.question)])
+    cache, selector = llama.new_cache(1, ids.shape[1] + 16), butler.selector(0.1)
+    llama.prefill(ids[:, :-1], cache)
+    token, written = ids[:, -1:], []
+    for _ in range(16):
+        token = llama.decode(token, cache, selector)[:, -1:].argmax(-1)
+        written.append(int(token))
+    assert tok.decode(written) == GOLDEN_TEXT
+
+
+def test_near_the_oracle_where_recency_fails(llama, tok, butler):
+    documents = coreference_documents("test", 8, seed=2)
+    names = ("dense", "oracle", "butler", "recency")
+    right = evaluate(llama, tok, documents, names, ("0.1",), butler)
+    count = {name: sum(exact(next(iter(by.values())))) for name, by in right.items()}
+    assert count["butler"] >= count["dense"] - 1
+    assert count["recency"] <= 1
+
+
+@pytest.mark.slow
+def test_the_claim_on_a_hundred_documents(llama, tok, butler):
+    """Co-reference, question-sparse, 10 % of all tokens, 100 documents that no result has used."""
+    documents = coreference_documents("test", 100, seed=12)
+    names = ("dense", "butler", "recency", "random")
+    right = evaluate(llama, tok, documents, names, ("0.1",), butler)
+    share = {name: sum(exact(next(iter(by.values())))) / 100 for name, by in right.items()}
+    assert share["butler"] >= share["dense"] - 0.05
+    assert share["recency"] < 0.1 and share["random"] < 0.1
+
+
+def test_the_recorded_run_is_that_of_the_checkpoint():
+    from safetensors import safe_open
+
+    report = json.loads((RESULTS / "train.json").read_text())
+    with safe_open(SHIPPED, framework="pt") as f:
+        extra = json.loads(f.metadata()["extra"])
+    assert extra["kl"] == report["kl"] and extra["config"]["seed"] == report["config"]["seed"]
+    assert report["kl"] <= 0.58 and report["seconds"] <= 900 and report["peak_memory_gb"] <= 6

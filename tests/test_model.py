@@ -655,8 +655,9 @@ def in_chunks(model, x, cache, size):
 
 
 def test_chunks_steps_and_recompute_agree(model, tok):
-    """Float32 itself is 7e-5 away from float64 here: the real model's logits reach 40, its residual
-    stream 25,000. Longer texts come to 1.1e-4."""
+    """Log-probabilities to 1e-4. Logits themselves, which reach 40 from a residual stream of 25,000,
+    are 7e-5 from float64 in any order of summation; two orders differ by up to 1.1e-4, nearly all
+    of it a shift common to the whole vocabulary."""
     x = random_tokens(model, 1, 90)
     if model.config.vocab_size > 256:  # the real one reads text
         x = torch.tensor([tok.encode(" ".join(PROMPTS))[:48]])
@@ -664,13 +665,15 @@ def test_chunks_steps_and_recompute_agree(model, tok):
     for size in (90, 32, 7, 1):
         cache = model.new_cache(1, 90)
         actual = in_chunks(model, x, cache, size)
-        assert_close(f"logits, chunks of {size}", actual, expected, 1e-4)
+        assert_close(f"logits, chunks of {size}", actual, expected, 2e-4)
+        logs = actual.log_softmax(-1), expected.log_softmax(-1)
+        assert_close(f"log-probabilities, chunks of {size}", *logs, 1e-4)
         assert torch.equal(actual.argmax(-1), expected.argmax(-1))
     for size in (512, 64):
         last = model.prefill(x, model.new_cache(1, 160), chunk=size)
-        assert_close(f"prefill, chunks of {size}", last, expected[:, -1:], 1e-4)
+        assert_close(f"prefill, chunks of {size}", last, expected[:, -1:], 2e-4)
     for length in (1, 2, 37):
-        assert_close(f"first {length}", model(x[:, :length]), expected[:, :length], 1e-4)
+        assert_close(f"first {length}", model(x[:, :length]), expected[:, :length], 2e-4)
 
 
 def test_ragged_batch(model):

@@ -20,11 +20,10 @@ Dimensions, one letter each in the whole repository: B batch, T new tokens, S ca
 C width, H query heads, G KV heads, D head size, L layers, E butler size, K tokens kept,
 P producers, I prediction interval, R depth stride.
 
-    python model.py [MODEL]        prints a short trace of shapes
+    python model.py        prints a short trace of shapes
 """
 
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -244,6 +243,10 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Llama":
         """A Hugging Face folder or a GGUF file -> a frozen Llama. Raises ModelError in one line."""
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):
+            raise ModelError(f"device {device!r} cannot be used here") from None
         config, tensors, factors = read(path)
         with torch.device("meta"):  # shapes only: nothing is allocated before it has been checked
             model = cls(config)
@@ -269,7 +272,7 @@ def fast_dtype(device="cpu") -> torch.dtype:
 
 
 if __name__ == "__main__":
-    llama = Llama.from_pretrained(resolve(*sys.argv[1:2]))
+    llama = Llama.from_pretrained(resolve())
     print(llama.config)
     kv = llama.new_cache(batch=1, capacity=8)
     print("prefill [1, 7] ->", list(llama.prefill(torch.arange(7)[None], kv).shape))

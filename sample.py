@@ -79,7 +79,7 @@ class Tally:
 
     def __init__(self, capacity: int):
         self.kept = torch.zeros(capacity, dtype=torch.long)
-        self.steps, self.choices, self.attended = 0, 0, 0
+        self.choices, self.attended = 0, 0
 
     def add(self, selector) -> None:
         for index in selector.index.values():  # [1, G, 1, K] of each layer
@@ -87,7 +87,6 @@ class Tally:
             self.kept += torch.bincount(used, minlength=len(self.kept))
             self.attended += len(used)
             self.choices += index.shape[1]
-        self.steps += 1
 
 
 def generate(llama, ids, selector, config, stop):
@@ -110,7 +109,7 @@ def generate(llama, ids, selector, config, stop):
 
 
 def marked(tok, ids, tally) -> str:
-    """The prompt with a background per token: the darker, the more layers and heads kept it."""
+    """The prompt with a background per token: the brighter, the more layers and heads kept it."""
     share = tally.kept[: len(ids)] / max(1, tally.choices)
     colours = (0, 22, 28, 34, 40)  # of the terminal's 256: none, then dark to bright green
     levels = (share > 0.05).int() + (share > 0.15) + (share > 0.3) + (share > 0.6)
@@ -151,7 +150,8 @@ def main(config: Config) -> dict:
     if cached == llama.config.context and len(new) < config.max_new_tokens:
         print(f"stopped: the model's context of {cached} tokens is full", file=sys.stderr)
     if config.show and selector:
-        print(marked(tok, ids, tally), "\n")
+        print(marked(tok, ids, tally))
+        print("\nbackground: kept by more than 5, 15, 30, 60 % of all layers, heads and steps\n")
     report = {
         "prompt_tokens": len(ids), "new_tokens": len(new), "text": tok.decode(new),
         "first_token_s": round((first or start) - start, 3),

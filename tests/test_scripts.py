@@ -36,6 +36,7 @@ WRONG = [
     ("sample.py", "--prompt", "a", "--prompt-file", "b"),
     ("sample.py", "--top-p", "2"),
     ("sample.py", "--prompt", ""),
+    ("sample.py", "--device", "abacus"),
     ("synth_task.py", "--task", "magic"),
     ("synth_task.py", "--selectors", "dense,magic"),
     ("synth_task.py", "--question", "never"),

@@ -335,11 +335,11 @@ def main(config: Config) -> dict:
 
 def table(report: dict) -> str:
     """What the run comes to, for a person; README.md shows that of the shipped butler."""
-    lines = ["10 % of all tokens attended    attention kept    co-reference answers exact  [95 %]"]
+    lines = ["selector  tokens attended  attention kept  co-reference answers exact  [95 %]"]
     for name, row in report["table"].items():
-        e = row["coreference"]
-        lines.append(f"{name:28s}   {row['mass_recall']:14.3f}    {e['mean']:19.2f}"
-                     f"  [{e['low']:.2f}, {e['high']:.2f}] of {e['n']}")
+        e, attended = row["coreference"], "100 %" if name == "dense" else "10 %"
+        lines.append(f"{name:8s}  {attended:>15s}  {row['mass_recall']:14.3f}  {e['mean']:26.2f}"
+                     f"  [{e['low']:.2f}, {e['high']:.2f}], n = {e['n']}")
     return "\n".join(lines + [
         "",
         f"KL on held-out text, mean of the layers: {report['kl_before']:.3f} before, "

@@ -655,8 +655,8 @@ def in_chunks(model, x, cache, size):
 
 
 def test_chunks_steps_and_recompute_agree(model, tok):
-    """Log-probabilities to 1e-4. Logits themselves reach 40, out of a residual stream of 25,000, and
-    are 7e-5 from float64 in any order of summation; two orders differ by up to 1.1e-4, nearly all
+    """Log-probabilities to 1e-4. Logits themselves reach 40, out of a residual stream of 25,000,
+    and are 7e-5 from float64 in any order of summation; two orders differ by up to 1.1e-4, most
     of it a shift common to the whole vocabulary."""
     x = random_tokens(model, 1, 90)
     if model.config.vocab_size > 256:  # the real one reads text

@@ -53,7 +53,7 @@ class ButlerConfig:
     head_dim: int
     stride: int = 5  # R: layers served by one producer
     size: int = 16  # E: channels of importance space
-    hidden: int = 192
+    hidden: int = 160
     fingerprint: str = ""
 
     @classmethod

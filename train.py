@@ -50,10 +50,10 @@ class Config:
     length: int = flag(512, "tokens per text")
     rows: int = flag(64, "queries per text that a step looks at")
     reuse: int = flag(4, "steps that a batch of texts serves, each with fresh rows")
-    learning_rate: float = flag(2e-2, "peak learning rate")
+    learning_rate: float = flag(1e-2, "peak learning rate")
     stride: int = flag(5, "layers served by one producer (R)")
     size: int = flag(16, "channels of importance space (E)")
-    hidden: int = flag(192, "hidden width of a producer")
+    hidden: int = flag(160, "hidden width of a producer")
     documents: int = flag(100, "co-reference documents in the final table")
     save_every: int = flag(100, "steps between two states that --resume can go on from")
     seed: int = flag(0, "seed of initialisation, data and rows")
@@ -183,7 +183,7 @@ def distil(llama, butler, mixture, config, log):
         torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate
+                group["lr"] = config.learning_rate * rate
             optimizer.step()
             optimizer.zero_grad()
         worst = int(kl.argmax())
@@ -193,12 +193,12 @@ def distil(llama, butler, mixture, config, log):
 
 
 def make_optimizers(butler, rate: float) -> list:
-    """Muon for the producers' matrices, AdamW for the key projections and norms."""
+    """Muon for the producers' matrices (steps along the orthogonalised momentum, as long as AdamW's
+    would be), AdamW for the key projections and norms, which are no matrices."""
     producers = [p for p in butler.producers.parameters() if p.ndim == 2]
     others = [p for p in butler.parameters() if p.ndim != 2]
-    return [torch.optim.Muon([{"params": producers, "initial_lr": rate}], weight_decay=0.0,
-                             adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([{"params": others, "initial_lr": 0.4 * rate}], weight_decay=0.0)]
+    return [torch.optim.Muon(producers, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, rate, weight_decay=0.0)]
 
 
 def record(llama, tokens) -> Recorder:

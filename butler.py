@@ -67,7 +67,7 @@ class ButlerConfig:
             value = getattr(self, f.name)
             if f.type is int and not (type(value) is int and 0 < value <= 2**20):
                 raise ButlerError(f"{f.name} is {value!r}, not a sensible whole number")
-        if self.heads % self.kv_heads or self.layers < 2:
+        if self.heads % self.kv_heads or not 2 <= self.layers <= 1024:
             raise ButlerError(f"no butler for {self.layers} layers of {self.heads} query heads "
                               f"over {self.kv_heads} KV heads")
 
@@ -157,14 +157,16 @@ class Butler(nn.Module):
         """Reads what `save` wrote. Raises ButlerError, one line, for anything else."""
         try:
             with safe_open(path, framework="pt") as f:
-                butler = cls(ButlerConfig(**json.loads((f.metadata() or {})["butler"])))
-                butler.load_state_dict({name: f.get_tensor(name) for name in f.keys()})
+                with torch.device("meta"):  # a header's sizes are compared before any allocation
+                    butler = cls(ButlerConfig(**json.loads((f.metadata() or {})["butler"])))
+                weights = {name: f.get_tensor(name).float() for name in f.keys()}
+                butler.load_state_dict(weights, assign=True)
         except FileNotFoundError:
             raise ButlerError(f"no butler at {path}: train one with python train.py") from None
         except KeyError:
             raise ButlerError(f"{path}: not a butler, its metadata lacks a configuration") from None
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as e:
-            raise ButlerError(f"{path}: unreadable butler ({str(e).splitlines()[0]})") from None
+            raise ButlerError(f"{path}: unreadable butler ({' '.join(str(e).split())})") from None
         return butler.eval().requires_grad_(False)
 
 
@@ -196,19 +198,19 @@ class Selector:
     window       most recent tokens, always kept, the newest one included
     interval     I: in decoding, score and choose at every I-th step only, reuse in between
     neighbours   a chosen token brings this many tokens on either side, within the budget
-    dense_layers the first layers attend to everything (the butler cannot predict layer 0)
 
-    Called by the model once per layer; holds the state of one sequence or batch, so make a fresh
-    one for each. After a call `index[layer]` is the choice that the layer used.
+    Called by the model once per layer; layer 0 attends to everything, as the butler cannot predict
+    it. Holds the state of one sequence or batch, so make a fresh one for each. After a call
+    `index[layer]` is the choice that the layer used.
     """
 
-    def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0, dense_layers=1):
-        if budget <= 0 or (budget > 1 and budget != int(budget)):
+    def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0):
+        if not (0 < budget <= 1 or (budget > 1 and float(budget).is_integer())):
             raise ButlerError(f"budget {budget}: a fraction up to 1 or a whole count of tokens")
         if sinks < 0 or window < 1 or interval < 1 or neighbours < 0:
             raise ButlerError("sinks and neighbours are >= 0, window and interval >= 1")
         self.budget, self.sinks, self.window = budget, sinks, window
-        self.interval, self.neighbours, self.dense_layers = interval, neighbours, dense_layers
+        self.interval, self.neighbours = interval, neighbours
         self.step, self.chosen, self.index = 0, {}, {}
 
     def look_ahead(self, layer: int, x) -> None:
@@ -226,7 +228,7 @@ class Selector:
             self.step += 1
         if self.fresh:
             self.look_ahead(layer, x)
-        if layer < self.dense_layers:
+        if layer == 0:
             return None
         if self.fresh:
             self.chosen[layer] = self.choose(self.scores(layer, q, keys, positions), positions)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import tokenizer
 from baselines import NAMES, make_selector
-from butler import load_for
+from butler import Selector, load_for
 from cli import UsageError, flag, provenance, run
 from model import Llama, resolve
 from synth_task import coreference, pools
@@ -170,6 +170,7 @@ def main(config: Config) -> dict:
 def check(config) -> None:
     if config.selector not in NAMES:
         raise UsageError(f"unknown selector {config.selector!r}; known: {', '.join(NAMES)}")
+    Selector(config.budget, interval=config.interval, neighbours=config.neighbours)
     if config.max_new_tokens < 1 or config.temperature < 0 or not 0 < config.top_p <= 1:
         raise UsageError("--max-new-tokens is at least 1, --temperature at least 0, "
                          "--top-p between 0 and 1")

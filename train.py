@@ -135,7 +135,7 @@ def distillation(butler, record, rows):
     """KL(teacher || student) of the chosen rows [N] of every layer >= 1 -> [L-1], with gradient.
 
     Both are causal softmaxes over the cached tokens, [B, G, H/G, N, S]. The entropy of the teacher
-    has no gradient: minimising KL is minimising cross-entropy (paper, section 3).
+    has no gradient: minimising KL is minimising the paper's cross-entropy.
     """
     losses, queries = [], {}
     S = record.keys[0].shape[2]
@@ -164,7 +164,7 @@ def distil(llama, butler, mixture, config, log):
     and what it says about a text is worth more than one look.
     """
     optimizers = make_optimizers(butler, config.learning_rate)
-    start = load_state(butler, optimizers, config) if config.resume else 0
+    start = load_state(butler, optimizers, config, log) if config.resume else 0
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, file=sys.stderr,
                unit_scale=config.batch * config.length / config.reuse, unit="tok", mininterval=1)
     for step in bar:
@@ -189,7 +189,7 @@ def distil(llama, butler, mixture, config, log):
         worst = int(kl.argmax())
         bar.set_postfix_str(f"KL {log[-1]:.3f} a layer, worst {kl[worst]:.2f} at {worst + 1}")
         if (step + 1) % config.save_every == 0:
-            save_state(butler, optimizers, config, step + 1)
+            save_state(butler, optimizers, config, log)
 
 
 def make_optimizers(butler, rate: float) -> list:
@@ -217,20 +217,25 @@ def sample_rows(rng: random.Random, rows: int, length: int):
 # ---------------------------------------------------------------------------- surviving
 
 
-def save_state(butler, optimizers, config, step: int) -> None:
-    """Everything that the next step depends on, in one safetensors file, whole or not at all."""
-    tensors = {f"weight {name}": p.detach() for name, p in butler.named_parameters()}
+def save_state(butler, optimizers, config, log: list) -> None:
+    """Everything that the next step depends on, in one safetensors file, whole or not at all.
+
+    `log` holds the loss of every step so far; its length is the number of the next one.
+    """
+    tensors = {"log loss": torch.tensor(log, dtype=torch.float64)}
     for name, p in butler.named_parameters():
+        tensors[f"weight {name}"] = p.detach()
         for optimizer in optimizers:
-            tensors |= {f"{key} {name}": value for key, value in optimizer.state[p].items()}
+            moments = optimizer.state.get(p, {})
+            tensors |= {f"{key} {name}": value for key, value in moments.items()}
     path = Path(config.out + ".state")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, {"step": str(step), "run": run_identity(butler, config)})
+    save_file(tensors, part, {"run": run_identity(butler, config)})
     part.replace(path)
 
 
-def load_state(butler, optimizers, config) -> int:
+def load_state(butler, optimizers, config, log: list) -> int:
     """The other way round -> the step to go on with; a state of another run is refused."""
     path = Path(config.out + ".state")
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -241,12 +246,14 @@ def load_state(butler, optimizers, config) -> int:
                 raise UsageError(f"{path} belongs to a run with other settings or another model")
             for entry in f.keys():
                 key, name = entry.split(" ")
-                p, value = parameters[name], f.get_tensor(entry)
-                if key == "weight":
-                    p.data.copy_(value)
+                value = f.get_tensor(entry)
+                if key == "log":
+                    log[:] = value.tolist()
+                elif key == "weight":
+                    parameters[name].data.copy_(value)
                 else:
-                    owners[p].state[p][key] = value
-            return int(f.metadata()["step"])
+                    owners[parameters[name]].state[parameters[name]][key] = value
+        return len(log)
     except (SafetensorError, OSError, KeyError) as e:
         raise UsageError(f"{path}: unreadable state ({e})") from None
 

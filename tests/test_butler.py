@@ -101,6 +101,7 @@ def test_allowance_counts_every_token():
 
 
 @pytest.mark.parametrize("rules", [{"budget": 0}, {"budget": -1}, {"budget": 1.5},
+                                   {"budget": float("nan")}, {"budget": float("inf")},
                                    {"budget": 0.1, "window": 0}, {"budget": 0.1, "interval": 0}])
 def test_absurd_rules_are_refused(rules):
     with pytest.raises(ButlerError):
@@ -285,11 +286,11 @@ def test_true_attention_reproduces_the_model(pair):
         assert (out - expected).abs().max() < 1e-4
 
 
-def test_the_dense_first_layers_are_dense(tiny):
-    selector = Oracle(0.2, dense_layers=2)
+def test_layer_0_alone_is_dense(tiny):
+    selector = Oracle(0.2)
     with torch.no_grad():
         tiny(torch.arange(50)[None], selector=selector)
-    assert sorted(selector.index) == list(range(2, tiny.config.layers))
+    assert sorted(selector.index) == list(range(1, tiny.config.layers))
 
 
 def test_random_is_seeded():
@@ -352,9 +353,11 @@ def test_unreadable_butlers_end_in_one_line(tiny_butler, tmp_path):
     tiny_butler.save(good)
     data = good.read_bytes()
     cases = {"empty": b"", "text": b"hello", "truncated": data[: len(data) // 2],
-             "header": data[:7] + b"\xff" + data[8:], "config": data.replace(b"heads", b"hoods")}
+             "header": data[:7] + b"\xff" + data[8:], "config": data.replace(b"heads", b"hoods"),
+             "sizes": data.replace(b'\\"hidden\\": 16', b'\\"hidden\\": 64')}
     for name, content in cases.items():
         path = tmp_path / name
+        assert content != data, name
         path.write_bytes(content)
         with pytest.raises(ButlerError) as e:
             Butler.load(path)

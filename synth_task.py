@@ -384,13 +384,17 @@ def main(config: Config) -> dict:
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, device=config.device)
     butler = load_for(llama, config.butler) if "butler" in config.selectors else None
-    right = evaluate(llama, tokenizer.load(path), documents, config.selectors, config.budgets,
-                     butler, config.question)
+    tok = tokenizer.load(path)
+    right = evaluate(llama, tok, documents, config.selectors, config.budgets, butler,
+                     config.question)
+    selected = [d.question * (config.question == "sparse") + d.answer for d in documents]
+    selected = sum(len(tok.encode(text)) for text in selected) / len(documents)
     table = {s: {b: bootstrap(exact(r)) for b, r in by.items()} for s, by in right.items()}
     for name, by in table.items():
         for budget, m in by.items():
             print(f"{name:8s} {budget:>5s}  {m['mean']:.2f}  [{m['low']:.2f}, {m['high']:.2f}]")
-    return {"results": {config.task: table}} | provenance()
+    print(f"{selected:.0f} tokens of each document went through the selection")
+    return {"results": {config.task: table}, "selected_tokens": selected} | provenance()
 
 
 def check(config: Config) -> list[Document]:

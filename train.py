@@ -15,6 +15,7 @@ say nearly the same, and the softmaxes of all rows would cost more than the base
 
 import json
 import math
+import os
 import pydoc_data.topics
 import random
 import resource
@@ -371,6 +372,13 @@ def check(config) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is at least 1, not {value}")
     if config.resume and not Path(config.out + ".state").exists():
         raise UsageError(f"nothing to resume: no file {config.out}.state")
+    out = Path(config.out)
+    try:  # a quarter of an hour is too late to learn that the result cannot be written
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"cannot write {out} ({e.strerror})") from None
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UsageError(f"cannot write {out}: a folder, or in one that may not be written to")
     if config.length < 64 or not config.learning_rate > 0:
         raise UsageError("--length is at least 64 and --learning-rate above 0")
 

@@ -26,7 +26,9 @@ WRONG = [
     ("train.py", "--steps", "0"),
     ("train.py", "--model", "/nowhere/at/all"),
     ("train.py", "--data", "/nowhere/at/all.txt"),
-    ("train.py", "--resume", "--out", "/nowhere/out.safetensors"),
+    ("train.py", "--resume", "--out", "/tmp/nothing/to/resume.safetensors"),
+    ("train.py", "--out", "/proc/nowhere/out.safetensors"),
+    ("train.py", "--out", "tests"),
     ("sample.py", "--model", "/nowhere/at/all"),
     ("sample.py", "--butler", "/nowhere/at/all"),
     ("sample.py", "--selector", "magic"),
@@ -98,7 +100,9 @@ def test_evaluation_runs_every_selector_at_equal_budgets():
     done = script("synth_task.py", "--n", "2", "--selectors", "dense,oracle,butler,recency,random",
                   "--budgets", "0.1,1.0")
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])["results"]["coreference"]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["selected_tokens"] > 20  # the question and the answer, not just its last tokens
+    results = report["results"]["coreference"]
     assert set(results["dense"]) == {"1.0"} and set(results["butler"]) == {"0.1", "1.0"}
     for by in results.values():
         for m in by.values():

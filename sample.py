@@ -122,12 +122,12 @@ def main(config: Config) -> dict:
     check(config)
     text = read_prompt(config)
     path = resolve(config.model)
+    llama = Llama.from_pretrained(path, getattr(torch, config.dtype), config.device)
     tok = tokenizer.load(path)
     if config.chat:
         ids = tok.chat([{"role": "user", "content": text}])
     else:
         ids = [tok.bos_id] * tok.add_bos + tok.encode(text)
-    llama = Llama.from_pretrained(path, getattr(torch, config.dtype), config.device)
     if not 0 < len(ids) <= llama.config.context:
         raise UsageError(f"the prompt has {len(ids)} tokens, the model's context "
                          f"is {llama.config.context}")

@@ -2,17 +2,30 @@
 
     oracle    the true attention of this very step, averaged over the query heads of a KV head: its
               top-K holds the most attention mass that any K tokens can. Reads all keys: a bound.
+    quest     pages of 16 tokens, each ranked by an upper bound of q . k from the smallest and
+              largest value of every channel in it (arXiv 2406.10774)
+    h2o       evicts, step by step, what has collected the least attention so far; half of the
+              budget goes to the most recent tokens (arXiv 2306.14048)
+    snapkv    evicts once, at the end of the prompt: the last 32 queries vote, votes are pooled over
+              neighbours; later tokens stay before earlier ones (arXiv 2404.14469)
+    keynorm   the tokens with the smallest keys, whatever the query (arXiv 2406.11430)
     recency   sinks and the most recent tokens only: StreamingLLM (arXiv 2309.17453)
     random    sinks, window, and tokens drawn by lot
 
 Each is a `Selector` with its own `scores`, so that budget, sinks, window and the dense first layer
-are the same for all. `Recall` wraps any of them and measures, while the selection is active, how
-much of the true attention it keeps.
+are the same for all. Eviction is real: h2o and snapkv rank only what they have not yet thrown out.
+They decide before the next token is seen, so they need to `watch` the prompt:
+
+    llama.prefill(prompt, cache, selector.watch)    reads densely; then
+    llama.decode(token, cache, selector)
+
+    python baselines.py     how much of random attention each one keeps
 """
 
 import torch
+import torch.nn.functional as F
 
-from butler import ButlerError, Selector
+from butler import ButlerError, Selector, allowance
 
 
 def true_attention(q, keys, positions):
@@ -20,7 +33,7 @@ def true_attention(q, keys, positions):
     grouped = q.float().unflatten(1, (keys.shape[1], -1))
     scores = grouped @ keys.float()[:, :, None].transpose(-1, -2) * q.shape[-1] ** -0.5
     hidden = torch.arange(keys.shape[2], device=q.device) > positions[..., None]  # [B, T, S]
-    return scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
+    return scores.masked_fill_(hidden[:, None, None], -torch.inf).softmax(dim=-1)
 
 
 class Oracle(Selector):
@@ -44,7 +57,151 @@ class Random(Selector):
         return torch.rand(B, G, q.shape[2], S, generator=self.generator).to(q.device)
 
 
-BASELINES = {"oracle": Oracle, "recency": Recency, "random": Random}
+class KeyNorm(Selector):
+    def scores(self, layer, q, keys, positions):
+        return -keys.float().norm(dim=-1)[:, :, None].expand(-1, -1, q.shape[2], -1)
+
+
+class Quest(Selector):
+    """A page's bound is sum_d max(q_d min_d, q_d max_d), here the largest of the group's heads.
+
+    A page that is not full yet cannot be ranked without looking at tokens to come: it is kept.
+    Tokens of a page tie; the earlier goes first, so that a page is kept or dropped in one piece.
+    """
+
+    PAGE = 16
+
+    def scores(self, layer, q, keys, positions):
+        S, page = keys.shape[2], self.PAGE
+        full = keys[:, :, : S - S % page].float().unflatten(2, (-1, page))  # [B, G, S/16, 16, D]
+        q = q.float().unflatten(1, (keys.shape[1], -1))  # [B, G, H/G, T, D]
+        bound = q.clamp(min=0) @ full.amax(3)[:, :, None].transpose(-1, -2)
+        bound += q.clamp(max=0) @ full.amin(3)[:, :, None].transpose(-1, -2)
+        bound = bound.amax(2).repeat_interleave(page, dim=-1)
+        bound = F.pad(bound, (0, S % page), value=torch.inf)
+        last = (positions + 1) // page * page  # first token of the page being filled
+        begun = torch.arange(S, device=q.device) >= last[..., None]  # [B, T, S]
+        bound = bound.masked_fill(begun[:, None], torch.inf)
+        return -bound.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+class Evicting(Selector):
+    """Ranks tokens by a value of their own, and never again sees those that it dropped.
+
+    `value[layer]` [B, G, S] is what `watch` gathered from the prompt, `alive[layer]` who is left.
+    The prompt is cut down to its budget before the next token is seen; then one token comes and
+    at most one goes, at every step, so a block of tokens is a loop. Padding evicts too: where rows
+    differ in length it may stand at the end of the last block, nowhere else.
+    """
+
+    newcomer = 0.0  # value of a token that the prompt did not hold
+
+    def __init__(self, budget, interval=1, neighbours=0, **rules):
+        if interval > 1 or neighbours:
+            raise ButlerError("h2o and snapkv evict at every step: interval 1, no neighbours")
+        super().__init__(budget, **rules)
+        self.value, self.alive = {}, {}
+
+    def follow(self, watchers: list["Evicting"]) -> "Evicting":
+        """Goes on from what others of its kind, one for each row, saw of the prompts. They are left
+        as they were: one reading of a prompt serves several budgets."""
+        for layer in watchers[0].value:
+            values = [w.value[layer] for w in watchers]
+            S = max(v.shape[-1] for v in values)
+            self.value[layer] = torch.cat([
+                F.pad(v, (0, S - v.shape[-1]), value=self.newcomer) for v in values])
+        return self
+
+    def ranked(self, layer: int, position):
+        """What decides at one step: [B, G, S], the larger the better; position [B, 1]."""
+        return self.value[layer]
+
+    def attended(self, layer: int, scores, kept) -> None:
+        """After a step: its raw attention scores [B, G, H/G, S] and whom it saw [B, G, S]."""
+
+    def pick(self, layer, q, keys, positions):
+        S = keys.shape[2]
+        seen = self.value.get(layer, keys.new_empty(*keys.shape[:2], 0, dtype=torch.float32))
+        if layer not in self.alive and seen.shape[-1] < positions[:, 0].max():
+            raise ButlerError("h2o and snapkv evict what they watched: let them watch the prompt")
+        self.value[layer] = F.pad(seen, (0, S - seen.shape[-1]), value=self.newcomer)
+        if layer in self.alive:
+            alive = self.alive[layer]
+            self.alive[layer] = F.pad(alive, (0, S - alive.shape[-1]), value=True)
+        else:  # the prompt has been read: cut it down before going on
+            self.alive[layer] = torch.ones_like(self.value[layer], dtype=torch.bool)
+            if seen.shape[-1]:
+                self.evict(layer, positions[:, :1] - 1)
+        q = q.float().unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
+        scores = q @ keys.float()[:, :, None].transpose(-1, -2)  # [B, G, H/G, T, S]
+        rows = []
+        for t in range(scores.shape[3]):
+            chosen, kept = self.evict(layer, positions[:, t : t + 1])
+            self.attended(layer, scores[:, :, :, t], kept)
+            rows.append(chosen)
+        K = max(row.shape[-1] for row in rows)
+        return torch.cat([F.pad(row, (0, K - row.shape[-1]), value=-1) for row in rows], dim=2)
+
+    def evict(self, layer: int, position):
+        """-> the chosen tokens [B, G, 1, K'] of the query at position [B, 1]; kept [B, G, S]."""
+        alive = self.alive[layer]
+        ranked = self.ranked(layer, position).masked_fill(~alive, -torch.inf)
+        chosen = self.choose(ranked[:, :, None], position)
+        always = self.always(position)[:, None].expand(-1, alive.shape[1], -1, -1)
+        kept = mark(torch.cat([always, chosen], dim=-1)[:, :, 0], alive.shape[-1])
+        to_come = torch.arange(alive.shape[-1], device=alive.device) > position
+        self.alive[layer] = kept | to_come[:, None]
+        return chosen, kept
+
+
+class H2O(Evicting):
+    def watch(self, layer, x, q, keys, positions):
+        if layer:
+            new = true_attention(q, keys, positions).mean(2).sum(2)  # [B, G, S]
+            old = self.value.get(layer, new[..., :0])
+            self.value[layer] = new + F.pad(old, (0, new.shape[-1] - old.shape[-1]))
+
+    def ranked(self, layer, position):
+        half = allowance(self.budget, position + 1, self.sinks + self.window) // 2  # [B, 1]
+        value = self.value[layer]
+        recent = torch.arange(value.shape[-1], device=value.device) > position - half
+        return value.masked_fill(recent[:, None], torch.inf)
+
+    def attended(self, layer, scores, kept):
+        weights = scores.masked_fill(~kept[:, :, None], -torch.inf).softmax(dim=-1)
+        self.value[layer] += weights.mean(2)
+
+
+class SnapKV(Evicting):
+    OBSERVED, POOL = 32, 7
+    newcomer = torch.inf
+
+    def __init__(self, budget, **rules):
+        super().__init__(budget, **rules)
+        self.last = {}  # per layer: queries of the prompt's end so far and their positions
+
+    def ranked(self, layer, position):
+        value = self.value[layer]
+        latest_first = torch.arange(value.shape[-1], device=value.device) + 1e6
+        return torch.where(value.isinf(), latest_first, value)
+
+    def watch(self, layer, x, q, keys, positions):
+        old = self.last.get(layer, (q[:, :, :0], positions[:, :0]))
+        q = torch.cat([old[0], q], dim=2)[:, :, -self.OBSERVED :]
+        positions = torch.cat([old[1], positions], dim=1)[:, -self.OBSERVED :]
+        self.last[layer] = q, positions
+        votes = true_attention(q, keys, positions).mean(2).sum(2)
+        self.value[layer] = F.avg_pool1d(votes, self.POOL, stride=1, padding=self.POOL // 2)
+
+
+def mark(index, S: int):
+    """Indices [..., K], -1 = empty, -> booleans [..., S]."""
+    marks = torch.zeros(*index.shape[:-1], S + 1, dtype=torch.bool, device=index.device)
+    return marks.scatter(-1, torch.where(index < 0, S, index).long(), True)[..., :S]
+
+
+BASELINES = {"oracle": Oracle, "quest": Quest, "h2o": H2O, "snapkv": SnapKV,
+             "recency": Recency, "random": Random, "keynorm": KeyNorm}
 NAMES = ("dense", "butler", *BASELINES)
 
 
@@ -61,34 +218,71 @@ def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | 
     return BASELINES[name](budget, **rules)
 
 
-class Recall:
-    """Wraps a selector; `mass[layer]` is the mean share of attention that its choice holds."""
+class Probe:
+    """Wraps a selector and compares it, while it is active, with the true attention of that very
+    run. Each maps a layer to the mean over queries and heads in the latest call:
 
-    def __init__(self, selector: Selector):
-        self.selector, self.mass = selector, {}
+    mass       share of the attention that the selected tokens hold; always
+    spearman   rank correlation of scores and attention (mean of the group) over the tokens that a
+               query can see; if `rank`, and for selectors that rank all tokens by scores
+    error      |o' - o| / |o| of the outputs over selected and over all tokens; if given the cache
+    """
+
+    def __init__(self, selector: Selector, rank=False, cache=None):
+        self.selector, self.rank, self.cache = selector, rank, cache
+        self.mass, self.spearman, self.error = {}, {}, {}
 
     def __call__(self, layer, x, q, keys, positions):
         index = self.selector(layer, x, q, keys, positions)
-        if index is not None:
-            attention = true_attention(q, keys, positions)
-            slots = index.clamp(min=0).long()[:, :, None].expand(-1, -1, attention.shape[2], -1, -1)
-            held = attention.gather(-1, slots) * (index >= 0)[:, :, None]
-            self.mass[layer] = held.sum(-1).mean().item()
+        if index is None:
+            return None
+        attention = true_attention(q, keys, positions)  # [B, G, H/G, T, S]
+        held = attention * mark(index, keys.shape[2])[:, :, None]
+        share = held.sum(-1, keepdim=True)
+        self.mass[layer] = share.mean().item()
+        if self.cache is not None:
+            v = self.cache.v[layer][:, :, None, : keys.shape[2]].float()
+            o, sparse = attention @ v, held / share @ v
+            self.error[layer] = ((sparse - o).norm(dim=-1) / o.norm(dim=-1)).mean().item()
+        if self.rank and not isinstance(self.selector, Evicting):
+            scores = self.selector.scores(layer, q, keys, positions)
+            seen = torch.arange(keys.shape[2], device=q.device) <= positions[:, None, :, None]
+            rho = spearman(scores.float(), attention.mean(2), seen)
+            self.spearman[layer] = rho.nanmean().item()  # one token has no order: NaN
         return index
 
-    def mean(self) -> float:
-        return sum(self.mass.values()) / len(self.mass)
+
+def spearman(a, b, seen):
+    """Rank correlation along the last axis, ties sharing their mean rank, where `seen` (booleans)
+    is true: a, b [..., S] -> [...]; NaN where all are tied. (Defined as in scipy.stats.)"""
+    def ranks(x):
+        x = x.masked_fill(~seen, torch.inf).contiguous()
+        ordered = x.sort(dim=-1).values
+        below = torch.searchsorted(ordered, x)
+        r = ((below + torch.searchsorted(ordered, x, right=True)) * 0.5).masked_fill(~seen, 0)
+        return (r - r.sum(-1, keepdim=True) / n).masked_fill(~seen, 0)
+
+    seen = seen.expand(a.shape)
+    n = seen.sum(-1, keepdim=True)
+    ra, rb = ranks(a), ranks(b)
+    return (ra * rb).sum(-1) / (ra.norm(dim=-1) * rb.norm(dim=-1))
+
+
+def mean(by_layer: dict) -> float:
+    return sum(by_layer.values()) / len(by_layer)
 
 
 if __name__ == "__main__":
     B, H, G, S, D = 1, 9, 3, 400, 64
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(B, H, 1, D, generator=generator)
+    q = torch.randn(B, H, S, D, generator=generator)
     keys = torch.randn(B, G, S, D, generator=generator)
-    x, here = torch.zeros(B, 1, 8), torch.tensor([[S - 1]])
+    x, positions = torch.zeros(B, S, 8), torch.arange(S)[None]
     for name in BASELINES:
-        recall = Recall(make_selector(name, 0.1))
+        selector = make_selector(name, 0.1)
+        probe, now = Probe(selector), positions[:, -1:]
         for layer in (0, 1):
-            recall(layer, x, q, keys, here)
-        print(f"{name:8s} keeps 40 of {S} tokens and {recall.mean():.2f} of the attention")
+            selector.watch(layer, x[:, :-1], q[:, :, :-1], keys[:, :, :-1], positions[:, :-1])
+            probe(layer, x[:, -1:], q[:, :, -1:], keys, now)
+        print(f"{name:8s} keeps 40 of {S} tokens and {mean(probe.mass):.2f} of the attention")
     print("random keys have no few tokens that matter; a real model's do, and that is the point")

@@ -6,12 +6,14 @@ cached tokens each layer is about to need. Two small learned maps do it:
     x [B, T, C], input of layer p -Producer-> importance queries of R layers [B, T, R, H, E]
     rotated keys [B, G, S, D] ------W_K-----> importance keys [B, G, S, E], cached beside K and V
 
-    score(t, s) = max over the group's query heads of  q_imp(t) . k_imp(s) / sqrt(E)
+    score(t, s) = mean over the group's query heads of  softmax_s( q_imp(t) . k_imp(s) / sqrt(E) )
 
 Producers sit at layers 0, R, 2R ... and share no weights. The one at layer p serves p+1 ... p+R, so
 layer 0 has no prediction and stays dense, and at every other layer the queries are known before the
 layer is reached: a fetch or a kernel launch can start early. Importance space has no rotary
-embedding, norm or bias of its own; positions are in the keys, which are rotated already.
+embedding, norm or bias of its own; positions are in the keys, which are rotated already. The paper
+takes the max of the group's raw scores; the mean of softmaxes, which is what training made them
+for, keeps more of the attention with the same weights (results/ablations.json).
 
 A selection then always holds the sinks (first tokens) and a recent window; what is left of the
 budget goes to the best scores, one choice per KV head:
@@ -200,8 +202,9 @@ class Selector:
     neighbours   a chosen token brings this many tokens on either side, within the budget
 
     Called by the model once per layer; layer 0 attends to everything, as the butler cannot predict
-    it. Holds the state of one sequence or batch, so make a fresh one for each. After a call
-    `index[layer]` is the choice that the layer used.
+    it. Holds the state of one sequence or batch, so make a fresh one for each. A block of tokens
+    in one call gets what the same tokens would get one by one. After a call `index[layer]` is the
+    choice that the layer used.
     """
 
     def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0):
@@ -213,6 +216,9 @@ class Selector:
         self.interval, self.neighbours = interval, neighbours
         self.step, self.chosen, self.index = 0, {}, {}
 
+    def watch(self, layer, x, q, keys, positions) -> None:
+        """Stands in the selector's place while a prompt is read densely; most need not look."""
+
     def look_ahead(self, layer: int, x) -> None:
         """Sees the input x [B, T, C] of every layer, before the layer runs."""
 
@@ -220,22 +226,36 @@ class Selector:
         """Importance [B, G, T, S] of each cached token; only the order counts, larger is better."""
         raise NotImplementedError
 
+    def pick(self, layer: int, q, keys, positions):
+        """The chosen tokens [B, G, T, K'] of every query, beside sinks and window."""
+        return self.choose(self.scores(layer, q, keys, positions), positions)
+
     @torch.no_grad()
     def __call__(self, layer, x, q, keys, positions):
         """See model.py: -> index [B, G, T, K] int32, or None for dense attention."""
         if layer == 0:
-            self.fresh = self.step % self.interval == 0 or x.shape[1] > 1
-            self.step += 1
-        if self.fresh:
+            steps = self.step + torch.arange(x.shape[1])
+            self.age = steps % self.interval  # [T] steps since the choice in use was made
+            self.step += x.shape[1]
+        if fresh := bool((self.age == 0).any()):
             self.look_ahead(layer, x)
         if layer == 0:
             return None
-        if self.fresh:
-            self.chosen[layer] = self.choose(self.scores(layer, q, keys, positions), positions)
-        chosen = self.chosen[layer]
+        chosen = self.pick(layer, q, keys, positions) if fresh else self.chosen[layer]
+        if fresh and self.interval > 1:
+            chosen = self.reuse(self.chosen.get(layer, chosen[:, :, :1]), chosen)
+        self.chosen[layer] = chosen[:, :, -1:]
         always = self.always(positions)[:, None].expand(-1, chosen.shape[1], -1, -1)
         self.index[layer] = torch.cat([always, chosen], dim=-1).int()
         return self.index[layer]
+
+    def reuse(self, old, new):
+        """Choices made at every step [B, G, T, K], and the one in use before [B, G, 1, K] -> those
+        of the last step at which a choice is due."""
+        K = max(old.shape[-1], new.shape[-1])
+        rows = torch.cat([F.pad(c, (0, K - c.shape[-1]), value=-1) for c in (old, new)], dim=2)
+        due = torch.arange(1, new.shape[2] + 1) - self.age
+        return rows[:, :, due.clamp(min=0).to(rows.device)]
 
     def always(self, positions):
         """Sinks and window of queries at `positions` [B, T] -> [B, T, sinks + window]."""
@@ -292,7 +312,9 @@ class ButlerSelector(Selector):
 
     def scores(self, layer, q, keys, positions):
         projected = self.importance_keys(layer, keys, int(positions.min()))
-        return self.butler.scores(self.queries[layer], projected).amax(2)
+        scores = self.butler.scores(self.queries[layer], projected)  # [B, G, H/G, T, S]
+        future = torch.arange(keys.shape[2], device=q.device) > positions[..., None]
+        return scores.masked_fill_(future[:, None, None], -torch.inf).softmax(dim=-1).mean(2)
 
     def importance_keys(self, layer, keys, start: int):
         """All importance keys [B, G, S, E]. Projects only keys not seen yet: those from `start`,

@@ -93,10 +93,11 @@ class Cache:
             self.size = int(self.lengths.max())
             self.ragged = bool((self.lengths != self.size).any())
 
-    def truncate(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens, e.g. to ask a second question."""
+    def truncate(self, length) -> None:
+        """Forget everything behind the first `length` tokens (one number, or one per row [B]),
+        e.g. to ask a second question."""
         self.lengths.clamp_(max=length)
-        self.size = min(self.size, length)
+        self.size = int(self.lengths.max())
         self.ragged = bool((self.lengths != self.size).any())
 
 

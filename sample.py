@@ -25,8 +25,8 @@ import tokenizer
 from baselines import NAMES, make_selector
 from butler import Selector, load_for
 from cli import UsageError, flag, provenance, run
+from coreference import coreference, pools
 from model import Llama, resolve
-from synth_task import coreference, pools
 
 
 @dataclass
@@ -97,7 +97,7 @@ def generate(llama, ids, selector, config, stop):
     prompt = torch.tensor([ids], device=llama.device)
     chunks = prompt[:, :-1].split(512, dim=1) if len(ids) > 1 else ()
     for chunk in tqdm(chunks, desc="reading", unit="chunk", file=sys.stderr, leave=False):
-        llama.prefill(chunk, cache)
+        llama.prefill(chunk, cache, selector and selector.watch)
     token = prompt[:, -1:]
     for _ in range(min(config.max_new_tokens, room)):
         logits = llama.decode(token, cache, selector)

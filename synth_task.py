@@ -1,324 +1,45 @@
 """synth_task.py - tasks whose answer hides in the context, and the evaluation over them.
 
-In: a random.Random, a pool of phrases, and a few dials. Out: a `Document`, three pieces of text.
+    documents (coreference.py, ruler.py, a JSONL file) -> context, question, answers
+    context -- dense, once --> cache --+-- question, answer through selector 1, budget 1 --> score
+                                       +-- through selector 1, budget 2 --> score  ...
 
-    context    A market town at the meeting of two rivers writes its laws on painted kites. The
-               place is called Qorbandel. Some thinkers hold that patience shows what a person
-               really loves. [...] Plum cake turns bitter if the fire is too hot. [...] It takes
-               only a moment to see that 32 minus 8 leaves 24.
-    question   Question: Which place was described above as the trading post where the waters
-               join, whose rules fly in the wind? The place is called
-    answer     Qorbandel
+Two protocols. *sparse* (default): question and answer go through the selection, so that a method
+which evicts has to do so before it is asked. *prefill*: the question is read densely with the
+context, as in most published tables, and only the answer goes through the selection.
 
-The shape is the paper's co-reference task (arXiv 2503.07518): an introduction of a place and its
-name, philosophy, food, arithmetic, then a question that ties back to the introduction. An answer is
-exact when every one of its tokens is right with the earlier ones given (teacher forcing).
+A score is between 0 and 1, see `Document.scoring`. Where the answer is forced upon the model, its
+tokens and the question's go through in one block, each under its own selection: the same as token
+by token, but for the time it takes. Otherwise the model writes, greedily.
 
-Why it is hard for a cache that drops tokens. The name is invented, so it is several tokens that can
-only be copied out of the cache. The question says everything in other words: its tokens are not
-like the answer's tokens, and nothing between the two resembles either. A method that evicts looks
-at the name long before anyone asks for it, sees a few odd syllables that no later sentence attends
-to, and throws them out. Whoever keeps the whole cache and chooses late can still find them.
+Accuracies come with a 95 % interval: a bootstrap over documents and, where several butlers are
+given, over these, which is where training seeds differ.
 
-The cue "The place is called" stands before the name both times because the default model has only
-135M parameters: without the repeated cue it seldom understands that a name is wanted.
-
-Every pool is made of heads and tails, `"Plum cake" + "tastes best on the second day"`. The tails
-are divided between training and test, so a test sentence always says something never trained on.
-
-    python synth_task.py --selectors dense,oracle,butler --budgets 0.1,0.5
+    python synth_task.py --selectors dense,oracle,butler,h2o --budgets 0.1,0.5
+    python synth_task.py --task needle_noise,copy --context 1024,2048 --n 20
+    python synth_task.py --data questions.jsonl        {"context", "question", "answer"} per line
 """
 
+import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from math import gcd
-from typing import NamedTuple, TypeVar
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import ruler
 import tokenizer
-from baselines import NAMES, make_selector
+from baselines import BASELINES, NAMES, Evicting, make_selector
 from butler import Selector, load_for
 from cli import UsageError, flag, names, provenance, run
-from model import Llama, resolve
+from coreference import Document, coreference_documents
+from model import Llama, fast_dtype, resolve
 
-T = TypeVar("T")
-
-CUE = "The place is called"
-QUESTIONS = (
-    "Question: Which place was described above as {}?",
-    "Question: Which place was described above as {}?\nAnswer:",
-    "Question: Which place does the text describe as {}?",
-)
-
-# Where a place lies, and what it is known for: as introduced, then as the question words it.
-SETTINGS = (
-    ("A fishing village on a cold northern bay", "the sailors' settlement by the icy water"),
-    ("A mining town high in the red hills", "the community of diggers up among the slopes"),
-    ("A small island far from any trade route", "the remote patch of land in the ocean"),
-    ("A market town at the meeting of two rivers", "the trading post where the waters join"),
-    ("An oasis in the middle of a salt desert", "the green refuge amid the dry wastes"),
-    ("A university city behind old stone walls", "the seat of learning within its ramparts"),
-    ("A farming valley below a quiet volcano", "the crop land beneath the sleeping mountain"),
-    ("A logging camp deep in a pine forest", "the woodcutters' base among the tall trees"),
-    ("A monastery above the clouds", "the monks' retreat close to the sky"),
-    ("A railway junction on an empty plain", "the stop in flat country for changing trains"),
-    ("A border fortress beside a narrow pass", "the stronghold guarding the way between lands"),
-)
-CUSTOMS = (
-    ("keeps a great clock that runs backwards", "whose timepiece turns the wrong way"),
-    ("paints every roof a bright yellow", "where all the housetops look golden"),
-    ("lights a thousand lanterns at midwinter", "that glows on the shortest day of the year"),
-    ("raises white peacocks in its gardens", "where pale birds are bred for their feathers"),
-    ("is ruled by a council of grandmothers", "governed by its old women"),
-    ("brews a bitter tea from blue flowers", "known for a sharp drink made of petals"),
-    ("holds a race on stilts each spring", "where people compete on long wooden legs"),
-    ("hides its treasure under a crooked bridge", "with gold buried beneath a bent crossing"),
-    ("forbids whistling after sunset", "where a tune on the lips is a crime at night"),
-    ("stores ice in deep cellars all summer", "with frozen water kept underground"),
-    ("weaves sails for ships it has never seen", "making canvas for unknown vessels"),
-    ("teaches every child to carve flutes", "whose young all make musical instruments"),
-    ("rings nine bells before every storm", "that warns of bad weather by chiming"),
-    ("is famous for mirrors of polished copper", "celebrated for its shiny reflecting metal"),
-    ("pays for everything in green glass beads", "whose money is small coloured balls"),
-    ("celebrates the birthday of its oldest tree", "that gives a party for an ancient oak"),
-    ("writes its laws on painted kites", "whose rules fly in the wind"),
-    ("keeps bees inside the walls of its houses", "where honey is made behind the bricks"),
-    ("sends its letters by trained crows", "whose post is carried by black wings"),
-    ("mends broken pottery with silver", "that repairs cracked bowls with precious seams"),
-)
-
-# A start and an end make a word that nobody has seen and that the tokenizer cuts into 3 to 5.
-NAME_STARTS = (
-    "Qor", "Vel", "Zam", "Thul", "Yel", "Dru", "Mib", "Kav", "Oru", "Lun", "Pel", "Wex", "Sab",
-    "Rin", "Gol", "Fen", "Hax", "Jor", "Bri", "Tav", "Nul", "Cae", "Eph",
-)
-NAME_ENDS = (
-    "bandel", "tamoria", "dovar", "luneth", "mirrow", "kestia", "porath", "saluna", "govik",
-    "rendal", "faroth", "zimber", "nathor", "bilgar", "vosteen", "duramel", "hespia", "lorqua",
-    "tibrane", "munaveth",
-)
-
-THINKERS = (
-    "Some thinkers hold that patience", "An old argument says that courage",
-    "For the early sceptics, doubt", "Many teachers have claimed that honesty",
-    "In one tradition, silence", "It is often said that memory",
-    "According to the moralists, curiosity", "Seen from a distance, hope",
-    "Most schools agree that kindness", "Looked at closely, freedom",
-    "A well-known essay claims that solitude",
-)
-CLAIMS = (
-    "is a habit long before it becomes a virtue", "cannot be taught, although it can be learned",
-    "matters most when nobody is there to praise it", "costs little and is still rarely found",
-    "asks more of us than any written rule", "begins where certainty comes to an end",
-    "is lost as soon as we try to own it", "shows what a person really loves",
-    "belongs to the weak as much as to the strong", "looks simple until one has to choose",
-    "grows only in those who use it", "cannot be separated from the fear of death",
-    "needs reasons but does not begin with them", "teaches us how small our plans are",
-    "turns into vanity when it is put on display", "proves nothing and yet changes everything",
-    "makes us answerable to people we will never meet", "is neither a gift nor a duty",
-    "is worth more than the comfort it takes away", "ties the present to what came before it",
-)
-DISHES = (
-    "Barley soup", "Fresh flatbread", "A stew of lentils", "Plum cake", "Roasted pumpkin",
-    "Soft goat cheese", "Rice with saffron", "Smoked fish", "A pot of beans", "Onion pie",
-    "Sweet porridge",
-)
-HABITS = (
-    "tastes best on the second day", "goes well with a spoonful of sour cream",
-    "should be left to rest before it is served", "needs a pinch of salt and plenty of time",
-    "is often brought out first when guests arrive", "turns bitter if the fire is too hot",
-    "is improved by a little lemon and black pepper", "fills the whole kitchen with its smell",
-    "was once a meal for holidays only", "can be made from almost nothing in winter",
-    "keeps for three days in a cool pantry", "looks plain but pleases even fussy eaters",
-    "is sold from small carts beside the road", "calls for butter, although oil will also do",
-    "loses its flavour when it is heated twice", "is what most cooks learn to prepare first",
-    "makes a good supper after a long walk", "is sometimes sweetened with a few raisins",
-    "is best enjoyed with a glass of cold cider", "has more admirers abroad than at home",
-)
-RECKONERS = (
-    "A careful clerk will tell you that", "Anyone with an abacus can check that",
-    "It takes only a moment to see that", "The pupils wrote on the board that",
-    "By simple counting we find that", "On the back of the receipt it says that",
-    "As every schoolbook confirms,", "Without a pencil one can work out that",
-    "The baker's daughter knows by heart that", "A quick note in the margin shows that",
-    "Nobody at the table disputed that",
-)
-
-
-class Place(NamedTuple):
-    """A place told twice: a full sentence that introduces it, a noun phrase that asks for it."""
-
-    introduction: str
-    tie_back: str
-
-
-@dataclass(frozen=True)
-class Pools:
-    """What documents of one split are made of; consecutive entries share neither head nor tail."""
-
-    places: tuple[Place, ...]
-    names: tuple[str, ...]
-    philosophy: tuple[str, ...]
-    food: tuple[str, ...]
-    arithmetic: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Document:
-    """
-    One question about one context; `context + question + answer` is the whole text.
-
-    `question` ends in the cue and `answer` begins with a space, so that the answer can be tokenized
-    alone. `spans` are the (start, end) characters of `context` without which nobody can answer.
-    """
-
-    context: str
-    question: str
-    answer: str
-    spans: tuple[tuple[int, int], ...]
-
-    @property
-    def text(self) -> str:
-        return self.context + self.question + self.answer
-
-
-def _sums() -> list[str]:
-    """Twenty true statements; the steps are coprime to the ranges, so no two of them are alike."""
-    sums = []
-    for i in range(20):
-        a, b = 15 + 17 * i % 80, 3 + 5 * i % 7
-        sums.append((f"{a} plus {b} makes {a + b}", f"{a} minus {b} leaves {a - b}",
-                     f"{a} times {b} is {a * b}")[i % 3])
-    return sums
-
-
-def _pairs(heads: Sequence[T], tails: Sequence[T], split: str) -> list[tuple[T, T]]:
-    """
-    Every head with every tail of the split (60 % of the tails train, 40 % test, order fixed).
-
-    The list runs down the diagonals of the table, and the two sizes are coprime, so it meets every
-    cell once and any min(heads, tails) neighbours differ in both halves (Chinese remainders).
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    shuffled = random.Random(0).sample(list(tails), len(tails))
-    cut = 3 * len(tails) // 5
-    tails = shuffled[:cut] if split == "train" else shuffled[cut:]
-    return [(heads[i % len(heads)], tails[i % len(tails)])
-            for i in range(len(heads) * len(tails))]
-
-
-def pools(split: str) -> Pools:
-    """The phrases of "train" or of "test": no entry of one is in the other. Else ValueError."""
-    return Pools(
-        places=tuple(Place(f"{setting[0]} {custom[0]}.", f"{setting[1]}, {custom[1]}")
-                     for setting, custom in _pairs(SETTINGS, CUSTOMS, split)),
-        names=tuple(a + b for a, b in _pairs(NAME_STARTS, NAME_ENDS, split)),
-        philosophy=tuple(f"{a} {b}." for a, b in _pairs(THINKERS, CLAIMS, split)),
-        food=tuple(f"{a} {b}." for a, b in _pairs(DISHES, HABITS, split)),
-        arithmetic=tuple(f"{a} {b}." for a, b in _pairs(RECKONERS, _sums(), split)),
-    )
-
-
-def _walk(rng: random.Random, pool: Sequence[T]) -> Iterator[T]:
-    """
-    The pool from a random place in random equal strides, round and round without end.
-
-    A stride coprime to the pool's size visits everything before anything comes back, and keeps the
-    diagonal order's promise: neighbours in a document do not repeat each other's halves.
-    """
-    size = len(pool)
-    at = rng.randrange(size)
-    stride = rng.choice([s for s in range(1, size) if gcd(s, size) == 1])
-    while True:
-        yield pool[at]
-        at = (at + stride) % size
-
-
-def _words(text: str) -> int:
-    return len(text.split())
-
-
-def _distractors(rng: random.Random, pools: Pools, words: int) -> list[str]:
-    """Sentences of about `words` words: philosophy, then food, then arithmetic, equally many."""
-    kinds = [(_walk(rng, pool), []) for pool in (pools.philosophy, pools.food, pools.arithmetic)]
-    while True:
-        for walk, chosen in kinds:
-            sentence = next(walk)
-            # Half a sentence too few is nearer to the target than half a sentence too many.
-            if words < _words(sentence) / 2:
-                return [s for _, chosen in kinds for s in chosen]
-            chosen.append(sentence)
-            words -= _words(sentence)
-
-
-def _interleave(introductions: list[tuple[float, str]], distractors: list[str]) -> str:
-    """Join both, each (fraction, introduction) where that fraction of the other words is past."""
-    total = sum(map(_words, distractors)) + sum(_words(text) for _, text in introductions)
-    waiting = sorted(introductions)
-    told, past = [], 0
-    for sentence in distractors:
-        while waiting and past + _words(sentence) / 2 > waiting[0][0] * (
-                total - _words(waiting[0][1])):
-            told.append(waiting.pop(0)[1])
-            past += _words(told[-1])
-        told.append(sentence)
-        past += _words(sentence)
-    return " ".join(told + [text for _, text in waiting])
-
-
-def coreference(rng: random.Random, pools: Pools, referents: int = 1, words: int = 250,
-                position: float | None = None) -> Document:
-    """
-    One co-reference document (arXiv 2503.07518) with a few dials.
-
-    referents  places introduced, 1 to 8, each with its own name; the question asks for one
-    words      length of the context, met to within half a sentence
-    position   0 (start) to 1 (end): where in the context the asked introduction stands; None
-               spreads all introductions evenly from the start on, and chance picks the asked one
-
-    Raises ValueError for a dial out of range, or when the introductions alone exceed `words`.
-    """
-    if not 1 <= referents <= 8:
-        raise ValueError(f"referents must be 1 to 8, not {referents}")
-    if position is not None and not 0 <= position <= 1:
-        raise ValueError(f"position must be 0 to 1, not {position}")
-    places = list(islice(_walk(rng, pools.places), referents))
-    names = list(islice(_walk(rng, pools.names), referents))
-    told = [f"{place.introduction} {CUE} {name}."
-            for place, name in zip(places, names, strict=True)]
-    room = words - sum(map(_words, told))
-    if room < 0:
-        raise ValueError(f"{referents} introductions do not fit into {words} words")
-    asked = rng.randrange(referents)
-    fractions = [i / referents for i in range(referents)]
-    if position is not None:
-        fractions[asked] = position
-    introductions = list(zip(fractions, told, strict=True))
-    context = _interleave(introductions, _distractors(rng, pools, room))
-    question = rng.choice(QUESTIONS).format(places[asked].tie_back)
-    start = context.index(told[asked])
-    return Document(context, f"\n\n{question} {CUE}", f" {names[asked]}",
-                    ((start, start + len(told[asked])),))
-
-
-def coreference_documents(split: str, n: int, seed: int, **dials) -> list[Document]:
-    """`n` documents of a split, the same for the same seed; `dials` as in `coreference`."""
-    rng, phrases = random.Random(seed), pools(split)
-    return [coreference(rng, phrases, **dials) for _ in range(n)]
-
-
-def training_text(rng: random.Random, pools: Pools) -> str:
-    """A document as plain text to train on: 1 to 3 places in a context of 120 to 300 words."""
-    return coreference(rng, pools, referents=rng.randint(1, 3), words=rng.randint(120, 300)).text
-
-
-# ---------------------------------------------------------------------------- evaluation
+TASKS = ("coreference", *ruler.TASKS)
+EVICTING = {name: kind for name, kind in BASELINES.items() if issubclass(kind, Evicting)}
 
 
 @dataclass
@@ -326,95 +47,321 @@ class Config:
     """Answers questions about a context through selectors at equal budgets."""
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
-    butler: str = flag(None, "butler checkpoint (default: the shipped one)")
-    task: str = flag("coreference", "which task: coreference")
+    butler: tuple = flag((), "butler checkpoints, comma-separated: their seeds are resampled "
+                             "(default: the shipped one)", names)
+    task: tuple = flag(("coreference",), f"comma-separated, of {', '.join(TASKS)}", names)
+    data: str = flag(None, "instead of a task: JSONL file of context, question, answer")
     selectors: tuple = flag(NAMES, f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
+    interval: int = flag(1, "score and choose at every I-th token only")
+    neighbours: int = flag(0, "tokens fetched on either side of a chosen one, within the budget")
     n: int = flag(100, "documents for each seed")
     seeds: tuple = flag(("0",), "comma-separated seeds of the documents", names)
-    referents: int = flag(1, "places introduced in a document")
-    context: int = flag(355, "approximate tokens of context and question")
+    referents: int = flag(1, "coreference: places introduced in a document")
+    context: tuple = flag((), "comma-separated tokens of context, question and answer "
+                              "(default: about 355 for coreference, else 1024)", names)
     question: str = flag("sparse", "sparse: question and answer go through the selection; "
                                    "prefill: only the answer does")
+    batch: int = flag(4, "documents at a time")
+    out: str = flag(None, "JSONL file of single scores; an interrupted run goes on from it")
     device: str = flag("cpu", "cpu or cuda")
 
 
-def evaluate(llama, tok, documents, selectors, budgets, butler=None, question="sparse"):
-    """Teacher-forced answers -> {selector: {budget: [share of answer tokens right, per document]}}.
+# ---------------------------------------------------------------------------- documents
 
-    The context is prefilled densely once and shared; then question and answer pass through each
-    selector as one block, every position under its own selection: the same as token by token.
-    Budgets are given as text and come back as keys; dense stands under "1.0".
+
+def task_documents(task, context, config, count) -> list[Document]:
+    """The test documents of a task, `n` for each seed; count(text) -> tokens."""
+    documents = []
+    for seed in map(int, config.seeds):
+        if task == "coreference":
+            words = round((context or 355) * 250 / 355)  # the default model's tokens per word
+            documents += coreference_documents("test", config.n, seed, referents=config.referents,
+                                               words=words)
+        else:
+            rng = random.Random(f"{task} {seed}")
+            documents += [ruler.TASKS[task](rng, context or 1024, count) for _ in range(config.n)]
+    return documents
+
+
+def read_data(path) -> list[Document]:
+    """Lines {"context", "question", "answer"}, the answer one accepted string or a list of them.
+    Raises UsageError with file and line for anything else."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read {path} ({e})") from None
+    documents = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            context, question, answers = (entry[k] for k in ("context", "question", "answer"))
+        except (ValueError, RecursionError) as e:
+            raise UsageError(f"{path}:{number}: not JSON ({e})") from None
+        except (KeyError, TypeError) as e:
+            raise UsageError(f"{path}:{number}: not an object with context, question and answer "
+                             f"({e})") from None
+        answers = [answers] if isinstance(answers, str) else answers
+        if not (isinstance(context, str) and isinstance(question, str) and context and question
+                and isinstance(answers, list) and answers
+                and all(isinstance(a, str) and a.strip() for a in answers)):
+            raise UsageError(f"{path}:{number}: context and question are texts, answer a text or a "
+                             f"list of them, none empty")
+        documents.append(Document(context, question, tuple(a.strip() for a in answers), "any", 64))
+    if not documents:
+        raise UsageError(f"{path}: no lines")
+    return documents
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+class Scores:
+    """Single scores, kept in a JSONL file where one is given: what is in it is not done again.
+
+    The first line says which run it belongs to; a last line cut short by an interruption is cut.
     """
-    wanted = [(s, b) for s in selectors for b in (("1.0",) if s == "dense" else budgets)]
-    right = {s: {b: [] for name, b in wanted if name == s} for s in selectors}
-    for document in tqdm(documents, desc="answering", file=sys.stderr):
-        context, ask, answer = (tok.encode(part) for part in
-                                (document.context, document.question, document.answer))
+
+    def __init__(self, path=None, run=None):
+        self.known, self.file = {}, None
+        if path is None:
+            return
+        path, header = Path(path), json.dumps(run)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_text() if path.exists() else ""
+            lines = text[: text.rfind("\n") + 1].splitlines()
+            if lines and lines[0] != header:
+                raise UsageError(f"{path} belongs to a run with other settings: {lines[0][:200]}")
+            self.known = {key: score for key, score in map(json.loads, lines[1:])}
+            self.file = path.open("r+" if lines else "w")
+            self.file.seek(len("".join(line + "\n" for line in lines).encode()))
+            self.file.truncate()
+        except (OSError, ValueError) as e:
+            raise e if isinstance(e, UsageError) else UsageError(f"{path}: {e}") from None
+        if not lines:
+            self.file.write(header + "\n")
+
+    def add(self, key: str, score: float) -> None:
+        self.known[key] = score
+        if self.file:
+            self.file.write(json.dumps([key, score]) + "\n")
+            self.file.flush()
+
+
+def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sparse", batch=4,
+             scores=None, task="", **rules) -> dict:
+    """-> {selector: {budget: [[score of each document] of each butler]}}; one list if not butler.
+
+    Budgets are given as text and come back as keys; dense stands under "1.0". `rules` (interval,
+    neighbours) hold for all but those that evict. `scores` may know some already.
+    """
+    scores = scores or Scores()
+    makers = {}
+    for name in selectors:
+        for b, budget in ((b, float(b)) for b in (("1.0",) if name == "dense" else budgets)):
+            for i, butler in enumerate(butlers if name == "butler" else [None]):
+                own = {} if name in EVICTING else rules
+                makers[name, b, i] = partial(make_selector, name, budget, butler, **own)
+    evicting = [EVICTING[name] for name in selectors if name in EVICTING]
+    if documents[0].new_tokens and (evicting or rules.get("interval", 1) > 1):
+        batch = 1  # evictions and reuse count a row's own steps; padding before its end is none
+    todo = {d: {key: make for key, make in makers.items()
+                if f"{task} {d} {' '.join(map(str, key))}" not in scores.known}
+            for d in range(len(documents))}
+    order = [d for d in todo if todo[d]]
+    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+    for group in tqdm(groups, desc=task or "answering", unit="batch", file=sys.stderr):
+        wanted = {key: make for d in group for key, make in todo[d].items()}
+        prompts = Prompts(llama, tok, [documents[d] for d in group], question, evicting)
+        for key, make in wanted.items():
+            for d, score in zip(group, prompts.answer(make()), strict=True):
+                scores.add(f"{task} {d} {' '.join(map(str, key))}", score)
+    table = {}
+    for name, b, i in makers:
+        column = [scores.known[f"{task} {d} {name} {b} {i}"] for d in range(len(documents))]
+        table.setdefault(name, {}).setdefault(b, []).append(column)
+    return table
+
+
+class Prompts:
+    """A batch of documents of one kind, their contexts read densely, ready to be asked about.
+
+    `evicting` kinds of selectors watch as the contexts are read, once for all budgets.
+    """
+
+    def __init__(self, llama, tok, documents, question: str, evicting=()):
+        self.llama, self.tok, self.documents = llama, tok, documents
+        self.forced = documents[0].scoring in ("exact", "token")
+        self.new = 0 if self.forced else documents[0].new_tokens
+        self.answers = [tok.encode(d.answer) if self.forced else [] for d in documents]
+        contexts = [[tok.bos_id] * tok.add_bos + tok.encode(d.context) for d in documents]
+        blocks = [tok.encode(d.question) for d in documents]
         if question == "prefill":
-            context, ask = context + ask[:-1], ask[-1:]
-        block = torch.tensor([ask + answer[:-1]], device=llama.device)
-        target = torch.tensor(answer, device=llama.device)
-        cache = llama.new_cache(1, len(context) + block.shape[1])
-        llama.prefill(torch.tensor([context], device=llama.device), cache)
-        for name, budget in wanted:
-            cache.truncate(len(context))
-            with torch.no_grad():
-                logits = llama(block, cache, make_selector(name, float(budget), butler))
-            hits = logits[0, -len(answer):].argmax(-1) == target
-            right[name][budget].append(hits.float().mean().item())
-    return right
+            contexts = [c + b[:-1] for c, b in zip(contexts, blocks, strict=True)]
+            blocks = [b[-1:] for b in blocks]
+        blocks = [b + a[:-1] for b, a in zip(blocks, self.answers, strict=True)]
+        self.block, self.real = padded(blocks, llama.device)
+        self.watchers = {kind: [kind(budget=1.0) for _ in documents] for kind in evicting}
+        self.read([torch.tensor([c], device=llama.device) for c in contexts])
+
+    def read(self, contexts) -> None:
+        """Prefills one cache with contexts [1, T], each read by itself: no padding is computed."""
+        self.lengths = torch.tensor([c.shape[1] for c in contexts], device=self.llama.device)
+        longest = int(self.lengths.max())
+        room = longest + self.block.shape[1] + self.new
+        self.cache = self.llama.new_cache(len(contexts), room)
+        for row, context in enumerate(contexts):
+            def watch(*seen, row=row):
+                for watchers in self.watchers.values():
+                    watchers[row].watch(*seen)
+
+            one = self.llama.new_cache(1, context.shape[1])
+            self.llama.prefill(context, one, watch)
+            for mine, its in zip(self.cache.k + self.cache.v, one.k + one.v, strict=True):
+                mine[row, :, : its.shape[2]] = its[0]
+        self.cache.advance(longest, self.lengths)
+
+    @torch.no_grad()
+    def answer(self, selector) -> list[float]:
+        """Scores of all documents, question and answer going through a fresh selector. Of a forced
+        answer, `hits` then lists (step since the context's end, right?) of every token."""
+        self.cache.truncate(self.lengths)
+        if type(selector) in self.watchers:
+            selector.follow(self.watchers[type(selector)])
+        even = bool((self.real == self.real[0]).all())
+        logits = self.llama(self.block, self.cache, selector, None if even else self.real,
+                            last=not self.forced)
+        if not self.forced:
+            return self.written(logits, selector)
+        scores, self.hits = [], []
+        for row, (document, answer) in enumerate(zip(self.documents, self.answers, strict=True)):
+            first = int(self.real[row]) - len(answer)
+            best = logits[row, first : first + len(answer)].argmax(-1).tolist()
+            hits = [a == b for a, b in zip(answer, best, strict=True)]
+            self.hits += enumerate(hits, first)
+            share = sum(hits) / len(hits)
+            scores.append(share if document.scoring == "token" else float(share == 1))
+        return scores
+
+    def written(self, logits, selector) -> list[float]:
+        """Greedy decoding until the end, or until more text could not change any score."""
+        texts = [[] for _ in self.documents]
+        done = [False] * len(texts)
+        for step in range(self.new):
+            token = logits[:, -1:].argmax(-1)
+            for row, new in enumerate(token[:, 0].tolist()):
+                if not done[row]:
+                    texts[row].append(new)
+                    score = found(self.documents[row], self.tok.decode(texts[row]))
+                    done[row] = new in self.tok.eos_ids or score == 1
+            if all(done) or step == self.new - 1:
+                break
+            logits = self.llama.decode(token, self.cache, selector)
+        return [found(d, self.tok.decode(ids)) for d, ids in
+                zip(self.documents, texts, strict=True)]
 
 
-def bootstrap(values: list[float], seed=0, draws=2000) -> dict:
-    """Mean of 0/1 or graded scores with its 95 % interval, by bootstrap over documents."""
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    return {"mean": sum(values) / len(values), "low": means[int(0.025 * draws)],
-            "high": means[int(0.975 * draws)], "n": len(values)}
+def padded(rows: list[list[int]], device):
+    """Token lists -> one tensor [B, longest], zeros behind, and their lengths [B]."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+    return tokens, torch.tensor([len(row) for row in rows], device=device)
 
 
-def exact(right: list[float]) -> list[float]:
-    """An answer is exact when every one of its tokens is right."""
-    return [float(share == 1.0) for share in right]
+def found(document: Document, text: str) -> float:
+    """Scoring by substring, case apart, as RULER does: share of the references, or any of them."""
+    hits = [reference.lower() in text.lower() for reference in document.answers]
+    return float(any(hits)) if document.scoring == "any" else sum(hits) / len(hits)
+
+
+def bootstrap(runs: list[list[float]], seed=0, draws=2000) -> dict:
+    """Mean of scores [[of each document] of each run] and its 95 % interval: runs are drawn with
+    replacement, then documents, the same for every run. n is the number of documents."""
+    rng, n = random.Random(seed), len(runs[0])
+    means = []
+    for _ in range(draws):
+        chosen = rng.choices(range(n), k=n)
+        drawn = rng.choices(runs, k=len(runs))
+        means.append(sum(run[i] for run in drawn for i in chosen) / n / len(runs))
+    means.sort()
+    return {"mean": sum(map(sum, runs)) / n / len(runs), "low": means[int(0.025 * draws)],
+            "high": means[int(0.975 * draws)], "n": n}
+
+
+# ---------------------------------------------------------------------------- the script
 
 
 def main(config: Config) -> dict:
-    documents = check(config)
+    tasks = check(config)
     path = resolve(config.model)
-    llama = Llama.from_pretrained(path, device=config.device)
-    butler = load_for(llama, config.butler) if "butler" in config.selectors else None
     tok = tokenizer.load(path)
-    right = evaluate(llama, tok, documents, config.selectors, config.budgets, butler,
-                     config.question)
-    selected = [d.question * (config.question == "sparse") + d.answer for d in documents]
-    selected = sum(len(tok.encode(text)) for text in selected) / len(documents)
-    table = {s: {b: bootstrap(exact(r)) for b, r in by.items()} for s, by in right.items()}
-    for name, by in table.items():
-        for budget, m in by.items():
-            print(f"{name:8s} {budget:>5s}  {m['mean']:.2f}  [{m['low']:.2f}, {m['high']:.2f}]")
-    print(f"{selected:.0f} tokens of each document went through the selection")
-    return {"results": {config.task: table}, "selected_tokens": selected} | provenance()
+    count = lambda text: len(tok.encode(text))  # noqa: E731
+    try:
+        tasks = {name: make(count) for name, make in tasks.items()}
+    except ValueError as e:  # a dial out of range
+        raise UsageError(str(e)) from None
+    llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
+    butlers = [load_for(llama, p) for p in config.butler or (None,)]
+    fits(llama, tasks, count)
+    free = ("out", "n", "batch", "device")  # may change when a run goes on
+    identity = {k: v for k, v in asdict(config).items() if k not in free}
+    scores = Scores(config.out, identity)
+    results, selected = {}, {}
+    for name, documents in tasks.items():
+        table = evaluate(llama, tok, documents, config.selectors, config.budgets, butlers,
+                         config.question, config.batch, scores, name,
+                         interval=config.interval, neighbours=config.neighbours)
+        results[name] = {s: {b: bootstrap(runs) for b, runs in by.items()}
+                         for s, by in table.items()}
+        selected[name] = sum(count(d.question * (config.question == "sparse")) + d.new_tokens
+                             + (not d.new_tokens) * count(d.answer) for d in documents)
+        selected[name] /= len(documents)
+        for selector, by in results[name].items():
+            for budget, m in by.items():
+                print(f"{name:18s} {selector:8s} {budget:>5s}  {m['mean']:.3f}  "
+                      f"[{m['low']:.3f}, {m['high']:.3f}]  n = {m['n']}")
+        print(f"{name:18s} {selected[name]:.0f} tokens went through the selection", flush=True)
+    return {"results": results, "selected_tokens": selected,
+            "dtype": str(llama.embed_tokens.weight.dtype)} | provenance()
 
 
-def check(config: Config) -> list[Document]:
-    """What can be known to be wrong before anything slow starts -> the documents to answer."""
-    if config.task != "coreference":
-        raise UsageError(f"unknown task {config.task!r}; known: coreference")
+def fits(llama, tasks, count) -> None:
+    """Raises UsageError for a document that the model cannot hold."""
+    limit = llama.config.context
+    for name, documents in tasks.items():
+        for number, d in enumerate(documents, 1):
+            answer = d.new_tokens or count(d.answer)
+            size = 1 + count(d.context) + count(d.question) + answer
+            if size > limit + 1:
+                raise UsageError(f"{name}, document {number}: {size} tokens with its answer, "
+                                 f"the model's context is {limit}")
+
+
+def check(config: Config) -> dict:
+    """What can be known to be wrong before anything slow starts -> {name: count -> documents}."""
+    for given, known, what in ((config.task, TASKS, "task"), (config.selectors, NAMES, "selector")):
+        if unknown := sorted(set(given) - set(known)):
+            raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     if config.question not in ("sparse", "prefill"):
         raise UsageError(f"--question is sparse or prefill, not {config.question!r}")
-    if unknown := sorted(set(config.selectors) - set(NAMES)):
-        raise UsageError(f"unknown selector {unknown[0]!r}; known: {', '.join(NAMES)}")
-    if config.n < 1 or not config.selectors:
-        raise UsageError("--n is at least 1, and --selectors names at least one")
-    words = round(config.context * 250 / 355)  # the default model's tokens for this English
+    if config.n < 1 or config.batch < 1 or not config.selectors or not config.task:
+        raise UsageError("--n and --batch are at least 1, --task and --selectors name at least one")
     try:
+        contexts = [int(c) for c in config.context] or [None]
+        [int(seed) for seed in config.seeds]
         for budget in config.budgets:
-            Selector(float(budget))
-        return [document for seed in config.seeds for document in coreference_documents(
-            "test", config.n, int(seed), referents=config.referents, words=words)]
-    except ValueError as e:  # not a number, or a dial out of range
+            Selector(float(budget), interval=config.interval, neighbours=config.neighbours)
+    except ValueError as e:  # not a number, or out of range
         raise UsageError(str(e)) from None
+    if config.data is not None:
+        documents = read_data(config.data)
+        return {"data": lambda count: documents}
+    return {task if len(contexts) == 1 else f"{task}@{context}":
+            partial(task_documents, task, context, config)
+            for context in contexts for task in config.task}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
     text -> base model (frozen, one forward) -> x of the producer layers, q and k of every layer
                 teacher  p = softmax(q . k / sqrt(D))          what each head attends to
                 student  b = softmax(q_imp . k_imp / sqrt(E))  what the butler expects
-    loss = mean over layers, heads and sampled rows of KL(p || b); only the butler learns.
+loss = mean over layers, heads and sampled rows of KL(p || b)
+     + the same for p and b averaged over the heads that share a KV head
+
+The second part is not in the paper: it trains what a selection is made by. Only the butler learns.
 
 The trainer looks at the base model through the very hook that a selector uses (`Recorder`), so what
 a producer reads here is what it reads when decoding. Rows are sampled because neighbouring queries
@@ -31,11 +34,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import tokenizer
-from baselines import Recall, make_selector
+from baselines import Probe, make_selector, mean
 from butler import Butler, ButlerConfig
 from cli import UsageError, flag, provenance, run
+from coreference import coreference_documents, pools, training_text
 from model import Llama, fast_dtype, resolve
-from synth_task import bootstrap, coreference_documents, evaluate, exact, pools, training_text
+from synth_task import bootstrap, evaluate
 
 
 @dataclass
@@ -46,11 +50,11 @@ class Config:
     data: list = flag([], "text files or folders to train on (default: this Python's own text)")
     out: str = flag("out/butler.safetensors", "where the butler goes")
     report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
-    steps: int = flag(1200, "optimiser steps")
+    steps: int = flag(2000, "optimiser steps")
     batch: int = flag(2, "texts per step")
     length: int = flag(512, "tokens per text")
     rows: int = flag(64, "queries per text that a step looks at")
-    reuse: int = flag(4, "steps that a batch of texts serves, each with fresh rows")
+    reuse: int = flag(8, "steps that a batch of texts serves, each with fresh rows")
     learning_rate: float = flag(1e-2, "peak learning rate")
     stride: int = flag(5, "layers served by one producer (R)")
     size: int = flag(16, "channels of importance space (E)")
@@ -133,36 +137,47 @@ class Recorder:
 
 
 def distillation(butler, record, rows):
-    """KL(teacher || student) of the chosen rows [N] of every layer >= 1 -> [L-1], with gradient.
+    """KL(teacher || student) of the chosen rows [N] of every layer >= 1, with gradient: -> that of
+    each query head [L-1], and that of each group's mean [L-1], which is what a selection uses.
 
     Both are causal softmaxes over the cached tokens, [B, G, H/G, N, S]. The entropy of the teacher
     has no gradient: minimising KL is minimising the paper's cross-entropy.
     """
-    losses, queries = [], {}
+    heads, groups, queries = [], [], {}
     S = record.keys[0].shape[2]
     future = torch.arange(S, device=rows.device) > rows[:, None]  # [N, S]
     future = torch.zeros(future.shape, device=rows.device).masked_fill(future, -1e4)
+    one_query = butler.config.heads == butler.config.kv_heads  # for a whole group
     for layer, keys in record.keys.items():
-        if layer:
-            with torch.no_grad():
-                q = record.q[layer][:, :, rows].float() * keys.shape[-1] ** -0.5
-                q, k = q.unflatten(1, (keys.shape[1], -1)), keys.float()[:, :, None]
-                log_p = ((q @ k.transpose(-1, -2)).add_(future)).log_softmax(dim=-1)
-                p = log_p.exp()
-            scores = butler.scores(queries[layer], butler.project(layer, keys))
-            log_b = (scores + future).log_softmax(dim=-1)
-            mean = p.shape[:-1].numel()  # dot products: no pass over memory for a product
-            losses.append((p.flatten() @ log_p.flatten() - p.flatten() @ log_b.flatten()) / mean)
         queries |= butler.queries(layer, record.x[layer][:, rows])
-    return torch.stack(losses)
+        if layer == 0:
+            continue
+        with torch.no_grad():
+            q = record.q[layer][:, :, rows].float() * keys.shape[-1] ** -0.5
+            q, k = q.unflatten(1, (keys.shape[1], -1)), keys.float()[:, :, None]
+            p = (q @ k.transpose(-1, -2)).add_(future).softmax(dim=-1)
+            mean = p.mean(2, keepdim=True)
+        scores = butler.scores(queries[layer], butler.project(layer, keys))
+        log_b = (scores + future).log_softmax(dim=-1)
+        heads.append(divergence(mean if one_query else p, log_b))
+        groups.append(divergence(mean, log_b.exp().mean(2, keepdim=True).clamp(min=TINY).log()))
+    return torch.stack(heads), torch.stack(groups)
+
+
+TINY = 1e-30  # far below any probability that matters, and its logarithm is finite
+
+
+def divergence(p, log_b):
+    """Mean KL(p || b) over all but the last axis; dot products: no pass over memory to multiply."""
+    log_p = p.clamp(min=TINY).log_().flatten()
+    return (p.flatten() @ log_p - p.flatten() @ log_b.flatten()) / p.shape[:-1].numel()
 
 
 def distil(llama, butler, mixture, config, log):
     """The loop: trains the butler in place; continues from OUT.state when asked to.
 
-    Learning rate: 5 % warm-up, then a cosine down to nothing. Gradients are clipped at 10. A batch
-    of texts serves several steps with fresh rows: the base model's forward is most of the cost,
-    and what it says about a text is worth more than one look.
+    A batch of texts serves several steps with fresh rows: the base model's forward is most of the
+    cost, and what it says about a text is worth more than one look.
     """
     optimizers = make_optimizers(butler, config.learning_rate)
     start = load_state(butler, optimizers, config, log) if config.resume else 0
@@ -174,23 +189,32 @@ def distil(llama, butler, mixture, config, log):
             tokens = [mixture.window(text, config.length) for text in texts]
             recorded = record(llama, torch.tensor(tokens, device=config.device))
         rows = sample_rows(random.Random(f"{config.seed} {step}"), config.rows, config.length)
-        warm = (step + 1) / (0.05 * config.steps)
-        rate = min(1, warm) * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-        kl = distillation(butler, recorded, rows.to(config.device))
+        kl, group_kl = distillation(butler, recorded, rows.to(config.device))
         log.append(kl.mean().item())
         if not math.isfinite(log[-1]):
             raise UsageError(f"the loss is {log[-1]} at step {step}: lower --learning-rate")
-        kl.mean().backward()
-        torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate
-            optimizer.step()
-            optimizer.zero_grad()
+        rate = config.learning_rate * schedule(step, config.steps)
+        update(butler, optimizers, kl.mean() + group_kl.mean(), rate)
         worst = int(kl.argmax())
         bar.set_postfix_str(f"KL {log[-1]:.3f} a layer, worst {kl[worst]:.2f} at {worst + 1}")
         if (step + 1) % config.save_every == 0:
             save_state(butler, optimizers, config, log)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: 5 % warm-up, then a cosine down to nothing."""
+    return min(1, (step + 1) / (0.05 * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def update(butler, optimizers: list, loss, rate: float) -> None:
+    """One step of every optimiser, gradients clipped at 10."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def make_optimizers(butler, rate: float) -> list:
@@ -272,7 +296,7 @@ def held_out_kl(llama, butler, windows):
     """Mean KL per layer over windows [N, T] that were never trained on, every 4th row. -> [L-1]"""
     rows = torch.arange(3, windows.shape[1], 4, device=windows.device)
     with torch.no_grad():
-        return torch.stack([distillation(butler, record(llama, w[None]), rows)
+        return torch.stack([distillation(butler, record(llama, w[None]), rows)[0]
                             for w in windows]).mean(0)
 
 
@@ -281,10 +305,10 @@ def mass_recall(llama, butler, windows, name: str, budget: float) -> float:
     selection, measured on the sparse run itself."""
     means = []
     for window in windows:
-        recall = Recall(make_selector(name, budget, butler))
+        probe = Probe(make_selector(name, budget, butler))
         with torch.no_grad():
-            llama(window[None], selector=recall, last=True)
-        means.append(recall.mean())
+            llama(window[None], selector=probe, last=True)
+        means.append(mean(probe.mass))
     return sum(means) / len(means)
 
 
@@ -292,12 +316,12 @@ def verdict(llama, tok, butler, windows, config) -> dict:
     """The table: mass recall at 10 %, and co-reference answers with 10 % of the tokens attended."""
     documents = coreference_documents("test", config.documents, seed=config.seed)
     compared = ("dense", "oracle", "butler", "recency", "random")
-    right = evaluate(llama, tok, documents, compared, ("0.1",), butler)
+    scores = evaluate(llama, tok, documents, compared, ("0.1",), [butler])
     rows = {}
     for name in compared:
         recall = 1.0 if name == "dense" else mass_recall(llama, butler, windows, name, 0.1)
-        (shares,) = right[name].values()
-        rows[name] = {"mass_recall": recall, "coreference": bootstrap(exact(shares))}
+        (runs,) = scores[name].values()
+        rows[name] = {"mass_recall": recall, "coreference": bootstrap(runs)}
     return rows
 
 

@@ -1,160 +1,195 @@
-"""The documents: what the two splits share (nothing), and whether every dial does what it says."""
+"""The evaluation: scores against plain greedy decoding, batches, resuming, users' own questions."""
 
-import operator
-import random
-import re
+import json
 
 import pytest
+import torch
+from test_scripts import script
 
 import synth_task
-import tokenizer
-
-SPLITS = ("train", "test")
-KINDS = ("places", "names", "philosophy", "food", "arithmetic")
-
-
-def both(kind):
-    return [entry for split in SPLITS for entry in getattr(synth_task.pools(split), kind)]
+from butler import Butler, ButlerConfig
+from coreference import Document, coreference_documents
+from ruler import TASKS
+from synth_task import Prompts, Scores, bootstrap, evaluate, found, read_data
 
 
-def documents(**dials):
-    return [(split, document) for split in SPLITS
-            for document in synth_task.coreference_documents(split, 25, seed=3, **dials)]
+@pytest.fixture(scope="module")
+def butler(llama):
+    torch.manual_seed(3)
+    return Butler(ButlerConfig.for_model(llama)).eval()
 
 
-def words(text):
-    return len(text.split())
+def greedy(llama, tok, document, n):
+    ids = [tok.bos_id] * tok.add_bos + tok.encode(document.context) + tok.encode(document.question)
+    cache, written = llama.new_cache(1, len(ids) + n), []
+    logits = llama.prefill(torch.tensor([ids]), cache)
+    for _ in range(n):
+        written.append(int(logits[0, -1].argmax()))
+        logits = llama.decode(torch.tensor([written[-1:]]), cache)
+    return written
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pools_are_large_and_disjoint(kind):
-    entries = both(kind)
-    assert len(entries) >= (200 if kind in ("places", "names") else 100)
-    assert len(set(entries)) == len(entries)
-    train, test = (set(getattr(synth_task.pools(split), kind)) for split in SPLITS)
-    assert len(train) > len(test) > 0
+def test_exact_means_that_greedy_decoding_writes_the_answer(llama, tok):
+    documents = coreference_documents("test", 4, seed=5)
+    (scores,) = evaluate(llama, tok, documents, ("dense",), ())["dense"]["1.0"]
+    for document, score in zip(documents, scores, strict=True):
+        answer = tok.encode(document.answer)
+        assert score == (greedy(llama, tok, document, len(answer)) == answer)
 
 
-def test_the_two_tellings_of_a_place_are_each_unique_across_splits():
-    for telling in zip(*both("places"), strict=True):
-        assert len(set(telling)) == len(telling)
+def test_written_answers_are_those_of_greedy_decoding(llama, tok):
+    lines = ["The red box holds a key.", "The blue box holds a coin, and nothing else at all."]
+    documents = [Document(" ".join(lines) + extra, " The red box holds a", ("key", "zebra"),
+                          "all", 6) for extra in ("", " The sky is grey.")]
+    (scores,) = evaluate(llama, tok, documents, ("dense",), ())["dense"]["1.0"]
+    for document, score in zip(documents, scores, strict=True):
+        assert score == found(document, tok.decode(greedy(llama, tok, document, 6)))
 
 
-def test_the_custom_of_a_test_place_is_never_trained_on():
-    """The half that tells a test place apart occurs in no training place, in either wording."""
-    train = synth_task.pools("train").places
-    for place in synth_task.pools("test").places:
-        setting = next(s for s in synth_task.SETTINGS if place.introduction.startswith(s[0]))
-        custom = place.introduction.removeprefix(setting[0])
-        clause = place.tie_back.removeprefix(setting[1])
-        assert not any(p.introduction.endswith(custom) or p.tie_back.endswith(clause)
-                       for p in train)
+def test_found_counts_references_in_any_case():
+    document = Document("c", "q", ("Alpha", "Beta"), "all")
+    assert found(document, "ALPHA is first") == 0.5 and found(document, "beta, alpha") == 1
+    assert found(Document("c", "q", ("Alpha", "Beta"), "any"), "so alpha") == 1
+    assert found(document, "gamma") == 0
 
 
-def test_no_name_hides_in_another():
-    names = both("names")
-    assert not [(a, b) for a in names for b in names if a != b and a.lower() in b.lower()]
+@pytest.mark.parametrize("question", ["sparse", "prefill"])
+def test_a_batch_scores_as_its_documents_do_alone(llama, tok, butler, question):
+    """Token hits of every selector, contexts and questions of different lengths."""
+    documents = [coreference_documents("test", 1, seed=s, words=w)[0]
+                 for s, w in ((1, 90), (2, 140))]
+    kinds = [synth_task.BASELINES[name] for name in ("h2o", "snapkv")]
+    together = Prompts(llama, tok, documents, question, kinds)
+    alone = [Prompts(llama, tok, [d], question, kinds) for d in documents]
+    for name in ("dense", "oracle", "butler", "quest", "h2o", "snapkv", "keynorm", "recency"):
+        together.answer(synth_task.make_selector(name, 0.3, butler))
+        hits = []
+        for prompts in alone:
+            prompts.answer(synth_task.make_selector(name, 0.3, butler))
+            hits += prompts.hits
+        assert together.hits == hits, name
 
 
-def test_names_are_several_tokens(model_path):
-    encode = tokenizer.load(model_path).encode
-    lengths = {name: len(encode(" " + name)) for name in both("names")}
-    assert not {name: n for name, n in lengths.items() if n < 3}
+def test_evictors_decide_before_the_question(llama, tok):
+    """Another question leaves what they kept of the context as it was."""
+    document = coreference_documents("test", 1, seed=1, words=90)[0]
+    other = Document(document.context, " What was the weather like?", document.answers)
+    for name in ("h2o", "snapkv"):
+        left = []
+        for asked in (document, other):
+            prompts = Prompts(llama, tok, [asked], "sparse", [synth_task.BASELINES[name]])
+            selector = synth_task.make_selector(name, 0.3)
+            selector.follow(prompts.watchers[type(selector)])
+            prompts.cache.truncate(prompts.lengths)
+            with torch.no_grad():
+                llama(prompts.block[:, :1], prompts.cache, selector)
+            size = int(prompts.lengths[0])
+            left.append(torch.stack([a[..., :size] for a in selector.alive.values()]))
+        assert torch.equal(*left) or (left[0] ^ left[1]).float().mean() < 0.01
+        assert left[0].float().mean() < 0.35
 
 
-def test_arithmetic_is_true():
-    operators = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
-    for sentence in both("arithmetic"):
-        a, op, b, c = re.search(r"(\d+) (\w+) (\d+) \w+ (\d+)\.$", sentence).groups()
-        assert operators[op](int(a), int(b)) == int(c), sentence
+def test_interrupted_scores_go_on(llama, tok, tmp_path, monkeypatch):
+    path, run = tmp_path / "deep" / "scores.jsonl", {"seed": 1}
+    documents = coreference_documents("test", 5, seed=7, words=90)
+
+    def scored(scores):
+        return evaluate(llama, tok, documents, ("dense", "recency"), ("0.3",), batch=2,
+                        scores=scores, task="t")
+
+    whole = scored(Scores())
+    old, left = Prompts.answer, [3]
+
+    def cut(self, selector):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return old(self, selector)
+
+    monkeypatch.setattr(Prompts, "answer", cut)
+    with pytest.raises(KeyboardInterrupt):
+        scored(Scores(path, run))
+    with path.open("a") as f:
+        f.write('["t 4 dense')  # the line being written when the power went
+    left[0] = 3  # two batches of two selectors and one of one are 6 calls: 3 were made
+    assert scored(Scores(path, run)) == whole
+    left[0] = 0
+    assert scored(Scores(path, run)) == whole
+    with pytest.raises(synth_task.UsageError, match="other settings"):
+        Scores(path, {"seed": 2})
+    (tmp_path / "notes.txt").write_text("my notes\n")
+    with pytest.raises(synth_task.UsageError):
+        Scores(tmp_path / "notes.txt", run)
+    assert (tmp_path / "notes.txt").read_text() == "my notes\n"
 
 
-def test_a_seed_fixes_the_documents():
-    first = synth_task.coreference_documents("test", 5, seed=1, referents=2)
-    random.seed(99)  # the global generator must not matter
-    assert first == synth_task.coreference_documents("test", 5, seed=1, referents=2)
-    assert first != synth_task.coreference_documents("test", 5, seed=2, referents=2)
-    assert len({document.text for document in first}) == 5
+@pytest.mark.parametrize("line, complaint", [
+    ("{", "not JSON"), ("3", "not an object"), ('["context", "question"]', "not an object"),
+    ('{"context": "a", "question": "b"}', "answer"),
+    ('{"context": "a", "question": "b", "answer": 3}', "answer"),
+    ('{"context": "a", "question": "b", "answer": []}', "answer"),
+    ('{"context": "a", "question": "b", "answer": [""]}', "none empty"),
+    ('{"context": 1, "question": "b", "answer": "c"}', "texts"), ("[" * 100000, "not JSON")])
+def test_wrong_data_lines_are_named(tmp_path, line, complaint):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"context": "a", "question": "b", "answer": "c"}\n\n' + line + "\n")
+    with pytest.raises(synth_task.UsageError, match=complaint) as e:
+        read_data(path)
+    assert f"{path}:3:" in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("referents, length", [(1, 120), (1, 250), (3, 250), (8, 600), (1, 5000)])
-def test_referents_and_words_are_honoured(referents, length):
-    for split, document in documents(referents=referents, words=length):
-        pools = synth_task.pools(split)
-        assert sum(name in document.context for name in pools.names) == referents
-        assert sum(place.introduction in document.context for place in pools.places) == referents
-        assert document.context.count(synth_task.CUE) == referents
-        assert abs(words(document.context) - length) <= 0.1 * length
+def test_own_questions_run(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({
+        "context": "Anna keeps her red bicycle in the garden shed. " * 20,
+        "question": "Question: Where does Anna keep her bicycle?\nAnswer: In the",
+        "answer": ["garden shed", "shed"]}) + "\n")
+    done = script("synth_task.py", "--data", path, "--selectors", "dense,butler,snapkv",
+                  "--budgets", "0.3,64", "--out", tmp_path / "s.jsonl")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]["data"]
+    assert results["dense"]["1.0"]["mean"] == 1 and set(results["butler"]) == {"0.3", "64"}
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"context": "word " * 9000, "question": "q", "answer": "a"}))
+    done = script("synth_task.py", "--data", long)
+    assert done.returncode == 2 and "8192" in done.stderr and "9067" in done.stderr
 
 
-@pytest.mark.parametrize("referents", [1, 4])
-@pytest.mark.parametrize("position", [0.0, 0.3, 0.7, 1.0])
-def test_position_is_honoured(referents, position):
-    for _, document in documents(referents=referents, position=position, words=300):
-        (start, end), = document.spans
-        before, after = words(document.context[:start]), words(document.context[end:])
-        # Sentences are not cut, so an introduction may miss its place by about one neighbour.
-        assert abs(before / (before + after) - position) < 0.1
+def test_evaluation_runs_every_selector_at_equal_budgets():
+    done = script("synth_task.py", "--n", "2", "--budgets", "0.1,1.0")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["selected_tokens"]["coreference"] > 20  # the question too
+    results = report["results"]["coreference"]
+    assert set(results) == set(synth_task.NAMES) and set(results["dense"]) == {"1.0"}
+    for by in results.values():
+        for m in by.values():
+            assert m["n"] == 2 and 0 <= m["low"] <= m["mean"] <= m["high"] <= 1
+        assert by["1.0"]["mean"] == results["dense"]["1.0"]["mean"]
 
 
-def test_by_default_one_referent_comes_first_and_several_are_spread():
-    assert all(document.spans[0][0] == 0 for _, document in documents())
-    starts = {round(4 * document.spans[0][0] / len(document.context))
-              for _, document in documents(referents=4)}
-    assert starts == {0, 1, 2, 3}
+def test_several_butlers_and_tasks(tmp_path):
+    done = script("synth_task.py", "--task", "copy,needle_noise", "--context", "600,700", "--n",
+                  "1", "--selectors", "dense,butler", "--butler",
+                  f"{synth_task.load_for.__globals__['SHIPPED']}," * 2, "--budgets", "0.2")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert set(results) == {f"{t}@{c}" for t in ("copy", "needle_noise") for c in (600, 700)}
+    assert results["needle_noise@600"]["dense"]["1.0"]["mean"] == 1
 
 
-@pytest.mark.parametrize("referents", [1, 4])
-def test_only_the_span_holds_the_answer(referents):
-    for _, document in documents(referents=referents, position=0.5):
-        (start, end), = document.spans
-        name = document.answer.strip()
-        assert document.answer == f" {name}" and name in document.context[start:end]
-        assert name not in document.context[:start] + document.context[end:]
-        assert name not in document.question
-        assert document.text == document.context + document.question + document.answer
+def test_bootstrap_brackets_the_mean():
+    m = bootstrap([[1.0] * 30 + [0.0] * 70])
+    assert m["mean"] == 0.3 and 0.2 < m["low"] < 0.3 < m["high"] < 0.4 and m["n"] == 100
+    assert bootstrap([[1.0] * 5]) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 5}
 
 
-@pytest.mark.parametrize("referents", [1, 8])
-def test_the_question_rewords_one_introduced_place(referents):
-    for split, document in documents(referents=referents, words=400):
-        told = [place for place in synth_task.pools(split).places
-                if place.introduction in document.context]
-        asked = [place for place in told if place.tie_back in document.question]
-        assert len(asked) == 1
-        (start, end), = document.spans
-        assert document.context[start:end].startswith(asked[0].introduction)
-        assert document.question.endswith(synth_task.CUE)
-        assert asked[0].introduction[:-1] not in document.question
-        # The others differ in both halves: no shared setting, no shared custom.
-        settings = [s[0] for s in synth_task.SETTINGS if s[0] in document.context]
-        customs = [c[0] for c in synth_task.CUSTOMS if c[0] in document.context]
-        assert len(settings) == len(customs) == referents
+def test_runs_that_disagree_widen_the_interval():
+    alike, apart = [[1.0] * 50 + [0.0] * 50] * 3, [[1.0] * 100, [0.0] * 100, [0.5] * 100]
+    narrow, wide = bootstrap(alike), bootstrap(apart)
+    assert narrow["mean"] == wide["mean"] == 0.5
+    assert wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"])
 
 
-def test_a_tie_back_repeats_few_words_of_its_introduction():
-    common = {"a", "an", "and", "the", "of", "in", "by", "is", "are", "from", "with", "where",
-              "that", "all", "its", "each", "every", "at", "for", "as", "was", "no"}
-    for place in both("places"):
-        told, asked = ({*re.findall(r"[a-z]+", text.lower())} - common for text in place)
-        assert len(told & asked) <= 1, (place, told & asked)
-
-
-def test_training_text_varies():
-    rng, pools = random.Random(0), synth_task.pools("train")
-    texts = [synth_task.training_text(rng, pools) for _ in range(60)]
-    assert {text.count(synth_task.CUE) - 1 for text in texts} == {1, 2, 3}
-    lengths = sorted(map(words, texts))
-    assert 110 < lengths[0] < 180 < 270 < lengths[-1] < 350
-
-
-@pytest.mark.parametrize("dials", [{"referents": 0}, {"referents": 9}, {"position": 1.5},
-                                   {"referents": 8, "words": 50}])
-def test_impossible_dials_are_refused(dials):
-    with pytest.raises(ValueError):
-        synth_task.coreference_documents("test", 1, seed=0, **dials)
-
-
-def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="split"):
-        synth_task.pools("validation")
+def test_every_task_is_known_by_name():
+    assert set(synth_task.TASKS) == {"coreference", *TASKS}

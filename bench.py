@@ -1,0 +1,274 @@
+"""bench.py - what selection costs in quality: perplexity, recall, stale choices, long texts.
+
+    text file -> windows [N, T] -> the model, every position under its own selection -> a number
+    with its 95 % interval (bootstrap over windows or documents, and over butlers if several)
+
+    perplexity  exp of the mean loss; each position keeps its own subset, as if it were decoded
+    recall      share of the true attention kept, error of the attention's output, and Spearman rank
+                correlation of scores and attention, by layer; all on the sparse run's own states
+    interval    the tasks at prediction intervals 1 to 16, with and without neighbours, at equal
+                total budget; and accuracy by the number of steps since the last prediction
+    generation  free text of --length tokens: which share of its 8-grams has been there before?
+
+    python bench.py --suite perplexity --text FILE --budgets 0.1,0.25,0.5
+"""
+
+import json
+import math
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import ruler
+import synth_task
+import tokenizer
+from baselines import NAMES, Probe, make_selector
+from butler import Selector, load_for
+from cli import UsageError, flag, names, provenance, run
+from coreference import coreference_documents
+from model import Llama, fast_dtype, resolve
+from synth_task import Prompts, bootstrap
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Config:
+    """Measures what a selection costs in quality."""
+
+    suite: str = flag("perplexity", "perplexity, recall, interval or generation")
+    model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
+    butler: tuple = flag((), "comma-separated checkpoints (default: the shipped one)", names)
+    selectors: tuple = flag(("dense", "oracle", "butler"),
+                            f"comma-separated, of {', '.join(NAMES)}", names)
+    budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
+    text: str = flag(None, "text file (default: Python's reference, the part not trained on)")
+    n: int = flag(32, "windows, documents or prompts")
+    length: int = flag(512, "tokens of a window; of a generated text")
+    context: int = flag(1024, "interval: tokens of a document with its question and answer")
+    task: tuple = flag(("coreference", "needle_noise", "copy"), "interval: tasks", names)
+    intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval: steps between choices", names)
+    neighbours: tuple = flag(("0", "1"), "interval: tokens on either side of a chosen one", names)
+    seed: int = flag(0, "seed of documents and sampling")
+    write: bool = flag(False, "write results/SUITE.json")
+    device: str = flag("cpu", "cpu or cuda")
+
+
+@dataclass
+class Bench:
+    """What every suite needs: the model, its tokenizer, the butlers, the flags."""
+
+    llama: Llama
+    tok: tokenizer.Tokenizer
+    butlers: list
+    config: Config
+
+    def makers(self):
+        """-> (name, budget as text, [makers of fresh selectors, one per butler])."""
+        for name in self.config.selectors:
+            for budget in ("1.0",) if name == "dense" else self.config.budgets:
+                owners = self.butlers if name == "butler" else [None]
+                yield name, budget, [
+                    lambda b=b, name=name, budget=budget, **rules: make_selector(
+                        name, float(budget), b, **rules) for b in owners]
+
+    def windows(self, length: int) -> torch.Tensor:
+        """[n, length] tokens, spread evenly over the text."""
+        n = self.config.n
+        ids = self.tok.encode(read_text(self.config.text))
+        if len(ids) < n * length:
+            raise UsageError(f"the text has {len(ids)} tokens, {n} windows of {length} need "
+                             f"{n * length}")
+        step = (len(ids) - length) // max(n - 1, 1)
+        rows = [ids[i * step : i * step + length] for i in range(n)]
+        return torch.tensor(rows, device=self.llama.device)
+
+
+def read_text(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8") if path else ruler.prose(random.Random(0))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read {path} ({e})") from None
+
+
+# ---------------------------------------------------------------------------- the suites
+
+
+def perplexity(bench: Bench) -> dict:
+    """Masked perplexity, and its excess over the oracle's at the same budget, window by window."""
+    windows, loss = bench.windows(bench.config.length), {}
+    for name, budget, makers in tqdm(list(bench.makers()), desc="perplexity", file=sys.stderr):
+        loss[name, budget] = []
+        for make in makers:
+            with torch.no_grad():
+                logits = [bench.llama(w[None], selector=make())[0, :-1].float() for w in windows]
+            loss[name, budget].append([F.cross_entropy(out, w[1:]).item()
+                                       for out, w in zip(logits, windows, strict=True)])
+    results = {"perplexity": {}, "over_oracle": {}}
+    for (name, budget), runs in loss.items():
+        results["perplexity"].setdefault(name, {})[budget] = through(math.exp, bootstrap(runs))
+        if name != "oracle" and ("oracle", budget) in loss:
+            (best,) = loss["oracle", budget]
+            more = [[a - b for a, b in zip(run, best, strict=True)] for run in runs]
+            results["over_oracle"].setdefault(name, {})[budget] = through(
+                math.expm1, bootstrap(more))
+    return {"results": results}
+
+
+def recall(bench: Bench) -> dict:
+    """Probe's measures on the sparse run's own hidden states, by layer and on average."""
+    windows = bench.windows(bench.config.length)
+    results, layers = {}, {}
+    for name, budget, makers in tqdm(list(bench.makers()), desc="recall", file=sys.stderr):
+        if name == "dense":
+            continue
+        runs = []  # per butler, per window: {measure: {layer: number}}
+        for make in makers:
+            runs.append([])
+            for window in windows:
+                cache = bench.llama.new_cache(1, len(window))
+                probe = Probe(make(), rank=True, cache=cache)
+                with torch.no_grad():
+                    bench.llama(window[None], cache, probe, last=True)
+                runs[-1].append({m: by for m in ("mass", "error", "spearman")
+                                 if (by := getattr(probe, m))})
+        for measure, first in runs[0][0].items():
+            values = [[sum(w[measure].values()) / len(first) for w in run] for run in runs]
+            results.setdefault(measure, {}).setdefault(name, {})[budget] = bootstrap(values)
+            flat = [w[measure] for run in runs for w in run]
+            layers.setdefault(measure, {}).setdefault(name, {})[budget] = [
+                sum(w[layer] for w in flat) / len(flat) for layer in first]
+    return {"results": results, "layers": layers}
+
+
+def interval(bench: Bench) -> dict:
+    """Accuracy at every interval, with and without neighbours, and token accuracy by the age of
+    the choice. One document at a time: steps are counted in it alone."""
+    c, results, ages = bench.config, {}, {}
+    rules = [{"interval": i, "neighbours": k} for i in map(int, c.intervals)
+             for k in map(int, c.neighbours)]
+    for task in c.task:
+        scores, hits = {}, {}
+        for document in tqdm(task_documents(bench, task), desc=task, file=sys.stderr):
+            prompts = Prompts(bench.llama, bench.tok, [document], "sparse")
+            for name, budget, makers in bench.makers():
+                for rule in rules[: 1 if name == "dense" else None]:
+                    label = f"interval {rule['interval']}, neighbours {rule['neighbours']}"
+                    for i, make in enumerate(makers):
+                        key = (label, name, budget)
+                        row = scores.setdefault(key, [[] for _ in makers])[i]
+                        row += prompts.answer(make() if name == "dense" else make(**rule))
+                        for step, hit in prompts.hits:
+                            age = hits.setdefault((label, name), {}).setdefault(
+                                step % rule["interval"], [])
+                            age.append(hit)
+        for (label, name, budget), runs in scores.items():
+            column = results.setdefault(f"{task}, {label}", {}).setdefault(name, {})
+            column[budget] = bootstrap(runs)
+        ages[task] = {f"{label}, {name}": {str(age): sum(h) / len(h) for age, h in by.items()}
+                      for (label, name), by in hits.items()}
+    return {"results": results, "token_accuracy_by_age": ages}
+
+
+def task_documents(bench: Bench, task: str) -> list:
+    c = bench.config
+    if task == "coreference":
+        return coreference_documents("test", c.n, c.seed)
+    rng = random.Random(f"{task} {c.seed}")
+    return [ruler.TASKS[task](rng, c.context, lambda text: len(bench.tok.encode(text)))
+            for _ in range(c.n)]
+
+
+def generation(bench: Bench) -> dict:
+    """Texts of --length tokens behind prompts of 64, sampled at temperature 0.8 with the same
+    seed for every selector -> share of the 8-grams that occurred in the text before."""
+    c, results, texts = bench.config, {}, {}
+    prompts = bench.windows(64)
+    for name, budget, makers in bench.makers():
+        runs = []
+        for make in makers:
+            generator = torch.Generator().manual_seed(c.seed)
+            cache, selector = bench.llama.new_cache(c.n, 64 + c.length), make()
+            logits = bench.llama.prefill(prompts, cache, selector and selector.watch)
+            written = []
+            for _ in tqdm(range(c.length), desc=f"{name} {budget}", file=sys.stderr):
+                p = (logits[:, -1].float() / 0.8).softmax(-1).cpu()
+                written.append(torch.multinomial(p, 1, generator=generator))
+                logits = bench.llama.decode(written[-1].to(prompts.device), cache, selector)
+            rows = torch.cat(written, dim=1).tolist()
+            runs.append([repeated(row) for row in rows])
+        results.setdefault(name, {})[budget] = bootstrap(runs)
+        texts.setdefault(name, {})[budget] = bench.tok.decode(rows[0])[-300:]
+    return {"results": {"repeated_8_grams": results}, "endings": texts}
+
+
+def repeated(ids: list[int], n=8) -> float:
+    """Share of the n-grams of a text that are not their first occurrence."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams)
+
+
+def through(function, interval: dict) -> dict:
+    """A monotone function of a mean and its interval; n stays."""
+    return {key: v if key == "n" else function(v) for key, v in interval.items()}
+
+
+# ---------------------------------------------------------------------------- the script
+
+SUITES = {"perplexity": perplexity, "recall": recall, "interval": interval,
+          "generation": generation}
+
+
+def main(config: Config) -> dict:
+    check(config)
+    path = resolve(config.model)
+    llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
+    butlers = []
+    if "butler" in config.selectors:
+        butlers = [load_for(llama, p) for p in config.butler or (None,)]
+    bench = Bench(llama, tokenizer.load(path), butlers, config)
+    report = SUITES[config.suite](bench) | provenance()
+    report["dtype"] = str(llama.embed_tokens.weight.dtype)
+    for what, table in report["results"].items():
+        for selector, by in table.items():
+            for budget, m in by.items():
+                print(f"{what:12s} {selector:8s} {budget:>5s}  {m['mean']:9.4f}  "
+                      f"[{m['low']:.4f}, {m['high']:.4f}]  n = {m['n']}")
+    if config.write:
+        written = RESULTS / f"{config.suite}.json"
+        written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
+    return report
+
+
+def check(config: Config) -> None:
+    for given, known, what in (((config.suite,), SUITES, "suite"),
+                               (config.selectors, NAMES, "selector"),
+                               (config.task, synth_task.TASKS, "task")):
+        if unknown := sorted(set(given) - set(known)):
+            raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+    if config.n < 1 or config.length < 64:
+        raise UsageError("--n is at least 1, --length at least 64")
+    if "snapkv" in config.selectors and config.suite in ("perplexity", "recall"):
+        raise UsageError(f"snapkv evicts at the end of a prompt, and the text of --suite "
+                         f"{config.suite} has none")
+    evicting = sorted(set(config.selectors) & set(synth_task.EVICTING))
+    if evicting and config.suite == "interval":
+        raise UsageError(f"{evicting[0]} evicts at every step: no --suite interval")
+    try:
+        for budget in config.budgets:
+            for i in config.intervals:
+                for k in config.neighbours:
+                    Selector(float(budget), interval=int(i), neighbours=int(k))
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    if config.text:
+        read_text(config.text)
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,272 @@
+"""results/ablate.py - one change at a time: what each choice of the default butler is worth.
+
+Butlers that differ in one thing are trained side by side, on the same texts and rows: the frozen
+model's forward, which they share, is done once. Then all are measured on the same windows and
+documents, so that a difference to the default row is paired. --only trains a few of them.
+
+    python results/ablate.py --text FILE [--only stride=3,size=8]      writes results/ablations.json
+
+kept      attention mass kept at 10 % of the tokens, beside the default row's: difference, 95 %
+over      perplexity over the oracle's, at 10 and 25 %
+answers   co-reference answers exact at 7 % of the tokens
+"""
+
+import json
+import math
+import random
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bench  # noqa: E402
+import train  # noqa: E402
+from baselines import BASELINES, Oracle, Probe, mean  # noqa: E402
+from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
+from cli import UsageError, flag, names, provenance, run  # noqa: E402
+from coreference import coreference_documents  # noqa: E402
+from synth_task import bootstrap, evaluate  # noqa: E402
+
+
+@dataclass
+class Config:
+    """Trains butlers that differ in one thing, side by side, and compares them."""
+
+    model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
+    only: tuple = flag((), "comma-separated rows (default: all)", names)
+    steps: int = flag(240, "optimiser steps of the default row")
+    text: str = flag(None, "text file to measure on (default: Python's reference, held-out part)")
+    windows: int = flag(8, "windows of 512 tokens to measure on")
+    documents: int = flag(60, "co-reference documents to answer")
+    write: bool = flag(False, "write results/ablations.json")
+    device: str = flag("cpu", "cpu or cuda")
+
+
+# ---------------------------------------------------------------------------- the variants
+
+
+class SameInput(Butler):
+    """The producer at layer p serves p ... p+R-1 instead of p+1 ... p+R: no layer of look-ahead."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        last = max(map(int, self.producers))
+        self.producers[str(last)] = Producer(config, config.layers - last)
+
+    def queries(self, layer, x):
+        return {served - 1: q for served, q in super().queries(layer, x).items()}
+
+
+class Tweaked:
+    """A trained butler whose selection goes another way."""
+
+    def __init__(self, butler, kind, **rules):
+        self.butler, self.kind, self.rules = butler, kind, rules
+
+    def selector(self, budget, **rules):
+        return self.kind(self.butler, budget, **rules, **self.rules)
+
+
+class GroupMax(ButlerSelector):
+    """The paper's reduction: the largest raw score of the group's query heads."""
+
+    def scores(self, layer, q, keys, positions):
+        projected = self.importance_keys(layer, keys, int(positions.min()))
+        return self.butler.scores(self.queries[layer], projected).amax(2)
+
+
+class Int8Keys(ButlerSelector):
+    """Importance keys rounded to 8 bits with a scale per token."""
+
+    def importance_keys(self, layer, keys, start):
+        exact = super().importance_keys(layer, keys, start)
+        scale = exact.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+        return (exact / scale).round() * scale
+
+
+def rival(name):
+    """Another selector in the predictor's place, under its rules."""
+    return lambda butler, budget, **rules: BASELINES[name](budget, **rules)
+
+
+@dataclass
+class Variant:
+    """How a row differs from the default one; `selection` needs no training of its own."""
+
+    sizes: dict | None = None
+    kv: bool = False  # one importance query per KV head instead of per query head
+    kind: type = Butler
+    loss: str = "both"
+    length: int = 512
+    share: float = 1.0  # of the steps, and so of the training tokens
+    synthetic: float = 0.4
+    start: str = "random"
+    selection: tuple = ()  # (selector class, rules)
+
+
+REUSED = {"interval": 4, "neighbours": 1}
+VARIANTS = {
+    "default": Variant(),
+    **{f"stride={r}": Variant({"stride": r}) for r in (1, 2, 3, 6, 10)},
+    **{f"size={e}": Variant({"size": e}) for e in (8, 32)},
+    "query per KV head": Variant(kv=True),
+    "loss per head": Variant(loss="heads"),
+    "loss per group": Variant(loss="groups"),
+    "texts of 256": Variant(length=256),
+    "texts of 1024": Variant(length=1024),
+    "1/4 of the tokens": Variant(share=0.25),
+    "1/2 of the tokens": Variant(share=0.5),
+    "no co-reference text": Variant(synthetic=0.0),
+    "serving p to p+R-1": Variant(kind=SameInput),
+    "W_K from principal axes": Variant(start="principal"),
+    "max over the group": Variant(selection=(GroupMax, {})),
+    "int8 importance keys": Variant(selection=(Int8Keys, {})),
+    "interval 4, neighbours 1": Variant(selection=(ButlerSelector, REUSED)),
+    "neighbours 1": Variant(selection=(ButlerSelector, {"neighbours": 1})),
+    **{f"{name} instead": Variant(selection=(rival(name), {})) for name in ("random", "keynorm")},
+    **{f"{name} instead, interval 4, neighbours 1": Variant(selection=(rival(name), REUSED))
+       for name in ("random", "keynorm")},
+}
+
+
+def build(variant: Variant, llama, first) -> Butler:
+    """An untrained butler; `first` is a Recorder's look at one text, for the principal axes."""
+    torch.manual_seed(0)
+    config = ButlerConfig.for_model(llama, **(variant.sizes or {}))
+    if variant.kv:
+        config = replace(config, heads=config.kv_heads)
+    butler = variant.kind(config).to(llama.device)
+    if variant.start == "principal":
+        for layer in range(1, config.layers):
+            keys = first.keys[layer].float().transpose(0, 1).flatten(1, 2)  # [G, N, D]
+            axes = torch.linalg.svd(keys, full_matrices=False).Vh[:, : config.size]
+            butler.key_projection.data[layer - 1] = axes.transpose(1, 2)
+    return butler
+
+
+# ---------------------------------------------------------------------------- training, measuring
+
+
+def train_all(variants: dict, llama, tok, config) -> dict:
+    """-> {name: trained butler}. Rows that share texts share the frozen model's forward."""
+    settings = train.Config()
+    splits = [kept for kept, _ in map(train.hold_out, train.default_texts())]
+    phrases, butlers = train.pools("train"), {}
+    groups = {}
+    for name, v in variants.items():
+        groups.setdefault((v.length, v.synthetic), {})[name] = v
+    for (length, synthetic), members in groups.items():
+        mixture = train.Mixture(tok, splits, phrases, synthetic)
+        batch, rows = settings.batch * 512 // length, settings.rows * length // 512
+        learners = {}
+        for step in tqdm(range(config.steps), desc=", ".join(members)[:60], file=sys.stderr):
+            if step % settings.reuse == 0:
+                texts = [mixture.window(f"0 {step // settings.reuse} {row}", length)
+                         for row in range(batch)]
+                seen = train.record(llama, torch.tensor(texts, device=llama.device))
+            for name, v in members.items():
+                if name not in learners:
+                    butler = build(v, llama, seen)
+                    learners[name] = (butler, train.make_optimizers(butler, settings.learning_rate))
+                steps = round(v.share * config.steps)
+                if step < steps:
+                    drawn = train.sample_rows(random.Random(f"0 {step}"), rows, length)
+                    per_head, per_group = train.distillation(learners[name][0], seen, drawn)
+                    loss = {"both": per_head + per_group, "heads": per_head,
+                            "groups": per_group}[v.loss]
+                    train.update(*learners[name], loss.mean(),
+                                 settings.learning_rate * train.schedule(step, steps))
+        butlers |= {name: butler.requires_grad_(False) for name, (butler, _) in learners.items()}
+    return butlers
+
+
+def measure(butlers: dict, llama, tok, config) -> dict:
+    """-> {row: {"kept", "kept_over_default", "over_oracle", "answers", ...}}"""
+    setting = bench.Bench(llama, tok, [], bench.Config(n=config.windows, text=config.text))
+    windows, loss, kept = setting.windows(512), {}, {}
+
+    def look(name, make):
+        for budget in (0.1, 0.25):
+            for window in windows:
+                probe = Probe(make(budget))
+                with torch.no_grad():
+                    logits = llama(window[None], selector=probe)[0, :-1].float()
+                nats = F.cross_entropy(logits, window[1:]).item()
+                loss.setdefault((name, budget), []).append(nats)
+                kept.setdefault((name, budget), []).append(mean(probe.mass))
+
+    for name, make in tqdm([("oracle", Oracle), *((n, b.selector) for n, b in butlers.items())],
+                           desc="windows", file=sys.stderr):
+        look(name, make)
+    documents = coreference_documents("test", config.documents, seed=3)
+    scores = evaluate(llama, tok, documents, ("dense", "oracle", "butler"), ("0.07",),
+                      list(butlers.values()))
+    rows = {}
+    for i, name in enumerate(butlers):
+        answers = scores["butler"]["0.07"][i]
+        rows[name] = {"kept": bootstrap([kept[name, 0.1]]), "answers": bootstrap([answers])}
+        for budget in (0.1, 0.25):
+            more = [a - b for a, b in zip(loss[name, budget], loss["oracle", budget], strict=True)]
+            rows[name][f"over_oracle_{budget}"] = bench.through(math.expm1, bootstrap([more]))
+        if "default" in butlers:
+            pairs = zip(kept[name, 0.1], kept["default", 0.1], strict=True)
+            rows[name]["kept_over_default"] = bootstrap([[a - b for a, b in pairs]])
+    rows["oracle"] = {"kept": bootstrap([kept["oracle", 0.1]]),
+                      "answers": bootstrap(scores["oracle"]["0.07"])}
+    rows["dense"] = {"answers": bootstrap(scores["dense"]["1.0"])}
+    return rows
+
+
+def table(report: dict) -> str:
+    lines = [f"{'row':42s} parameters   kept at 10 %  (difference, 95 %)      "
+             "perplexity over oracle: 10 %   25 %   answers at 7 %"]
+    for name, row in report["rows"].items():
+        d, size = row.get("kept_over_default"), row.get("parameters")
+        lines.append(
+            f"{name:42s} {f'{size:,}' if size else '':>10s}"
+            + (f"   {row['kept']['mean']:.4f}" if "kept" in row else " " * 9)
+            + (f"  ({d['mean']:+.4f}: {d['low']:+.4f} to {d['high']:+.4f})" if d else " " * 30)
+            + "".join(f"  {row[k]['mean']:+17.2%}" if k in row else " " * 19
+                      for k in ("over_oracle_0.1", "over_oracle_0.25"))
+            + f"   {row['answers']['mean']:.2f} [{row['answers']['low']:.2f}, "
+            f"{row['answers']['high']:.2f}]")
+    c = report["config"]
+    return "\n".join([*lines, "", f"{c['steps']} steps each, {c['windows']} windows of 512 tokens, "
+                      f"{c['documents']} documents; {report['hardware']}; "
+                      f"commit {report['commit']}; {report['command']}"])
+
+
+def main(config: Config) -> dict:
+    if unknown := sorted(set(config.only) - set(VARIANTS)):
+        raise UsageError(f"unknown row {unknown[0]!r}; known: {', '.join(VARIANTS)}")
+    wanted = {n: v for n, v in VARIANTS.items() if not config.only or n in config.only}
+    trained = {n: v for n, v in wanted.items() if not v.selection}
+    if len(trained) < len(wanted):
+        trained = {"default": VARIANTS["default"]} | trained  # they go another way with its weights
+    path = train.resolve(config.model)
+    llama = train.Llama.from_pretrained(path, train.fast_dtype(config.device), config.device)
+    tok = train.tokenizer.load(path)
+    butlers = train_all(trained, llama, tok, config)
+    for name, v in wanted.items():
+        if v.selection:
+            butlers[name] = Tweaked(butlers["default"], v.selection[0], **v.selection[1])
+    rows = measure(butlers, llama, tok, config)
+    for name, butler in butlers.items():
+        if isinstance(butler, Butler):
+            rows[name]["parameters"] = train.parameters(butler)
+    report = {"rows": rows} | provenance()
+    shown = {"config": vars(config)} | report
+    print(table(shown))
+    if config.write:
+        (ROOT / "results" / "ablations.json").write_text(json.dumps(shown, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    run(main, Config)

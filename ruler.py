@@ -1,0 +1,290 @@
+"""ruler.py - needles, chains and counts in a long context: tasks by the public rules of RULER.
+
+In: a random.Random, a length in tokens, and a function that counts the tokens of a text. Out: a
+`Document`, one question about one context. "needle_prose" at 1,024 tokens:
+
+    context    A special magic number is hidden within the following text. Make sure to memorize it.
+               I will quiz you about the number afterwards.
+               The objects do not need to have the same type. [...] One of the special magic numbers
+               for gentle-harbor is: 7201946. [...] Equality comparison should be reflexive.
+    question   What is the special magic number for gentle-harbor mentioned in the provided text?
+               The special magic number for gentle-harbor is:
+    answer     7201946
+
+Needles, templates and counts are RULER's (arXiv 2404.06654), keys and prose are not, contexts are
+short, and two tasks come without their worked example. So call them "RULER-style": no number of
+theirs is RULER's. "copy" is added: an answer long enough to outlive a choice of tokens.
+
+Why it is hard for a cache that drops tokens. Seven digits or a UUID have no pattern: one that is
+missing cannot be made up. Nobody knows before the question which needle counts. A chain leads
+through names that the question never mentions. To count words takes the whole context.
+
+    python ruler.py [LENGTH]     shows a document of every task, shortened
+"""
+
+import pydoc_data.topics
+import random
+import re
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from string import ascii_lowercase, ascii_uppercase
+from uuid import UUID
+
+import tokenizer
+from coreference import Document
+from weights import resolve
+
+ADJECTIVES, NOUNS = map(str.split, (
+    "ancient bitter bold brave bright broad busy calm careful cheerful clever cloudy cold cozy "
+    "crisp curious curly damp dusty eager early empty faint famous fancy fierce fluffy gentle "
+    "giant golden grumpy happy hasty heavy hollow honest humble jolly kind lazy lively lonely "
+    "lucky mellow modest narrow noisy odd patient plain polite proud quick quiet rapid rusty "
+    "shiny silent smooth sturdy",
+    "anchor apple arrow badge basket beach bell blanket bottle branch bridge brush bucket button "
+    "cabin camera candle canoe carpet castle chair cherry clock coat copper cottage cradle "
+    "curtain desk door drum engine fence ferry flag flute forest fountain garden gate glove "
+    "guitar hammer harbor hill honey island jacket kettle kite ladder lamp lemon library meadow "
+    "mirror needle oven paddle pencil piano pillow pocket pond quilt ribbon river saddle scarf "
+    "shovel spoon stable statue ticket tower train tunnel valley violin window"))
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+Count = Callable[[str], int]
+
+
+@cache
+def held_out_sentences() -> tuple[str, ...]:
+    """Sentences of Python's language reference, where train.py does not read it.
+
+    The topics that `train.hold_out` holds out, every tenth, without markup, examples and grammar,
+    and without the few sentences that a topic which is trained on repeats.
+    """
+    topics = list(dict.fromkeys(pydoc_data.topics.topics.values()))
+    trained = " ".join(" ".join(t for i, t in enumerate(topics) if i % 10).split())
+    paragraphs = [" ".join(p.split()) for t in topics[::10] for p in t.split("\n\n")]
+    parts = [s for p in paragraphs for s in re.split(r"(?<=[.!?:]) (?=[A-Z])", p)]
+    prose = (s for s in parts if re.fullmatch(r"[A-Z]\w*,?( \S+){4,34}\.", s)
+             and not re.search(r"\*{3}|={3}|-{3}|::=|>>>", s))
+    return tuple(dict.fromkeys(s for s in prose if s not in trained))
+
+
+@cache
+def vocabulary() -> tuple[str, ...]:
+    """A thousand plain words of the language reference, none of which hides in another."""
+    text = " ".join(pydoc_data.topics.topics.values())
+    words = sorted(set(re.findall(r"(?<![\w.])[a-z]{5,8}(?![\w.(])", text)))
+    together = " ".join(words)
+    return tuple(word for word in words if together.count(word) == 1)
+
+
+def fit(length: int, count: Count, start: str, body: Callable[[int], str], question: str,
+        answers: list[str], evidence: list[str], scoring="all", new_tokens=0) -> Document:
+    """
+    The document `start + body(n)`, for an n that fills the length: 98 % or all but one unit of what
+    `length - new_tokens` leaves for context and question. The pieces of `evidence` are its spans.
+
+    Aims at 99 % with the mean cost of a unit so far: three or four counts of the whole text do.
+    Raises ValueError when even body(0) is too long.
+    """
+    text, room, bare = body(0), length - new_tokens, count(start + body(0) + question)
+    if bare > room:
+        raise ValueError(f"{length} tokens are too few: this task needs {bare + new_tokens}")
+    low, high, n = 0, length, min(16, length - 1)
+    while high - low > 1:
+        longer = body(n)
+        size = count(start + longer + question)
+        if size > room:
+            high = n
+        else:
+            low, text = n, longer
+            if size >= 0.98 * room:
+                break
+        unit = max(0.1, (size - bare) / n)
+        n = min(max(low + 1, round(n + (0.99 * room - size) / unit)), high - 1)
+    context = start + text
+    whole_words = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, evidence))})(?!\w)")
+    spans = tuple(found.span() for found in whole_words.finditer(context, len(start)))
+    return Document(context, question, tuple(answers), scoring, new_tokens, spans)
+
+
+def scatter(pieces: list[str], hay: list[str], depths: list[float]) -> list[str]:
+    """The hay with every piece at its depth, 0 (before all of it) to 1 (after all of it)."""
+    cuts = [int(depth * (len(hay) + 1)) for depth in depths]
+    together = hay[: cuts[0]]
+    for piece, start, end in zip(pieces, cuts, [*cuts[1:], len(hay)], strict=True):
+        together += [piece, *hay[start:end]]
+    return together
+
+
+def haystack(rng: random.Random, kind: str, length: int) -> tuple[list[str], str]:
+    """More than `length` tokens of noise or prose, as units -> (units, what stands between)."""
+    if kind == "noise":
+        return [NOISE] * (length // 10 + 1), "\n"
+    sentences, told = held_out_sentences(), []
+    while len(told) <= length // 5:  # a sentence has at least six tokens
+        told += rng.sample(sentences, len(sentences))
+    return told, " "
+
+
+def secrets(rng: random.Random, kind: str, n: int) -> list[str]:
+    """`n` different keys or values: words (4,800 exist), numbers of 7 digits or UUIDs."""
+    if kind == "uuid":
+        return [str(UUID(int=rng.getrandbits(128), version=4)) for _ in range(n)]
+    if kind == "number":
+        return [str(number) for number in rng.sample(range(10**6, 10**7), n)]
+    pairs = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+    if n > len(pairs):
+        raise ValueError(f"{n} needles are too many: there are {len(pairs)} keys")
+    return rng.sample(pairs, n)
+
+
+def niah(rng: random.Random, length: int, count: Count, hay="prose", value="number", key="word",
+         needles=1, values=1, asked=1) -> Document:
+    """
+    Needles in a haystack of noise, of prose or of further needles; RULER's niah_*.
+
+    `needles` keys with `values` values each; the question is about `asked` of the keys. The cue
+    before a single answer ends in "is:", as the needle does, where RULER's says "mentioned in the
+    provided text is": after that the default model, 135M parameters, knows no UUID (0 of 4, not 4).
+    """
+    n = length // 20 + 1 if hay == "needles" else needles  # a needle has more than 20 tokens
+    names, hidden = secrets(rng, key, n), secrets(rng, value, n * values)
+    told = [f"One of the special magic {value}s for {names[i // values]} is: {hidden[i]}."
+            for i in range(n * values)]
+    pieces, right = told[: needles * values], asked * values
+    rng.shuffle(pieces)
+    depths = sorted(rng.random() for _ in pieces)
+    units, between = (told[1:], "\n") if hay == "needles" else haystack(rng, hay, length)
+    query, many = ", and ".join(", ".join(names[:asked]).rsplit(", ", 1)), right > 1
+    some, magic, verb = ("Some", f"{value}s", "are") if many else ("A", value, "is")
+    start = (f"{some} special magic {magic} {verb} hidden within the following text. Make sure to "
+             f"memorize it. I will quiz you about the {magic} afterwards.\n")
+    question = (f"\nWhat {'are all' if many else 'is'} the special magic {magic} for {query} "
+                f"mentioned in the provided text? The special magic {magic} for {query} "
+                + ("mentioned in the provided text are" if many else "is:"))
+    return fit(length, count, start, lambda n: between.join(scatter(pieces, units[:n], depths)),
+               question, hidden[:right], told[:right], "all" if many else "exact", 128 * many)
+
+
+def variable_tracking(rng: random.Random, length: int, count: Count) -> Document:
+    """VAR A = 12345, VAR B = VAR A, ..., four hops in order, scattered: who holds the number?"""
+    names = []
+    while len(names) < 5:
+        name = "".join(rng.choices(ascii_uppercase, k=5))
+        names += [name] * (name not in names)
+    value = str(rng.randrange(10**4, 10**5))
+    held = [value, *(f"VAR {name}" for name in names[:-1])]
+    told = [f"VAR {name} = {source}." for name, source in zip(names, held, strict=True)]
+    depths = sorted(rng.random() for _ in told)
+    units, between = haystack(rng, "noise", length)
+    start = ("Memorize and track the chain(s) of variable assignment hidden in the following "
+             "text.\n\n")
+    question = (f"\nQuestion: Find all variables that are assigned the value {value} in the text "
+                "above. Answer: According to the chain(s) of variable assignment in the text "
+                f"above, {len(names)} variables are assigned the value {value}, they are:")
+    return fit(length, count, start, lambda n: between.join(scatter(told, units[:n], depths)),
+               question, names, told, new_tokens=30)
+
+
+def common_words(rng: random.Random, length: int, count: Count) -> Document:
+    """
+    A numbered list of words in which ten are far more common than all others; RULER's cwe.
+
+    RULER lists ten words 30 times each and others 3 times. A short list has no room for that: the
+    others then come twice or once and the ten keep ten times as many, as long as ten others fit
+    in; in the shortest lists the ten come as often as they can, at least 3 times.
+    """
+    words, seed = rng.sample(vocabulary(), len(vocabulary())), rng.random()
+
+    def body(n: int) -> str:
+        n += 40
+        rare = max(1, min(3, n // 110))
+        often = min(10 * rare, n // 10 - 1)
+        rest = n - 10 * often
+        others = words[10 : 10 - (-rest // rare)]  # rounded up: the last may come less often
+        if len(others) * rare < rest:
+            raise ValueError(f"{length} tokens are too many: there are {len(words)} words to list")
+        listed = words[:10] * often + (others * rare)[:rest]
+        random.Random(seed).shuffle(listed)
+        return " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
+
+    start = ("Below is a numbered list of words. In these words, some appear more often than "
+             "others. Memorize the ones that appear most often.\n")
+    question = ("\nQuestion: What are the 10 most common words in the above list? Answer: The top "
+                "10 words that appear most often in the list are:")
+    return fit(length, count, start, body, question, words[:10], words[:10], new_tokens=120)
+
+
+def frequent_words(rng: random.Random, length: int, count: Count) -> Document:
+    """
+    Coded words as often as a zeta distribution says: which three are most frequent? RULER's fwe.
+
+    The word of rank k comes n / (k ** 2 * zeta(2)) times, rounded down. The first in rank is the
+    noise "...", which is to be ignored.
+    """
+    words = ("".join(rng.choices(ascii_lowercase, k=6)) for _ in range(2000))
+    coded, seed = list(dict.fromkeys(["...", *words])), rng.random()
+    zeta = sum(k**-2 for k in range(1, 10**5))
+
+    def body(n: int) -> str:
+        n += 100  # fewer could leave the third and the fourth coded word equally frequent
+        told = [word for k, word in enumerate(coded, 1) for _ in range(int(n / k**2 / zeta))]
+        random.Random(seed).shuffle(told)
+        return " ".join(told)
+
+    start = ("Read the following coded text and track the frequency of each coded word. Find the "
+             "three most frequently appeared coded words. ")
+    question = ("\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What "
+                "are the three most frequently appeared words in the above coded text? Answer: "
+                "According to the coded text above, the three most frequently appeared words are:")
+    return fit(length, count, start, body, question, coded[1:4], coded[1:4], new_tokens=50)
+
+
+def copy(rng: random.Random, length: int, count: Count) -> Document:
+    """
+    A passage of about 160 tokens, prose, then the passage again but for its first three words.
+
+    No adjective or noun comes twice, so only copying gets them right. "The", commas and the like
+    can be guessed: without the passage 45 % of the tokens are right, and with it 94 %. Plain lists
+    of words would leave nothing to guess, but the default model loses its place in them.
+    """
+    adjectives, nouns = rng.sample(ADJECTIVES, 60), rng.sample(NOUNS, 60)
+    things, told = [f"the {a} {n}" for a, n in zip(adjectives, nouns, strict=True)], []
+    while count(" ".join(told)) < 160 and things:
+        told.append(f"T{things.pop()[1:]}, {things.pop()} and {things.pop()}.")
+    passage = " ".join(told)
+    *first, rest = passage.split(" ", 3)
+    units, between = haystack(rng, "prose", length)
+    question = ("\n\nThe passage is given once more, word for word.\n"
+                f"Passage: {' '.join(first)}")
+    return fit(length, count, "Remember this passage.\nPassage: ",
+               lambda n: f"{passage}\n\n{between.join(units[:n])}", question, [rest], [passage],
+               "token")
+
+
+TASKS: dict[str, Callable[[random.Random, int, Count], Document]] = {
+    "needle_noise": partial(niah, hay="noise"),
+    "needle_prose": niah,
+    "needle_uuid": partial(niah, value="uuid"),
+    "multikey": partial(niah, needles=4),
+    "multikey_needles": partial(niah, hay="needles"),
+    "multikey_uuid": partial(niah, hay="needles", value="uuid", key="uuid"),
+    "multivalue": partial(niah, values=4),
+    "multiquery": partial(niah, needles=4, asked=4),
+    "variable_tracking": variable_tracking,
+    "common_words": common_words,
+    "frequent_words": frequent_words,
+    "copy": copy,
+}
+
+
+def main(length: str = "1024") -> None:
+    tok = tokenizer.load(resolve())
+    for name, task in TASKS.items():
+        d = task(random.Random(0), int(length), lambda text: len(tok.encode(text)))
+        print(f"--- {name}: scored by {d.scoring}, {len(d.spans)} spans\n{d.context[:300]}\n[...]\n"
+              f"{d.context[-150:]}{d.question}\n=> {' | '.join(d.answers)[:200]}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

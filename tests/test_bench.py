@@ -1,0 +1,82 @@
+"""bench.py's measures against slow, independent ways to the same number."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_scripts import script
+
+import bench
+from baselines import NAMES, make_selector
+from butler import load_for
+
+
+@pytest.fixture(scope="module")
+def setting(llama, tok):
+    config = bench.Config(n=2, length=80, budgets=("0.3",), selectors=("dense", "oracle", "butler"))
+    return bench.Bench(llama, tok, [load_for(llama)], config)
+
+
+def test_masked_perplexity_is_that_of_the_text_decoded_token_by_token(setting):
+    windows = setting.windows(80)
+    report = bench.perplexity(setting)["results"]["perplexity"]
+    for name in ("dense", "oracle", "butler"):
+        losses = []
+        for window in windows:
+            cache = setting.llama.new_cache(1, 80)
+            selector = make_selector(name, 0.3, setting.butlers[0])
+            logits = torch.cat([setting.llama.decode(t.view(1, 1), cache, selector)
+                                for t in window], dim=1)
+            losses.append(F.cross_entropy(logits[0, :-1], window[1:]).item())
+        (m,) = report[name].values()
+        assert m["mean"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-4)
+        assert m["low"] <= m["mean"] <= m["high"] and m["n"] == 2
+
+
+def test_over_oracle_is_the_ratio_of_perplexities(setting):
+    results = bench.perplexity(setting)["results"]
+    ratio = (results["perplexity"]["butler"]["0.3"]["mean"]
+             / results["perplexity"]["oracle"]["0.3"]["mean"])
+    assert results["over_oracle"]["butler"]["0.3"]["mean"] == pytest.approx(ratio - 1, abs=1e-6)
+    assert "oracle" not in results["over_oracle"]
+
+
+def test_recall_of_the_oracle_is_a_bound_and_its_order_perfect(setting):
+    report = bench.recall(setting)
+    mass, rho = report["results"]["mass"], report["results"]["spearman"]
+    assert 0 < mass["butler"]["0.3"]["mean"] < mass["oracle"]["0.3"]["mean"] < 1
+    assert rho["oracle"]["0.3"]["mean"] > 0.999 > rho["butler"]["0.3"]["mean"] > 0.3
+    assert len(report["layers"]["error"]["butler"]["0.3"]) == setting.llama.config.layers - 1
+
+
+def test_repeated_counts_8_grams():
+    assert bench.repeated(list(range(50))) == 0
+    assert bench.repeated([1] * 50) == 1 - 1 / 43
+    assert bench.repeated(list(range(20)) * 2) == pytest.approx(13 / 33)
+
+
+def test_interval_suite(llama, tok):
+    config = bench.Config(suite="interval", n=1, context=500, task=("copy",), budgets=("0.2",),
+                          intervals=("1", "4"), neighbours=("0", "1"))
+    report = bench.interval(bench.Bench(llama, tok, [load_for(llama)], config))
+    labels = {f"copy, interval {i}, neighbours {k}" for i in (1, 4) for k in (0, 1)}
+    assert set(report["results"]) == labels
+    ages = report["token_accuracy_by_age"]["copy"]["interval 4, neighbours 1, butler"]
+    assert set(ages) == {"0", "1", "2", "3"}
+    assert "dense" in report["results"]["copy, interval 1, neighbours 0"]
+
+
+@pytest.mark.parametrize("suite, selectors", [
+    ("perplexity", ",".join(n for n in NAMES if n != "snapkv")), ("recall", "oracle,butler,h2o"),
+    ("generation", "dense,butler")])
+def test_suites_run(suite, selectors):
+    done = script("bench.py", "--suite", suite, "--selectors", selectors, "--n", "1", "--length",
+                  "64", "--budgets", "0.5")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    for table in report["results"].values():
+        for by in table.values():
+            for m in by.values():
+                assert math.isfinite(m["mean"]) and m["n"] == 1

@@ -19,6 +19,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from baselines import NAMES, Probe, make_selector
 from butler import Selector, load_for
 from cli import UsageError, flag, names, provenance, run
 from coreference import coreference_documents
+from corpus import hold_out
 from model import Llama, fast_dtype, resolve
 from synth_task import Prompts, bootstrap
 
@@ -91,7 +93,9 @@ class Bench:
 
 def read_text(path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8") if path else ruler.prose(random.Random(0))
+        if path is None:
+            return "\n\n".join(hold_out(topics)[1])
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"cannot read {path} ({e})") from None
 

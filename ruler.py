@@ -22,17 +22,18 @@ through names that the question never mentions. To count words takes the whole c
     python ruler.py [LENGTH]     shows a document of every task, shortened
 """
 
-import pydoc_data.topics
 import random
 import re
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from pydoc_data.topics import topics
 from string import ascii_lowercase, ascii_uppercase
 from uuid import UUID
 
 import tokenizer
 from coreference import Document
+from corpus import hold_out
 from weights import resolve
 
 ADJECTIVES, NOUNS = map(str.split, (
@@ -54,14 +55,14 @@ Count = Callable[[str], int]
 
 @cache
 def held_out_sentences() -> tuple[str, ...]:
-    """Sentences of Python's language reference, where train.py does not read it.
+    """Sentences of Python's language reference, of the topics that nobody trains on.
 
-    The topics that `train.hold_out` holds out, every tenth, without markup, examples and grammar,
-    and without the few sentences that a topic which is trained on repeats.
+    Without markup, examples and grammar, and without the few sentences that a topic which is
+    trained on repeats.
     """
-    topics = list(dict.fromkeys(pydoc_data.topics.topics.values()))
-    trained = " ".join(" ".join(t for i, t in enumerate(topics) if i % 10).split())
-    paragraphs = [" ".join(p.split()) for t in topics[::10] for p in t.split("\n\n")]
+    trained, held = hold_out(topics)
+    trained = " ".join(" ".join(trained).split())
+    paragraphs = [" ".join(p.split()) for t in held for p in t.split("\n\n")]
     parts = [s for p in paragraphs for s in re.split(r"(?<=[.!?:]) (?=[A-Z])", p)]
     prose = (s for s in parts if re.fullmatch(r"[A-Z]\w*,?( \S+){4,34}\.", s)
              and not re.search(r"\*{3}|={3}|-{3}|::=|>>>", s))
@@ -71,7 +72,7 @@ def held_out_sentences() -> tuple[str, ...]:
 @cache
 def vocabulary() -> tuple[str, ...]:
     """A thousand plain words of the language reference, none of which hides in another."""
-    text = " ".join(pydoc_data.topics.topics.values())
+    text = " ".join(topics.values())
     words = sorted(set(re.findall(r"(?<![\w.])[a-z]{5,8}(?![\w.(])", text)))
     together = " ".join(words)
     return tuple(word for word in words if together.count(word) == 1)

@@ -19,11 +19,9 @@ say nearly the same, and the softmaxes of all rows would cost more than the base
 import json
 import math
 import os
-import pydoc_data.topics
 import random
 import resource
 import sys
-import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +35,8 @@ import tokenizer
 from baselines import Probe, make_selector, mean
 from butler import Butler, ButlerConfig
 from cli import UsageError, flag, provenance, run
-from coreference import coreference_documents, pools, training_text
+from coreference import coreference_documents, pools
+from corpus import Mixture, default_texts, hold_out, read_texts
 from model import Llama, fast_dtype, resolve
 from synth_task import bootstrap, evaluate
 
@@ -64,63 +63,6 @@ class Config:
     seed: int = flag(0, "seed of initialisation, data and rows")
     resume: bool = flag(False, "continue an interrupted run from OUT.state")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-
-
-# ---------------------------------------------------------------------------- text
-
-
-def default_texts() -> list[dict[str, str]]:
-    """What every Python carries, as two sources: the language reference, and the library's code."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py"))
-    apart = {"site-packages", "test", "tests", "idlelib", "pydoc_data"}
-    code = {str(f): f.read_text(errors="replace") for f in files if not apart & set(f.parts)}
-    return [pydoc_data.topics.topics, code]
-
-
-def read_texts(paths: list) -> dict[str, str]:
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UsageError(f"no such file or folder: {path}")
-        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    texts = {str(f): f.read_text(errors="replace") for f in files}
-    return {name: text for name, text in texts.items() if text.strip()}
-
-
-def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
-    """-> (training texts, held-out texts): every tenth text, or every tenth part of a few."""
-    parts = list(dict.fromkeys(texts.values()))  # the reference repeats itself under other names
-    if len(parts) < 10:
-        parts = [t[i : i + 8192] for t in parts for i in range(0, len(t), 8192)]
-    if len(parts) < 2:
-        raise UsageError("too little text: at least 8 KB is needed")
-    held = parts[:: min(10, len(parts))]
-    return [p for i, p in enumerate(parts) if i % min(10, len(parts))], held
-
-
-class Mixture:
-    """Endless windows of tokens: 40 % co-reference documents, the rest text, sources in turn.
-
-    Each window depends on its seed alone, so step n of a resumed run sees what step n saw before.
-    """
-
-    def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.4):
-        self.tok, self.pool, self.synthetic = tok, pool, synthetic
-        self.sources = [(s, [len(t) for t in s]) for s in sources]
-
-    def window(self, seed: str, length: int) -> list[int]:
-        rng, ids = random.Random(seed), []
-        while len(ids) < length:
-            if rng.random() < self.synthetic:
-                text = training_text(rng, self.pool)
-            else:
-                texts, weights = rng.choice(self.sources)
-                text = rng.choices(texts, weights)[0]
-                start = rng.randrange(max(1, len(text) - 4 * length))
-                text = text[start : start + 8 * length]
-            ids += self.tok.encode(text + "\n\n")
-        return ids[:length]
 
 
 # ---------------------------------------------------------------------------- the loss

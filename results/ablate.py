@@ -30,7 +30,8 @@ import train  # noqa: E402
 from baselines import BASELINES, Oracle, Probe, mean  # noqa: E402
 from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
 from cli import UsageError, flag, names, provenance, run  # noqa: E402
-from coreference import coreference_documents  # noqa: E402
+from coreference import coreference_documents, pools  # noqa: E402
+from corpus import Mixture, default_texts, hold_out  # noqa: E402
 from synth_task import bootstrap, evaluate  # noqa: E402
 
 
@@ -156,13 +157,13 @@ def build(variant: Variant, llama, first) -> Butler:
 def train_all(variants: dict, llama, tok, config) -> dict:
     """-> {name: trained butler}. Rows that share texts share the frozen model's forward."""
     settings = train.Config()
-    splits = [kept for kept, _ in map(train.hold_out, train.default_texts())]
-    phrases, butlers = train.pools("train"), {}
+    splits = [kept for kept, _ in map(hold_out, default_texts())]
+    phrases, butlers = pools("train"), {}
     groups = {}
     for name, v in variants.items():
         groups.setdefault((v.length, v.synthetic), {})[name] = v
     for (length, synthetic), members in groups.items():
-        mixture = train.Mixture(tok, splits, phrases, synthetic)
+        mixture = Mixture(tok, splits, phrases, synthetic)
         batch, rows = settings.batch * 512 // length, settings.rows * length // 512
         learners = {}
         for step in tqdm(range(config.steps), desc=", ".join(members)[:60], file=sys.stderr):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ruler
-import train
+from corpus import default_texts, hold_out
 
 NEEDLE = re.compile(r"One of the special magic (?:number|uuid)s for (\S+) is: (\S+)\.(?!\S)")
 SINGLE = ("needle_noise", "needle_prose", "needle_uuid", "multikey", "multikey_needles",
@@ -171,7 +171,7 @@ def test_copy(make, count):
 
 def test_prose_is_held_out(make):
     """Sentences come from held-out topics only, and no topic that is trained on has them too."""
-    kept, held = train.hold_out(train.default_texts()[0])
+    kept, held = hold_out(default_texts()[0])
     kept, held = (" ".join(" ".join(texts).split()) for texts in (kept, held))
     assert len(ruler.held_out_sentences()) > 50
     for sentence in ruler.held_out_sentences():

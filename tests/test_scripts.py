@@ -11,6 +11,7 @@ import torch
 import train
 from butler import Butler, ButlerConfig
 from coreference import coreference_documents
+from corpus import default_texts, hold_out
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,8 +169,8 @@ def test_resume_ends_with_the_weights_of_an_uninterrupted_run(tiny, tmp_path):
 
 
 def test_held_out_text_is_never_trained_on():
-    for source in [*train.default_texts(), {"one": "".join(f"line {i}\n" for i in range(5000))}]:
-        kept, held = train.hold_out(source)
+    for source in [*default_texts(), {"one": "".join(f"line {i}\n" for i in range(5000))}]:
+        kept, held = hold_out(source)
         assert kept and held and not set(kept) & set(held)
         assert 0.02 < sum(map(len, held)) / sum(map(len, kept + held)) < 0.3
 

@@ -1,0 +1,80 @@
+"""corpus.py - the text to train on, and the part of it that is held out.
+
+    Python's own text, or yours --hold_out--> training texts --Mixture--> windows of token ids
+                                         \\-> every tenth text: measured on, never trained on
+
+Nothing is downloaded: every Python installation carries a language reference (English prose) and
+the standard library (code). The mixture adds co-reference documents from the training pools.
+
+    python corpus.py        prints how much there is, and a window
+"""
+
+import random
+import sysconfig
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from cli import UsageError
+from coreference import pools, training_text
+
+
+def default_texts() -> list[dict[str, str]]:
+    """What every Python carries, as two sources: the language reference, and the library's code."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py"))
+    apart = {"site-packages", "test", "tests", "idlelib", "pydoc_data"}
+    code = {str(f): f.read_text(errors="replace") for f in files if not apart & set(f.parts)}
+    return [topics, code]
+
+
+def read_texts(paths: list) -> dict[str, str]:
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UsageError(f"no such file or folder: {path}")
+        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    texts = {str(f): f.read_text(errors="replace") for f in files}
+    return {name: text for name, text in texts.items() if text.strip()}
+
+
+def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
+    """-> (training texts, held-out texts): every tenth text, or every tenth part of a few."""
+    parts = list(dict.fromkeys(texts.values()))  # the reference repeats itself under other names
+    if len(parts) < 10:
+        parts = [t[i : i + 8192] for t in parts for i in range(0, len(t), 8192)]
+    if len(parts) < 2:
+        raise UsageError("too little text: at least 8 KB is needed")
+    held = parts[:: min(10, len(parts))]
+    return [p for i, p in enumerate(parts) if i % min(10, len(parts))], held
+
+
+class Mixture:
+    """Endless windows of tokens: 40 % co-reference documents, the rest text, sources in turn.
+
+    Each window depends on its seed alone, so step n of a resumed run sees what step n saw before.
+    """
+
+    def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.4):
+        self.tok, self.pool, self.synthetic = tok, pool, synthetic
+        self.sources = [(s, [len(t) for t in s]) for s in sources]
+
+    def window(self, seed: str, length: int) -> list[int]:
+        rng, ids = random.Random(seed), []
+        while len(ids) < length:
+            if rng.random() < self.synthetic:
+                text = training_text(rng, self.pool)
+            else:
+                texts, weights = rng.choice(self.sources)
+                text = rng.choices(texts, weights)[0]
+                start = rng.randrange(max(1, len(text) - 4 * length))
+                text = text[start : start + 8 * length]
+            ids += self.tok.encode(text + "\n\n")
+        return ids[:length]
+
+
+if __name__ == "__main__":
+    for name, texts in zip(("reference", "library"), default_texts(), strict=True):
+        kept, held = hold_out(texts)
+        print(f"{name}: {sum(map(len, kept)):,} characters to train on, "
+              f"{sum(map(len, held)):,} held out, in {len(held)} texts")
+    print(training_text(random.Random(0), pools("train")))

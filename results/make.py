@@ -1,0 +1,104 @@
+"""results/make.py - every measured table of README.md, from nothing but the checkpoints.
+
+    python results/make.py            about an hour and a half on 2 cores; goes on when interrupted
+    python results/make.py --quick    the same with few documents, in five minutes, into out/quick/
+
+Each step is a command of its own, shown as it starts; its last line becomes results/STEP.json. A
+step whose file is in out/tables already is not run again, and single scores of synth_task.py are
+kept as they come. At the end the files go to results/ and README.md's tables are rewritten.
+`pip install` nothing, but fetch once, for the perplexity of prose that neither the butler nor
+Python's documentation has seen (300 news articles of the Lee corpus, which gensim carries):
+
+    pip download --no-deps gensim==4.4.0 --only-binary :all: -d out
+    unzip -jo out/gensim-*.whl gensim/test/test_data/lee_background.cor -d out
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cli import UsageError, flag, names, run  # noqa: E402
+
+TEXT = "out/lee_background.cor"
+SEEDS = ",".join(f"checkpoints/smollm2-135m-instruct{s}.safetensors"
+                 for s in ("", "-seed1", "-seed2"))
+RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
+NEAR = "dense,oracle,butler"
+
+# step: (command, n of the full run, n of the quick run)
+STEPS = {
+    "coreference": (f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1 --butler {SEEDS} "
+                    "--batch 8", 300, 6),
+    "referents_2": (f"synth_task.py --referents 2 --selectors {NEAR} --butler {SEEDS} --batch 8",
+                    200, 4),
+    "referents_4": (f"synth_task.py --referents 4 --selectors {NEAR} --butler {SEEDS} --batch 8",
+                    200, 4),
+    "referents_8": (f"synth_task.py --referents 8 --selectors {NEAR} --butler {SEEDS} --batch 8 "
+                    "--context 600", 50, 2),
+    "perplexity": (f"bench.py --suite perplexity --text {TEXT} --budgets 0.1,0.25,0.5 "
+                   "--selectors dense,oracle,butler,quest,recency,keynorm", 32, 1),
+    "recall": (f"bench.py --suite recall --text {TEXT} --selectors oracle,butler,quest,recency,"
+               "random,keynorm", 8, 1),
+    "ruler": ("synth_task.py --task needle_noise,needle_prose,needle_uuid,multikey,multivalue "
+              f"--context 1024,2048 --selectors {NEAR} --budgets 0.05,0.1", 20, 1),
+    "ruler_long": ("synth_task.py --task needle_noise,needle_prose,needle_uuid,multikey "
+                   f"--context 4096,8000 --selectors {NEAR} --budgets 0.05,0.1", 6, 0),
+    "ruler_rest": ("synth_task.py --task multikey_needles,multikey_uuid,multiquery,"
+                   "variable_tracking,common_words,frequent_words --selectors dense", 8, 0),
+    "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose --context 1024 "
+                     "--selectors dense,quest,h2o,snapkv,recency,random,keynorm", 10, 0),
+    "interval": ("bench.py --suite interval --task coreference,needle_prose,copy "
+                 "--selectors dense,butler --intervals 1,2,4,8,16", 20, 1),
+    "generation": ("bench.py --suite generation --selectors dense,butler,recency --length 2048 "
+                   f"--text {TEXT}", 6, 0),
+}
+
+
+@dataclass
+class Config:
+    """Runs every step of the tables and rewrites README.md's."""
+
+    only: tuple = flag((), f"comma-separated steps, of {', '.join(STEPS)} (default: all)", names)
+    quick: bool = flag(False, "few documents, nothing written to results/")
+
+
+def main(config: Config) -> dict:
+    if unknown := sorted(set(config.only) - set(STEPS)):
+        raise UsageError(f"unknown step {unknown[0]!r}; known: {', '.join(STEPS)}")
+    if not (ROOT / TEXT).exists():
+        raise UsageError(f"no file {TEXT}: see the two commands at the head of results/make.py")
+    out, seconds = ROOT / "out" / ("quick" if config.quick else "tables"), {}
+    out.mkdir(parents=True, exist_ok=True)
+    for step in config.only or STEPS:
+        command, n, few = STEPS[step]
+        done, n = out / f"{step}.json", few if config.quick else n
+        if done.exists() or not n:
+            continue
+        command += f" --n {n}"
+        if command.startswith("synth_task.py"):
+            command += f" --out {out.relative_to(ROOT)}/{step}.jsonl"
+        print("python", command, file=sys.stderr, flush=True)
+        began = time.monotonic()
+        result = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT,
+                                stdout=subprocess.PIPE, text=True)
+        if result.returncode:
+            raise UsageError(f"step {step} ended with exit code {result.returncode}")
+        print(*result.stdout.splitlines()[:-1], sep="\n", flush=True)
+        done.write_text(result.stdout.splitlines()[-1] + "\n")
+        seconds[step] = round(time.monotonic() - began)
+    if not config.quick:
+        for done in out.glob("*.json"):
+            shutil.copy(done, ROOT / "results" / done.name)
+        subprocess.run([sys.executable, str(ROOT / "results" / "render.py")], check=True)
+    return {"seconds": seconds}
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -130,8 +130,9 @@ class Butler(nn.Module):
 
     def scores(self, queries, projected):
         """q_imp [B, H, T, E], k_imp [B, G, S, E] -> raw scores [B, G, H/G, T, S]."""
+        queries = queries * self.config.size**-0.5
         grouped = queries.unflatten(1, (self.config.kv_heads, -1))  # [B, G, H/G, T, E]
-        return grouped @ projected[:, :, None].transpose(-1, -2) * self.config.size**-0.5
+        return grouped @ projected[:, :, None].transpose(-1, -2)
 
     def selector(self, budget, **rules) -> "ButlerSelector":
         """A fresh selector for one sequence (or one batch); rules as for `Selector`."""

@@ -3,10 +3,7 @@
     text -> base model (frozen, one forward) -> x of the producer layers, q and k of every layer
                 teacher  p = softmax(q . k / sqrt(D))          what each head attends to
                 student  b = softmax(q_imp . k_imp / sqrt(E))  what the butler expects
-loss = mean over layers, heads and sampled rows of KL(p || b)
-     + the same for p and b averaged over the heads that share a KV head
-
-The second part is not in the paper: it trains what a selection is made by. Only the butler learns.
+    loss = mean over layers, heads and sampled rows of KL(p || b); only the butler learns.
 
 The trainer looks at the base model through the very hook that a selector uses (`Recorder`), so what
 a producer reads here is what it reads when decoding. Rows are sampled because neighbouring queries
@@ -49,11 +46,11 @@ class Config:
     data: list = flag([], "text files or folders to train on (default: this Python's own text)")
     out: str = flag("out/butler.safetensors", "where the butler goes")
     report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
-    steps: int = flag(2000, "optimiser steps")
+    steps: int = flag(1200, "optimiser steps")
     batch: int = flag(2, "texts per step")
     length: int = flag(512, "tokens per text")
     rows: int = flag(64, "queries per text that a step looks at")
-    reuse: int = flag(8, "steps that a batch of texts serves, each with fresh rows")
+    reuse: int = flag(4, "steps that a batch of texts serves, each with fresh rows")
     learning_rate: float = flag(1e-2, "peak learning rate")
     stride: int = flag(5, "layers served by one producer (R)")
     size: int = flag(16, "channels of importance space (E)")
@@ -78,18 +75,18 @@ class Recorder:
         self.x[layer], self.q[layer], self.keys[layer] = x, q, keys
 
 
-def distillation(butler, record, rows):
-    """KL(teacher || student) of the chosen rows [N] of every layer >= 1, with gradient: -> that of
-    each query head [L-1], and that of each group's mean [L-1], which is what a selection uses.
+def distillation(butler, record, rows, grouped=False):
+    """KL(teacher || student) of the chosen rows [N] of every layer >= 1 -> [L-1], with gradient.
 
-    Both are causal softmaxes over the cached tokens, [B, G, H/G, N, S]. The entropy of the teacher
-    has no gradient: minimising KL is minimising the paper's cross-entropy.
+    Both are causal softmaxes over the cached tokens, [B, G, H/G, N, S], of each query head; or, if
+    `grouped`, their means over the heads that share a KV head. The entropy of the teacher has no
+    gradient: minimising KL is minimising the paper's cross-entropy.
     """
-    heads, groups, queries = [], [], {}
+    losses, queries = [], {}
     S = record.keys[0].shape[2]
     future = torch.arange(S, device=rows.device) > rows[:, None]  # [N, S]
     future = torch.zeros(future.shape, device=rows.device).masked_fill(future, -1e4)
-    one_query = butler.config.heads == butler.config.kv_heads  # for a whole group
+    grouped = grouped or butler.config.heads == butler.config.kv_heads
     for layer, keys in record.keys.items():
         queries |= butler.queries(layer, record.x[layer][:, rows])
         if layer == 0:
@@ -97,22 +94,20 @@ def distillation(butler, record, rows):
         with torch.no_grad():
             q = record.q[layer][:, :, rows].float() * keys.shape[-1] ** -0.5
             q, k = q.unflatten(1, (keys.shape[1], -1)), keys.float()[:, :, None]
-            p = (q @ k.transpose(-1, -2)).add_(future).softmax(dim=-1)
-            mean = p.mean(2, keepdim=True)
+            log_p = (q @ k.transpose(-1, -2)).add_(future).log_softmax(dim=-1)
+            log_p = log_mean(log_p) if grouped else log_p
+            p = log_p.exp()
         scores = butler.scores(queries[layer], butler.project(layer, keys))
         log_b = (scores + future).log_softmax(dim=-1)
-        heads.append(divergence(mean if one_query else p, log_b))
-        groups.append(divergence(mean, log_b.exp().mean(2, keepdim=True).clamp(min=TINY).log()))
-    return torch.stack(heads), torch.stack(groups)
+        log_b = log_mean(log_b) if grouped else log_b
+        mean = p.shape[:-1].numel()  # dot products: no pass over memory for a product
+        losses.append((p.flatten() @ log_p.flatten() - p.flatten() @ log_b.flatten()) / mean)
+    return torch.stack(losses)
 
 
-TINY = 1e-30  # far below any probability that matters, and its logarithm is finite
-
-
-def divergence(p, log_b):
-    """Mean KL(p || b) over all but the last axis; dot products: no pass over memory to multiply."""
-    log_p = p.clamp(min=TINY).log_().flatten()
-    return (p.flatten() @ log_p - p.flatten() @ log_b.flatten()) / p.shape[:-1].numel()
+def log_mean(logs):
+    """Logarithms [B, G, H/G, N, S] -> logarithm of the mean over a group [B, G, 1, N, S]."""
+    return logs.logsumexp(2, keepdim=True) - math.log(logs.shape[2])
 
 
 def distil(llama, butler, mixture, config, log):
@@ -131,12 +126,12 @@ def distil(llama, butler, mixture, config, log):
             tokens = [mixture.window(text, config.length) for text in texts]
             recorded = record(llama, torch.tensor(tokens, device=config.device))
         rows = sample_rows(random.Random(f"{config.seed} {step}"), config.rows, config.length)
-        kl, group_kl = distillation(butler, recorded, rows.to(config.device))
+        kl = distillation(butler, recorded, rows.to(config.device))
         log.append(kl.mean().item())
         if not math.isfinite(log[-1]):
             raise UsageError(f"the loss is {log[-1]} at step {step}: lower --learning-rate")
         rate = config.learning_rate * schedule(step, config.steps)
-        update(butler, optimizers, kl.mean() + group_kl.mean(), rate)
+        update(butler, optimizers, kl.mean(), rate)
         worst = int(kl.argmax())
         bar.set_postfix_str(f"KL {log[-1]:.3f} a layer, worst {kl[worst]:.2f} at {worst + 1}")
         if (step + 1) % config.save_every == 0:
@@ -238,7 +233,7 @@ def held_out_kl(llama, butler, windows):
     """Mean KL per layer over windows [N, T] that were never trained on, every 4th row. -> [L-1]"""
     rows = torch.arange(3, windows.shape[1], 4, device=windows.device)
     with torch.no_grad():
-        return torch.stack([distillation(butler, record(llama, w[None]), rows)[0]
+        return torch.stack([distillation(butler, record(llama, w[None]), rows)
                             for w in windows]).mean(0)
 
 

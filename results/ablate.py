@@ -103,7 +103,7 @@ class Variant:
     sizes: dict | None = None
     kv: bool = False  # one importance query per KV head instead of per query head
     kind: type = Butler
-    loss: str = "both"
+    grouped: tuple = (False,)  # divergences that the loss sums: of each head, of a group's mean
     length: int = 512
     share: float = 1.0  # of the steps, and so of the training tokens
     synthetic: float = 0.4
@@ -117,8 +117,8 @@ VARIANTS = {
     **{f"stride={r}": Variant({"stride": r}) for r in (1, 2, 3, 6, 10)},
     **{f"size={e}": Variant({"size": e}) for e in (8, 32)},
     "query per KV head": Variant(kv=True),
-    "loss per head": Variant(loss="heads"),
-    "loss per group": Variant(loss="groups"),
+    "loss per group": Variant(grouped=(True,)),
+    "loss per head and per group": Variant(grouped=(False, True)),
     "texts of 256": Variant(length=256),
     "texts of 1024": Variant(length=1024),
     "1/4 of the tokens": Variant(share=0.25),
@@ -178,10 +178,9 @@ def train_all(variants: dict, llama, tok, config) -> dict:
                 steps = round(v.share * config.steps)
                 if step < steps:
                     drawn = train.sample_rows(random.Random(f"0 {step}"), rows, length)
-                    per_head, per_group = train.distillation(learners[name][0], seen, drawn)
-                    loss = {"both": per_head + per_group, "heads": per_head,
-                            "groups": per_group}[v.loss]
-                    train.update(*learners[name], loss.mean(),
+                    loss = sum(train.distillation(learners[name][0], seen, drawn, grouped).mean()
+                               for grouped in v.grouped)
+                    train.update(*learners[name], loss,
                                  settings.learning_rate * train.schedule(step, steps))
         butlers |= {name: butler.requires_grad_(False) for name, (butler, _) in learners.items()}
     return butlers

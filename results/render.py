@@ -1,4 +1,4 @@
-"""results/render.py - writes README.md's tables from the JSON files in this folder.
+"""results/render.py - writes the tables of the two READMEs from the JSON files in this folder.
 
     <!-- results/NAME.json --> ... <!-- end -->      what stands between is replaced
 
@@ -11,22 +11,118 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+
+import ablate  # noqa: E402
 
 import train  # noqa: E402
 
-TABLES = {"results/train.json": train.table}
+
+def cell(m: dict, form=".2f") -> str:
+    return f"{m['mean']:{form}} [{m['low']:{form}}, {m['high']:{form}}]"
+
+
+def grid(rows: dict, head: str) -> list[str]:
+    """{row: {column: text}} -> aligned lines; a cell that is missing stays empty."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    wide = {c: max(len(c), *(len(row.get(c, "")) for row in rows.values())) for c in columns}
+    first = max(len(head), *map(len, rows))
+    lines = [f"{head:{first}s}  " + "  ".join(f"{c:>{wide[c]}s}" for c in columns)]
+    lines += [f"{name:{first}s}  " + "  ".join(f"{row.get(c, ''):>{wide[c]}s}" for c in columns)
+              for name, row in rows.items()]
+    return [line.rstrip() for line in lines]
+
+
+def percent(budget: str) -> str:
+    return f"{float(budget):.0%}" if float(budget) <= 1 else f"{budget} tokens"
+
+
+def source(report: dict) -> str:
+    n = {m["n"] for table in report["results"].values() for by in table.values()
+         for m in by.values()}
+    return (f"\nn = {', '.join(map(str, sorted(n)))}; {report['hardware']}; commit "
+            f"{report['commit']}\n{report['command']}")
+
+
+def accuracy(report: dict) -> str:
+    """Selectors down, tasks and budgets across."""
+    rows, several = {}, len(report["results"]) > 1
+    for task, table in report["results"].items():
+        for name, by in table.items():
+            for budget, m in by.items():
+                what = "all" if name == "dense" else percent(budget)
+                rows.setdefault(name, {})[f"{task} {what}" if several else what] = cell(m)
+    return "\n".join([*grid(rows, "selector"), source(report)])
+
+
+def tasks(report: dict) -> str:
+    """Tasks down, selectors and budgets across; then what is left of dense where that is good."""
+    rows, left = {}, {}
+    for task, table in report["results"].items():
+        for name, by in table.items():
+            for budget, m in by.items():
+                what = name if name == "dense" else f"{name} {percent(budget)}"
+                rows.setdefault(task, {})[what] = f"{m['mean']:.2f}"
+                if table["dense"]["1.0"]["mean"] >= 0.8 and name != "dense":
+                    share = m["mean"] / table["dense"]["1.0"]["mean"]
+                    left.setdefault(what, []).append(share)
+    shares = ", ".join(f"{what} {sum(v) / len(v):.1%}" for what, v in left.items())
+    end = [f"\nof dense, mean over the tasks where dense scores 0.8 or more: {shares}"] * bool(left)
+    return "\n".join([*grid(rows, "task"), *end, source(report)])
+
+
+def perplexity(report: dict) -> str:
+    rows = {}
+    for name, by in report["results"]["perplexity"].items():
+        for budget, m in by.items():
+            what = "all" if name == "dense" else percent(budget)
+            rows.setdefault(name, {})[what] = f"{m['mean']:.2f}"
+            over = report["results"]["over_oracle"].get(name, {}).get(budget)
+            if over and name != "dense":
+                rows[name][f"over oracle {what}"] = cell(over, "+.2%")
+    return "\n".join([*grid(rows, "selector"), source(report)])
+
+
+def recall(report: dict) -> str:
+    rows = {}
+    for measure, table in report["results"].items():
+        for name, by in table.items():
+            for budget, m in by.items():
+                rows.setdefault(name, {})[f"{measure} {percent(budget)}"] = cell(m, ".3f")
+                if measure == "mass":
+                    best = report["layers"]["mass"]["oracle"][budget]
+                    worst = min(a / b for a, b in zip(report["layers"]["mass"][name][budget],
+                                                      best, strict=True))
+                    rows[name]["worst layer, of oracle's mass"] = f"{worst:.1%}"
+    return "\n".join([*grid(rows, "selector"), source(report)])
+
+
+def interval(report: dict) -> str:
+    rows = {}
+    for label, table in report["results"].items():
+        task, rule = label.split(", ", 1)
+        for name, by in table.items():
+            for m in by.values():
+                row = "dense" if name == "dense" else rule
+                rows.setdefault(row, {})[task] = cell(m)
+    return "\n".join([*grid(rows, "butler, 10 %"), source(report)])
+
+
+TABLES = {"results/train.json": train.table, "results/ablations.json": ablate.table,
+          "results/perplexity.json": perplexity, "results/recall.json": recall,
+          "results/interval.json": interval, "results/ruler.json": tasks,
+          "results/ruler_long.json": tasks, "results/ruler_rest.json": tasks}
 
 
 def render(text: str) -> str:
     def block(match):
         name = match[1]
-        table = TABLES[name](json.loads((ROOT / name).read_text()))
+        table = TABLES.get(name, accuracy)(json.loads((ROOT / name).read_text()))
         return f"<!-- {name} -->\n```\n{table}\n```\n<!-- end -->"
 
     return re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", block, text, flags=re.S)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for readme in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        readme.write_text(render(readme.read_text()))

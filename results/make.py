@@ -1,7 +1,7 @@
 """results/make.py - every measured table of README.md, from nothing but the checkpoints.
 
-    python results/make.py            about an hour and a half on 2 cores; goes on when interrupted
-    python results/make.py --quick    the same with few documents, in five minutes, into out/quick/
+    python results/make.py            an hour or so on 2 cores; goes on when interrupted
+    python results/make.py --quick    with few documents, in five minutes, into out/quick/
 
 Each step is a command of its own, shown as it starts; its last line becomes results/STEP.json. A
 step whose file is in out/tables already is not run again, and single scores of synth_task.py are
@@ -32,32 +32,37 @@ SEEDS = ",".join(f"checkpoints/smollm2-135m-instruct{s}.safetensors"
 RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
 NEAR = "dense,oracle,butler"
 
+NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
+
 # step: (command, n of the full run, n of the quick run)
 STEPS = {
-    "coreference": (f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1 --butler {SEEDS} "
-                    "--batch 8", 300, 6),
+    "coreference": (f"synth_task.py --selectors {RIVALS} --butler {SEEDS} --batch 8", 300, 6),
+    "coreference_7": (f"synth_task.py --selectors {NEAR} --budgets 0.07 --butler {SEEDS} "
+                      "--batch 8", 300, 6),
     "referents_2": (f"synth_task.py --referents 2 --selectors {NEAR} --butler {SEEDS} --batch 8",
-                    200, 4),
+                    150, 4),
     "referents_4": (f"synth_task.py --referents 4 --selectors {NEAR} --butler {SEEDS} --batch 8",
-                    200, 4),
-    "referents_8": (f"synth_task.py --referents 8 --selectors {NEAR} --butler {SEEDS} --batch 8 "
-                    "--context 600", 50, 2),
+                    150, 4),
+    "referents_8": (f"synth_task.py --referents 8 --context 600 --selectors {NEAR} "
+                    f"--butler {SEEDS} --batch 8", 50, 2),
+    "ruler": (f"synth_task.py --task {NEEDLES} --context 1024,2048 --selectors {NEAR} "
+              "--budgets 0.05,0.1", 16, 1),
+    "ruler_long": (f"synth_task.py --task {NEEDLES} --context 4096,8000 --selectors {NEAR} "
+                   "--budgets 0.05,0.1", 5, 0),
+    "ruler_many": (f"synth_task.py --task multivalue,multiquery --selectors {NEAR} "
+                   "--budgets 0.05,0.1", 8, 0),
+    "ruler_rest": ("synth_task.py --task multikey_needles,multikey_uuid,variable_tracking,"
+                   "common_words,frequent_words --selectors dense", 8, 0),
+    "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose "
+                     "--selectors dense,quest,h2o,snapkv,recency,random,keynorm", 8, 0),
     "perplexity": (f"bench.py --suite perplexity --text {TEXT} --budgets 0.1,0.25,0.5 "
-                   "--selectors dense,oracle,butler,quest,recency,keynorm", 32, 1),
-    "recall": (f"bench.py --suite recall --text {TEXT} --selectors oracle,butler,quest,recency,"
-               "random,keynorm", 8, 1),
-    "ruler": ("synth_task.py --task needle_noise,needle_prose,needle_uuid,multikey,multivalue "
-              f"--context 1024,2048 --selectors {NEAR} --budgets 0.05,0.1", 20, 1),
-    "ruler_long": ("synth_task.py --task needle_noise,needle_prose,needle_uuid,multikey "
-                   f"--context 4096,8000 --selectors {NEAR} --budgets 0.05,0.1", 6, 0),
-    "ruler_rest": ("synth_task.py --task multikey_needles,multikey_uuid,multiquery,"
-                   "variable_tracking,common_words,frequent_words --selectors dense", 8, 0),
-    "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose --context 1024 "
-                     "--selectors dense,quest,h2o,snapkv,recency,random,keynorm", 10, 0),
+                   "--selectors dense,oracle,butler,quest,recency", 24, 1),
+    "recall": (f"bench.py --suite recall --text {TEXT} "
+               "--selectors oracle,butler,quest,recency,random,keynorm", 8, 1),
     "interval": ("bench.py --suite interval --task coreference,needle_prose,copy "
-                 "--selectors dense,butler --intervals 1,2,4,8,16", 20, 1),
-    "generation": ("bench.py --suite generation --selectors dense,butler,recency --length 2048 "
-                   f"--text {TEXT}", 6, 0),
+                 "--selectors dense,butler --intervals 1,2,4,8,16", 24, 1),
+    "generation": (f"bench.py --suite generation --selectors dense,butler --length 2048 "
+                   f"--text {TEXT}", 4, 0),
 }
 
 

@@ -111,7 +111,8 @@ def interval(report: dict) -> str:
 TABLES = {"results/train.json": train.table, "results/ablations.json": ablate.table,
           "results/perplexity.json": perplexity, "results/recall.json": recall,
           "results/interval.json": interval, "results/ruler.json": tasks,
-          "results/ruler_long.json": tasks, "results/ruler_rest.json": tasks}
+          "results/ruler_long.json": tasks, "results/ruler_many.json": tasks,
+          "results/ruler_rest.json": tasks}
 
 
 def render(text: str) -> str:

@@ -33,10 +33,11 @@ from tqdm import tqdm
 import ruler
 import tokenizer
 from baselines import BASELINES, NAMES, Evicting, make_selector
-from butler import Selector, load_for
+from butler import Selector, fingerprint, load_for
 from cli import UsageError, flag, names, provenance, run
 from coreference import Document, coreference_documents
 from model import Llama, fast_dtype, resolve
+from weights import digest
 
 TASKS = ("coreference", *ruler.TASKS)
 EVICTING = {name: kind for name, kind in BASELINES.items() if issubclass(kind, Evicting)}
@@ -133,13 +134,13 @@ class Scores:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = path.read_text() if path.exists() else ""
             lines = text[: text.rfind("\n") + 1].splitlines()
-            if lines and lines[0] != header:
-                raise UsageError(f"{path} belongs to a run with other settings: {lines[0][:200]}")
+            if not header.startswith(lines[0] if lines else text):
+                raise UsageError(f"{path} is of a run with other settings, or no file of scores")
             self.known = {key: score for key, score in map(json.loads, lines[1:])}
             self.file = path.open("r+" if lines else "w")
             self.file.seek(len("".join(line + "\n" for line in lines).encode()))
             self.file.truncate()
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, TypeError) as e:
             raise e if isinstance(e, UsageError) else UsageError(f"{path}: {e}") from None
         if not lines:
             self.file.write(header + "\n")
@@ -298,7 +299,10 @@ def main(config: Config) -> dict:
     tasks = check(config)
     path = resolve(config.model)
     tok = tokenizer.load(path)
-    count = lambda text: len(tok.encode(text))  # noqa: E731
+
+    def count(text):
+        return len(tok.encode(text))
+
     try:
         tasks = {name: make(count) for name, make in tasks.items()}
     except ValueError as e:  # a dial out of range
@@ -306,8 +310,10 @@ def main(config: Config) -> dict:
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
     butlers = [load_for(llama, p) for p in config.butler or (None,)]
     fits(llama, tasks, count)
-    free = ("out", "n", "batch", "device")  # may change when a run goes on
+    free = ("out", "batch", "device")  # may change when a run goes on
     identity = {k: v for k, v in asdict(config).items() if k not in free}
+    identity["model"] = fingerprint(llama)
+    identity["files"] = [digest(Path(f)) for f in (*config.butler, config.data) if f]
     scores = Scores(config.out, identity)
     results, selected = {}, {}
     for name, documents in tasks.items():

@@ -117,10 +117,11 @@ def test_interrupted_scores_go_on(llama, tok, tmp_path, monkeypatch):
     assert scored(Scores(path, run)) == whole
     with pytest.raises(synth_task.UsageError, match="other settings"):
         Scores(path, {"seed": 2})
-    (tmp_path / "notes.txt").write_text("my notes\n")
-    with pytest.raises(synth_task.UsageError):
-        Scores(tmp_path / "notes.txt", run)
-    assert (tmp_path / "notes.txt").read_text() == "my notes\n"
+    for notes in ("my notes\n", "my notes", '{"seed": 1}\nmine\n', '{"seed": 1}\n[3]\n'):
+        (tmp_path / "notes.txt").write_text(notes)
+        with pytest.raises(synth_task.UsageError):
+            Scores(tmp_path / "notes.txt", run)
+        assert (tmp_path / "notes.txt").read_text() == notes
 
 
 @pytest.mark.parametrize("line, complaint", [

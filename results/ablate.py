@@ -41,10 +41,10 @@ class Config:
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     only: tuple = flag((), "comma-separated rows (default: all)", names)
-    steps: int = flag(240, "optimiser steps of the default row")
+    steps: int = flag(160, "optimiser steps of the default row")
     text: str = flag(None, "text file to measure on (default: Python's reference, held-out part)")
-    windows: int = flag(8, "windows of 512 tokens to measure on")
-    documents: int = flag(60, "co-reference documents to answer")
+    windows: int = flag(6, "windows of 512 tokens to measure on")
+    documents: int = flag(40, "co-reference documents to answer")
     write: bool = flag(False, "write results/ablations.json")
     device: str = flag("cpu", "cpu or cuda")
 

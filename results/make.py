@@ -60,7 +60,7 @@ STEPS = {
     "recall": (f"bench.py --suite recall --text {TEXT} "
                "--selectors oracle,butler,quest,recency,random,keynorm", 8, 1),
     "interval": ("bench.py --suite interval --task coreference,needle_prose,copy "
-                 "--selectors dense,butler --intervals 1,2,4,8,16", 24, 1),
+                 "--selectors dense,butler --intervals 1,2,4,8,16", 16, 1),
     "generation": (f"bench.py --suite generation --selectors dense,butler --length 2048 "
                    f"--text {TEXT}", 4, 0),
 }

@@ -109,10 +109,11 @@ def perplexity(bench: Bench) -> dict:
     for name, budget, makers in tqdm(list(bench.makers()), desc="perplexity", file=sys.stderr):
         loss[name, budget] = []
         for make in makers:
-            with torch.no_grad():
-                logits = [bench.llama(w[None], selector=make())[0, :-1].float() for w in windows]
-            loss[name, budget].append([F.cross_entropy(out, w[1:]).item()
-                                       for out, w in zip(logits, windows, strict=True)])
+            loss[name, budget].append([])
+            for window in windows:
+                with torch.no_grad():
+                    logits = bench.llama(window[None], selector=make())[0, :-1].float()
+                loss[name, budget][-1].append(F.cross_entropy(logits, window[1:]).item())
     results = {"perplexity": {}, "over_oracle": {}}
     for (name, budget), runs in loss.items():
         results["perplexity"].setdefault(name, {})[budget] = through(math.exp, bootstrap(runs))

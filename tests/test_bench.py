@@ -15,17 +15,17 @@ from butler import load_for
 
 @pytest.fixture(scope="module")
 def setting(llama, tok):
-    config = bench.Config(n=2, length=80, budgets=("0.3",), selectors=("dense", "oracle", "butler"))
+    config = bench.Config(n=2, length=64, budgets=("0.3",), selectors=("dense", "oracle", "butler"))
     return bench.Bench(llama, tok, [load_for(llama)], config)
 
 
 def test_masked_perplexity_is_that_of_the_text_decoded_token_by_token(setting):
-    windows = setting.windows(80)
+    windows = setting.windows(64)
     report = bench.perplexity(setting)["results"]["perplexity"]
     for name in ("dense", "oracle", "butler"):
         losses = []
         for window in windows:
-            cache = setting.llama.new_cache(1, 80)
+            cache = setting.llama.new_cache(1, 64)
             selector = make_selector(name, 0.3, setting.butlers[0])
             logits = torch.cat([setting.llama.decode(t.view(1, 1), cache, selector)
                                 for t in window], dim=1)

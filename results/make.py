@@ -5,7 +5,7 @@
 
 Each step is a command of its own, shown as it starts; its last line becomes results/STEP.json. A
 step whose file is in out/tables already is not run again, and single scores of synth_task.py are
-kept as they come. At the end the files go to results/ and README.md's tables are rewritten.
+kept as they come. When all are there the files go to results/ and the tables are rewritten.
 `pip install` nothing, but fetch once, for the perplexity of prose that neither the butler nor
 Python's documentation has seen (300 news articles of the Lee corpus, which gensim carries):
 
@@ -98,7 +98,7 @@ def main(config: Config) -> dict:
         print(*result.stdout.splitlines()[:-1], sep="\n", flush=True)
         done.write_text(result.stdout.splitlines()[-1] + "\n")
         seconds[step] = round(time.monotonic() - began)
-    if not config.quick:
+    if not config.quick and not config.only:
         for done in out.glob("*.json"):
             shutil.copy(done, ROOT / "results" / done.name)
         subprocess.run([sys.executable, str(ROOT / "results" / "render.py")], check=True)

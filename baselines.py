@@ -6,8 +6,8 @@
               largest value of every channel in it (arXiv 2406.10774)
     h2o       evicts, step by step, what has collected the least attention so far; half of the
               budget goes to the most recent tokens (arXiv 2306.14048)
-    snapkv    evicts once, at the end of the prompt: the last 32 queries vote, votes are pooled over
-              neighbours; later tokens stay before earlier ones (arXiv 2404.14469)
+    snapkv    evicts at the end of the prompt: the last 32 queries vote, votes are pooled over
+              neighbours (arXiv 2404.14469)
     keynorm   the tokens with the smallest keys, whatever the query (arXiv 2406.11430)
     recency   sinks and the most recent tokens only: StreamingLLM (arXiv 2309.17453)
     random    sinks, window, and tokens drawn by lot
@@ -66,7 +66,8 @@ class Quest(Selector):
     """A page's bound is sum_d max(q_d min_d, q_d max_d), here the largest of the group's heads.
 
     A page that is not full yet cannot be ranked without looking at tokens to come: it is kept.
-    Tokens of a page tie; the earlier goes first, so that a page is kept or dropped in one piece.
+    Tokens of a page tie, the earlier goes first; the last page is cut where the budget ends, which
+    at a few dozen tokens in all may leave room for a single page.
     """
 
     PAGE = 16
@@ -94,8 +95,6 @@ class Evicting(Selector):
     differ in length it may stand at the end of the last block, nowhere else.
     """
 
-    newcomer = 0.0  # value of a token that the prompt did not hold
-
     def __init__(self, budget, interval=1, neighbours=0, **rules):
         if interval > 1 or neighbours:
             raise ButlerError("h2o and snapkv evict at every step: interval 1, no neighbours")
@@ -109,7 +108,7 @@ class Evicting(Selector):
             values = [w.value[layer] for w in watchers]
             S = max(v.shape[-1] for v in values)
             self.value[layer] = torch.cat([
-                F.pad(v, (0, S - v.shape[-1]), value=self.newcomer) for v in values])
+                F.pad(v, (0, S - v.shape[-1])) for v in values])
         return self
 
     def ranked(self, layer: int, position):
@@ -124,7 +123,7 @@ class Evicting(Selector):
         seen = self.value.get(layer, keys.new_empty(*keys.shape[:2], 0, dtype=torch.float32))
         if layer not in self.alive and seen.shape[-1] < positions[:, 0].max():
             raise ButlerError("h2o and snapkv evict what they watched: let them watch the prompt")
-        self.value[layer] = F.pad(seen, (0, S - seen.shape[-1]), value=self.newcomer)
+        self.value[layer] = F.pad(seen, (0, S - seen.shape[-1]))  # a newcomer has collected nothing
         if layer in self.alive:
             alive = self.alive[layer]
             self.alive[layer] = F.pad(alive, (0, S - alive.shape[-1]), value=True)
@@ -173,19 +172,19 @@ class H2O(Evicting):
 
 
 class SnapKV(Evicting):
+    """In the paper, what is generated comes on top of the prompt's budget. Here all of them count,
+    so the voted tokens stay, and of the later ones the window; one that leaves it has no votes.
+    """
+
     OBSERVED, POOL = 32, 7
-    newcomer = torch.inf
 
     def __init__(self, budget, **rules):
         super().__init__(budget, **rules)
         self.last = {}  # per layer: queries of the prompt's end so far and their positions
 
-    def ranked(self, layer, position):
-        value = self.value[layer]
-        latest_first = torch.arange(value.shape[-1], device=value.device) + 1e6
-        return torch.where(value.isinf(), latest_first, value)
-
     def watch(self, layer, x, q, keys, positions):
+        if layer == 0:
+            return
         old = self.last.get(layer, (q[:, :, :0], positions[:, :0]))
         q = torch.cat([old[0], q], dim=2)[:, :, -self.OBSERVED :]
         positions = torch.cat([old[1], positions], dim=1)[:, -self.OBSERVED :]

@@ -15,7 +15,6 @@
 
 import json
 import math
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +24,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import ruler
 import synth_task
 import tokenizer
 from baselines import NAMES, Probe, make_selector
 from butler import Selector, load_for
 from cli import UsageError, flag, names, provenance, run
-from coreference import coreference_documents
 from corpus import hold_out
 from model import Llama, fast_dtype, resolve
-from synth_task import Prompts, bootstrap
+from synth_task import Prompts, accuracy, bootstrap
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,9 +47,8 @@ class Config:
                             f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
     text: str = flag(None, "text file (default: Python's reference, the part not trained on)")
-    n: int = flag(32, "windows, documents or prompts")
+    n: int = flag(12, "windows, documents or prompts")
     length: int = flag(512, "tokens of a window; of a generated text")
-    context: int = flag(1024, "interval: tokens of a document with its question and answer")
     task: tuple = flag(("coreference", "needle_noise", "copy"), "interval: tasks", names)
     intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval: steps between choices", names)
     neighbours: tuple = flag(("0", "1"), "interval: tokens on either side of a chosen one", names)
@@ -87,7 +83,8 @@ class Bench:
             raise UsageError(f"the text has {len(ids)} tokens, {n} windows of {length} need "
                              f"{n * length}")
         step = (len(ids) - length) // max(n - 1, 1)
-        rows = [ids[i * step : i * step + length] for i in range(n)]
+        bos = [self.tok.bos_id] * self.tok.add_bos
+        rows = [(bos + ids[i * step : i * step + length])[:length] for i in range(n)]
         return torch.tensor(rows, device=self.llama.device)
 
 
@@ -159,7 +156,11 @@ def interval(bench: Bench) -> dict:
              for k in map(int, c.neighbours)]
     for task in c.task:
         scores, hits = {}, {}
-        for document in tqdm(task_documents(bench, task), desc=task, file=sys.stderr):
+        documents = synth_task.task_documents(
+            task, None, c.n, [c.seed], lambda text: len(bench.tok.encode(text)))
+        if documents[0].new_tokens:
+            raise UsageError(f"--suite interval counts steps in forced answers, {task} has none")
+        for document in tqdm(documents, desc=task, file=sys.stderr):
             prompts = Prompts(bench.llama, bench.tok, [document], "sparse")
             for name, budget, makers in bench.makers():
                 for rule in rules[: 1 if name == "dense" else None]:
@@ -169,24 +170,14 @@ def interval(bench: Bench) -> dict:
                         row = scores.setdefault(key, [[] for _ in makers])[i]
                         row += prompts.answer(make() if name == "dense" else make(**rule))
                         for step, hit in prompts.hits:
-                            age = hits.setdefault((label, name), {}).setdefault(
-                                step % rule["interval"], [])
-                            age.append(hit)
+                            by_age = hits.setdefault(key, {})
+                            by_age.setdefault(step % rule["interval"], []).append(hit)
         for (label, name, budget), runs in scores.items():
             column = results.setdefault(f"{task}, {label}", {}).setdefault(name, {})
-            column[budget] = bootstrap(runs)
-        ages[task] = {f"{label}, {name}": {str(age): sum(h) / len(h) for age, h in by.items()}
-                      for (label, name), by in hits.items()}
+            column[budget] = accuracy(runs)
+        ages[task] = {f"{label}, {name} {budget}": {str(a): sum(h) / len(h) for a, h in by.items()}
+                      for (label, name, budget), by in hits.items()}
     return {"results": results, "token_accuracy_by_age": ages}
-
-
-def task_documents(bench: Bench, task: str) -> list:
-    c = bench.config
-    if task == "coreference":
-        return coreference_documents("test", c.n, c.seed)
-    rng = random.Random(f"{task} {c.seed}")
-    return [ruler.TASKS[task](rng, c.context, lambda text: len(bench.tok.encode(text)))
-            for _ in range(c.n)]
 
 
 def generation(bench: Bench) -> dict:

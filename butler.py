@@ -242,9 +242,12 @@ class Selector:
             self.look_ahead(layer, x)
         if layer == 0:
             return None
-        chosen = self.pick(layer, q, keys, positions) if fresh else self.chosen[layer]
-        if fresh and self.interval > 1:
-            chosen = self.reuse(self.chosen.get(layer, chosen[:, :, :1]), chosen)
+        if not fresh:
+            chosen = self.chosen[layer].expand(-1, -1, x.shape[1], -1)
+        else:
+            chosen = self.pick(layer, q, keys, positions)
+            if self.interval > 1:
+                chosen = self.reuse(self.chosen.get(layer, chosen[:, :, :1]), chosen)
         self.chosen[layer] = chosen[:, :, -1:]
         always = self.always(positions)[:, None].expand(-1, chosen.shape[1], -1, -1)
         self.index[layer] = torch.cat([always, chosen], dim=-1).int()

@@ -34,8 +34,11 @@ def flag(default, help: str, kind=None):
 
 
 def names(text: str) -> tuple[str, ...]:
-    """`a,b,c` -> ("a", "b", "c")."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """`a,b,c` -> ("a", "b", "c"), each once; nothing at all is an error."""
+    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise argparse.ArgumentTypeError("names nothing")
+    return parts
 
 
 class Parser(argparse.ArgumentParser):

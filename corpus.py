@@ -6,7 +6,7 @@
 Nothing is downloaded: every Python installation carries a language reference (English prose) and
 the standard library (code). The mixture adds co-reference documents from the training pools.
 
-    python corpus.py        prints how much there is, and a window
+    python corpus.py        prints how much there is, and a training document
 """
 
 import random
@@ -59,7 +59,7 @@ class Mixture:
         self.sources = [(s, [len(t) for t in s]) for s in sources]
 
     def window(self, seed: str, length: int) -> list[int]:
-        rng, ids = random.Random(seed), []
+        rng, ids = random.Random(seed), [self.tok.bos_id] * self.tok.add_bos
         while len(ids) < length:
             if rng.random() < self.synthetic:
                 text = training_text(rng, self.pool)

@@ -82,14 +82,15 @@ def fit(length: int, count: Count, start: str, body: Callable[[int], str], quest
         answers: list[str], evidence: list[str], scoring="all", new_tokens=0) -> Document:
     """
     The document `start + body(n)`, for an n that fills the length: 98 % or all but one unit of what
-    `length - new_tokens` leaves for context and question. The pieces of `evidence` are its spans.
+    the answer leaves for context and question. The pieces of `evidence` are its spans.
 
     Aims at 99 % with the mean cost of a unit so far: three or four counts of the whole text do.
     Raises ValueError when even body(0) is too long.
     """
-    text, room, bare = body(0), length - new_tokens, count(start + body(0) + question)
+    answer = new_tokens or count(" " + answers[0])
+    text, room, bare = body(0), length - answer, count(start + body(0) + question)
     if bare > room:
-        raise ValueError(f"{length} tokens are too few: this task needs {bare + new_tokens}")
+        raise ValueError(f"{length} tokens are too few: this task needs {bare + answer}")
     low, high, n = 0, length, min(16, length - 1)
     while high - low > 1:
         longer = body(n)

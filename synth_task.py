@@ -33,7 +33,7 @@ from tqdm import tqdm
 import ruler
 import tokenizer
 from baselines import BASELINES, NAMES, Evicting, make_selector
-from butler import Selector, fingerprint, load_for
+from butler import SHIPPED, Selector, fingerprint, load_for
 from cli import UsageError, flag, names, provenance, run
 from coreference import Document, coreference_documents
 from model import Llama, fast_dtype, resolve
@@ -71,17 +71,17 @@ class Config:
 # ---------------------------------------------------------------------------- documents
 
 
-def task_documents(task, context, config, count) -> list[Document]:
-    """The test documents of a task, `n` for each seed; count(text) -> tokens."""
+def task_documents(task, context, n, seeds, count, referents=1) -> list[Document]:
+    """The test documents of a task, `n` for each seed; context in tokens or None for the task's
+    default; count(text) -> tokens. Raises ValueError for what the task cannot do."""
     documents = []
-    for seed in map(int, config.seeds):
-        if task == "coreference":
-            words = round((context or 355) * 250 / 355)  # the default model's tokens per word
-            documents += coreference_documents("test", config.n, seed, referents=config.referents,
-                                               words=words)
+    for seed in map(int, seeds):
+        if task == "coreference":  # 1.3 of the default model's tokens to a word, 36 to ask
+            words = 250 if context is None else max(0, round((context - 36) / 1.3))
+            documents += coreference_documents("test", n, seed, referents=referents, words=words)
         else:
-            rng = random.Random(f"{task} {seed}")
-            documents += [ruler.TASKS[task](rng, context or 1024, count) for _ in range(config.n)]
+            rng, length = random.Random(f"{task} {seed}"), 1024 if context is None else context
+            documents += [ruler.TASKS[task](rng, length, count) for _ in range(n)]
     return documents
 
 
@@ -89,7 +89,7 @@ def read_data(path) -> list[Document]:
     """Lines {"context", "question", "answer"}, the answer one accepted string or a list of them.
     Raises UsageError with file and line for anything else."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"cannot read {path} ({e})") from None
     documents = []
@@ -134,7 +134,7 @@ class Scores:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = path.read_text() if path.exists() else ""
             lines = text[: text.rfind("\n") + 1].splitlines()
-            if not header.startswith(lines[0] if lines else text):
+            if lines[0] != header if lines else not header.startswith(text):
                 raise UsageError(f"{path} is of a run with other settings, or no file of scores")
             self.known = {key: score for key, score in map(json.loads, lines[1:])}
             self.file = path.open("r+" if lines else "w")
@@ -278,18 +278,26 @@ def found(document: Document, text: str) -> float:
     return float(any(hits)) if document.scoring == "any" else sum(hits) / len(hits)
 
 
-def bootstrap(runs: list[list[float]], seed=0, draws=2000) -> dict:
-    """Mean of scores [[of each document] of each run] and its 95 % interval: runs are drawn with
-    replacement, then documents, the same for every run. n is the number of documents."""
+def bootstrap(runs: list[list[float]], seed=0) -> dict:
+    """Mean of scores [[of each document] of each run] and its 95 % interval, from 2,000 draws: runs
+    with replacement, then documents, the same for every run. n is the number of documents."""
     rng, n = random.Random(seed), len(runs[0])
     means = []
-    for _ in range(draws):
+    for _ in range(2000):
         chosen = rng.choices(range(n), k=n)
         drawn = rng.choices(runs, k=len(runs))
         means.append(sum(run[i] for run in drawn for i in chosen) / n / len(runs))
     means.sort()
-    return {"mean": sum(map(sum, runs)) / n / len(runs), "low": means[int(0.025 * draws)],
-            "high": means[int(0.975 * draws)], "n": n}
+    return {"mean": sum(map(sum, runs)) / n / len(runs), "low": means[50], "high": means[1949],
+            "n": n}
+
+
+def accuracy(runs: list[list[float]]) -> dict:
+    """`bootstrap` of scores; where all are 0, or 1, there is nothing to draw from: there the bound
+    is Clopper and Pearson's, what n failures, or successes, can still exclude."""
+    m = bootstrap(runs)
+    bound = 0.025 ** (1 / m["n"])
+    return m | ({"high": 1 - bound} if m["high"] == 0 else {"low": bound} if m["low"] == 1 else {})
 
 
 # ---------------------------------------------------------------------------- the script
@@ -304,34 +312,36 @@ def main(config: Config) -> dict:
         return len(tok.encode(text))
 
     try:
-        tasks = {name: make(count) for name, make in tasks.items()}
+        tasks = {name: make(count=count) for name, make in tasks.items()}
     except ValueError as e:  # a dial out of range
         raise UsageError(str(e)) from None
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
-    butlers = [load_for(llama, p) for p in config.butler or (None,)]
+    butlers, dtype = [], str(llama.embed_tokens.weight.dtype)
+    if "butler" in config.selectors:
+        butlers = [load_for(llama, p) for p in config.butler or (SHIPPED,)]
     fits(llama, tasks, count)
-    free = ("out", "batch", "device")  # may change when a run goes on
-    identity = {k: v for k, v in asdict(config).items() if k not in free}
-    identity["model"] = fingerprint(llama)
-    identity["files"] = [digest(Path(f)) for f in (*config.butler, config.data) if f]
+    identity = {k: v for k, v in asdict(config).items() if k != "out"}
+    identity |= {k: v for k, v in provenance().items() if k != "command"}
+    identity |= {"weights": str(path), "fingerprint": fingerprint(llama), "dtype": dtype}
+    identity["files"] = [digest(Path(f)) for f in (*config.butler, SHIPPED, config.data) if f]
     scores = Scores(config.out, identity)
     results, selected = {}, {}
     for name, documents in tasks.items():
         table = evaluate(llama, tok, documents, config.selectors, config.budgets, butlers,
                          config.question, config.batch, scores, name,
                          interval=config.interval, neighbours=config.neighbours)
-        results[name] = {s: {b: bootstrap(runs) for b, runs in by.items()}
+        results[name] = {s: {b: accuracy(runs) for b, runs in by.items()}
                          for s, by in table.items()}
-        selected[name] = sum(count(d.question * (config.question == "sparse")) + d.new_tokens
-                             + (not d.new_tokens) * count(d.answer) for d in documents)
+        selected[name] = sum(count(d.question if config.question == "sparse" else "")
+                             + (d.new_tokens or count(d.answer)) for d in documents)
         selected[name] /= len(documents)
         for selector, by in results[name].items():
             for budget, m in by.items():
                 print(f"{name:18s} {selector:8s} {budget:>5s}  {m['mean']:.3f}  "
                       f"[{m['low']:.3f}, {m['high']:.3f}]  n = {m['n']}")
-        print(f"{name:18s} {selected[name]:.0f} tokens went through the selection", flush=True)
-    return {"results": results, "selected_tokens": selected,
-            "dtype": str(llama.embed_tokens.weight.dtype)} | provenance()
+        print(f"{name:18s} up to {selected[name]:.0f} tokens went through the selection",
+              flush=True)
+    return {"results": results, "selected_tokens": selected, "dtype": dtype} | provenance()
 
 
 def fits(llama, tasks, count) -> None:
@@ -353,8 +363,8 @@ def check(config: Config) -> dict:
             raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     if config.question not in ("sparse", "prefill"):
         raise UsageError(f"--question is sparse or prefill, not {config.question!r}")
-    if config.n < 1 or config.batch < 1 or not config.selectors or not config.task:
-        raise UsageError("--n and --batch are at least 1, --task and --selectors name at least one")
+    if config.n < 1 or config.batch < 1:
+        raise UsageError("--n and --batch are at least 1")
     try:
         contexts = [int(c) for c in config.context] or [None]
         [int(seed) for seed in config.seeds]
@@ -366,7 +376,8 @@ def check(config: Config) -> dict:
         documents = read_data(config.data)
         return {"data": lambda count: documents}
     return {task if len(contexts) == 1 else f"{task}@{context}":
-            partial(task_documents, task, context, config)
+            partial(task_documents, task, context, config.n, config.seeds,
+                    referents=config.referents)
             for context in contexts for task in config.task}
 
 

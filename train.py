@@ -35,7 +35,7 @@ from cli import UsageError, flag, provenance, run
 from coreference import coreference_documents, pools
 from corpus import Mixture, default_texts, hold_out, read_texts
 from model import Llama, fast_dtype, resolve
-from synth_task import bootstrap, evaluate
+from synth_task import accuracy, evaluate
 
 
 @dataclass
@@ -258,7 +258,7 @@ def verdict(llama, tok, butler, windows, config) -> dict:
     for name in compared:
         recall = 1.0 if name == "dense" else mass_recall(llama, butler, windows, name, 0.1)
         (runs,) = scores[name].values()
-        rows[name] = {"mass_recall": recall, "coreference": bootstrap(runs)}
+        rows[name] = {"mass_recall": recall, "coreference": accuracy(runs)}
     return rows
 
 

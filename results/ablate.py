@@ -32,7 +32,7 @@ from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
 from cli import UsageError, flag, names, provenance, run  # noqa: E402
 from coreference import coreference_documents, pools  # noqa: E402
 from corpus import Mixture, default_texts, hold_out  # noqa: E402
-from synth_task import bootstrap, evaluate  # noqa: E402
+from synth_task import accuracy, bootstrap, evaluate  # noqa: E402
 
 
 @dataclass
@@ -128,10 +128,10 @@ VARIANTS = {
     "W_K from principal axes": Variant(start="principal"),
     "max over the group": Variant(selection=(GroupMax, {})),
     "int8 importance keys": Variant(selection=(Int8Keys, {})),
-    "interval 4, neighbours 1": Variant(selection=(ButlerSelector, REUSED)),
+    "interval 4 + neighbours 1": Variant(selection=(ButlerSelector, REUSED)),
     "neighbours 1": Variant(selection=(ButlerSelector, {"neighbours": 1})),
     **{f"{name} instead": Variant(selection=(rival(name), {})) for name in ("random", "keynorm")},
-    **{f"{name} instead, interval 4, neighbours 1": Variant(selection=(rival(name), REUSED))
+    **{f"{name} instead + interval 4 + neighbours 1": Variant(selection=(rival(name), REUSED))
        for name in ("random", "keynorm")},
 }
 
@@ -178,8 +178,8 @@ def train_all(variants: dict, llama, tok, config) -> dict:
                 steps = round(v.share * config.steps)
                 if step < steps:
                     drawn = train.sample_rows(random.Random(f"0 {step}"), rows, length)
-                    loss = sum(train.distillation(learners[name][0], seen, drawn, grouped).mean()
-                               for grouped in v.grouped)
+                    look = learners[name][0], seen, drawn.to(llama.device)
+                    loss = sum(train.distillation(*look, grouped).mean() for grouped in v.grouped)
                     train.update(*learners[name], loss,
                                  settings.learning_rate * train.schedule(step, steps))
         butlers |= {name: butler.requires_grad_(False) for name, (butler, _) in learners.items()}
@@ -210,7 +210,7 @@ def measure(butlers: dict, llama, tok, config) -> dict:
     rows = {}
     for i, name in enumerate(butlers):
         answers = scores["butler"]["0.07"][i]
-        rows[name] = {"kept": bootstrap([kept[name, 0.1]]), "answers": bootstrap([answers])}
+        rows[name] = {"kept": bootstrap([kept[name, 0.1]]), "answers": accuracy([answers])}
         for budget in (0.1, 0.25):
             more = [a - b for a, b in zip(loss[name, budget], loss["oracle", budget], strict=True)]
             rows[name][f"over_oracle_{budget}"] = bench.through(math.expm1, bootstrap([more]))
@@ -218,8 +218,8 @@ def measure(butlers: dict, llama, tok, config) -> dict:
             pairs = zip(kept[name, 0.1], kept["default", 0.1], strict=True)
             rows[name]["kept_over_default"] = bootstrap([[a - b for a, b in pairs]])
     rows["oracle"] = {"kept": bootstrap([kept["oracle", 0.1]]),
-                      "answers": bootstrap(scores["oracle"]["0.07"])}
-    rows["dense"] = {"answers": bootstrap(scores["dense"]["1.0"])}
+                      "answers": accuracy(scores["oracle"]["0.07"])}
+    rows["dense"] = {"answers": accuracy(scores["dense"]["1.0"])}
     return rows
 
 
@@ -245,6 +245,8 @@ def table(report: dict) -> str:
 def main(config: Config) -> dict:
     if unknown := sorted(set(config.only) - set(VARIANTS)):
         raise UsageError(f"unknown row {unknown[0]!r}; known: {', '.join(VARIANTS)}")
+    if min(config.steps, config.windows, config.documents) < 1:
+        raise UsageError("--steps, --windows and --documents are at least 1")
     wanted = {n: v for n, v in VARIANTS.items() if not config.only or n in config.only}
     trained = {n: v for n, v in wanted.items() if not v.selection}
     if len(trained) < len(wanted):

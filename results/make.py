@@ -4,8 +4,9 @@
     python results/make.py --quick    with few documents, in five minutes, into out/quick/
 
 Each step is a command of its own, shown as it starts; its last line becomes results/STEP.json. A
-step whose file is in out/tables already is not run again, and single scores of synth_task.py are
-kept as they come. When all are there the files go to results/ and the tables are rewritten.
+step whose file is in out/tables already, by the same command, is not run again, and single scores
+of synth_task.py are kept as they come. When all are there the files go to results/ and the tables
+are rewritten.
 `pip install` nothing, but fetch once, for the perplexity of prose that neither the butler nor
 Python's documentation has seen (300 news articles of the Lee corpus, which gensim carries):
 
@@ -13,6 +14,7 @@ Python's documentation has seen (300 news articles of the Lee corpus, which gens
     unzip -jo out/gensim-*.whl gensim/test/test_data/lee_background.cor -d out
 """
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -37,22 +39,24 @@ NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
 # step: (command, n of the full run, n of the quick run)
 STEPS = {
     "coreference": (f"synth_task.py --selectors {RIVALS} --butler {SEEDS} --batch 8", 300, 6),
+    "coreference_prefill": (f"synth_task.py --question prefill --selectors {RIVALS} --batch 8",
+                            60, 0),
     "coreference_7": (f"synth_task.py --selectors {NEAR} --budgets 0.07 --butler {SEEDS} "
                       "--batch 8", 300, 6),
     "referents_2": (f"synth_task.py --referents 2 --selectors {NEAR} --butler {SEEDS} --batch 8",
-                    150, 4),
+                    100, 4),
     "referents_4": (f"synth_task.py --referents 4 --selectors {NEAR} --butler {SEEDS} --batch 8",
-                    150, 4),
+                    100, 4),
     "referents_8": (f"synth_task.py --referents 8 --context 600 --selectors {NEAR} "
-                    f"--butler {SEEDS} --batch 8", 50, 2),
+                    f"--butler {SEEDS} --batch 8", 40, 2),
     "ruler": (f"synth_task.py --task {NEEDLES} --context 1024,2048 --selectors {NEAR} "
-              "--budgets 0.05,0.1", 16, 1),
+              "--budgets 0.05,0.1", 12, 1),
     "ruler_long": (f"synth_task.py --task {NEEDLES} --context 4096,8000 --selectors {NEAR} "
-                   "--budgets 0.05,0.1", 5, 0),
+                   "--budgets 0.05,0.1", 4, 0),
     "ruler_many": (f"synth_task.py --task multivalue,multiquery --selectors {NEAR} "
-                   "--budgets 0.05,0.1", 8, 0),
+                   "--budgets 0.05,0.1", 6, 0),
     "ruler_rest": ("synth_task.py --task multikey_needles,multikey_uuid,variable_tracking,"
-                   "common_words,frequent_words --selectors dense", 8, 0),
+                   "common_words,frequent_words --selectors dense", 6, 0),
     "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose "
                      "--selectors dense,quest,h2o,snapkv,recency,random,keynorm", 8, 0),
     "perplexity": (f"bench.py --suite perplexity --text {TEXT} --budgets 0.1,0.25,0.5 "
@@ -77,18 +81,19 @@ class Config:
 def main(config: Config) -> dict:
     if unknown := sorted(set(config.only) - set(STEPS)):
         raise UsageError(f"unknown step {unknown[0]!r}; known: {', '.join(STEPS)}")
-    if not (ROOT / TEXT).exists():
+    if not (ROOT / TEXT).exists() and any(TEXT in STEPS[s][0] for s in config.only or STEPS):
         raise UsageError(f"no file {TEXT}: see the two commands at the head of results/make.py")
     out, seconds = ROOT / "out" / ("quick" if config.quick else "tables"), {}
     out.mkdir(parents=True, exist_ok=True)
     for step in config.only or STEPS:
         command, n, few = STEPS[step]
         done, n = out / f"{step}.json", few if config.quick else n
-        if done.exists() or not n:
-            continue
         command += f" --n {n}"
         if command.startswith("synth_task.py"):
             command += f" --out {out.relative_to(ROOT)}/{step}.jsonl"
+        known = json.loads(done.read_text())["command"] if done.exists() else ""
+        if known == f"python {command}" or not n:
+            continue
         print("python", command, file=sys.stderr, flush=True)
         began = time.monotonic()
         result = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT,

@@ -62,7 +62,7 @@ def tasks(report: dict) -> str:
         for name, by in table.items():
             for budget, m in by.items():
                 what = name if name == "dense" else f"{name} {percent(budget)}"
-                rows.setdefault(task, {})[what] = f"{m['mean']:.2f}"
+                rows.setdefault(task, {})[what] = cell(m)
                 if table["dense"]["1.0"]["mean"] >= 0.8 and name != "dense":
                     share = m["mean"] / table["dense"]["1.0"]["mean"]
                     left.setdefault(what, []).append(share)
@@ -118,6 +118,8 @@ TABLES = {"results/train.json": train.table, "results/ablations.json": ablate.ta
 def render(text: str) -> str:
     def block(match):
         name = match[1]
+        if not (ROOT / name).exists():
+            return match[0]
         table = TABLES.get(name, accuracy)(json.loads((ROOT / name).read_text()))
         return f"<!-- {name} -->\n```\n{table}\n```\n<!-- end -->"
 

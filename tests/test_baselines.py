@@ -129,10 +129,12 @@ def test_snapkv_keeps_what_the_last_queries_vote_for(layer):
     best = sorted(pooled, key=pooled.get, reverse=True)[:20]
     first = through(make_selector("snapkv", 40), layer, start)[0]
     kept = sets(first)[b][g]
-    # one of the prompt's 40 makes room for the new token: the least of the 20, or rather the one
-    # that has just left the window, if it got fewer votes
+    # one of the prompt's 40 makes room for the new token: the least of the 20, or the one that has
+    # just left the window, if it got fewer votes
     assert kept - set(range(84, 101)) - set(range(4)) <= set(best)
     assert len(kept & set(best)) >= 19
+    last = sets(through(make_selector("snapkv", 40), layer, start)[-1])[b][g]
+    assert len(last & set(range(start))) == 24  # all that is no window, 50 tokens later
 
 
 def test_snapkv_is_the_same_in_chunks(layer):

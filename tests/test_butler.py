@@ -126,7 +126,7 @@ def test_block_equals_token_by_token(pair, name):
     plain = name in ("h2o", "snapkv") or (model.config.layers == 30 and name != "butler")
     for rules in ({},) if plain else ({}, {"neighbours": 1}, {"interval": 4, "neighbours": 1}):
         blocks, steps = [], []
-        for split, out in (([60, 30], blocks), ([60] + [1] * 30, steps)):
+        for split, out in (([60, 1, 2, 5, 22], blocks), ([60] + [1] * 30, steps)):
             cache, selector = model.new_cache(1, 90), make_selector(name, 0.3, butler, **rules)
             for i, part in enumerate(ids.split(split, dim=1)):
                 with torch.no_grad():

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from butler import ButlerError, Selector, allowance
+from kernel import mark
 
 
 def true_attention(q, keys, positions):
@@ -191,12 +192,6 @@ class SnapKV(Evicting):
         self.last[layer] = q, positions
         votes = true_attention(q, keys, positions).mean(2).sum(2)
         self.value[layer] = F.avg_pool1d(votes, self.POOL, stride=1, padding=self.POOL // 2)
-
-
-def mark(index, S: int):
-    """Indices [..., K], -1 = empty, -> booleans [..., S]."""
-    marks = torch.zeros(*index.shape[:-1], S + 1, dtype=torch.bool, device=index.device)
-    return marks.scatter(-1, torch.where(index < 0, S, index).long(), True)[..., :S]
 
 
 BASELINES = {"oracle": Oracle, "quest": Quest, "h2o": H2O, "snapkv": SnapKV,

@@ -227,6 +227,9 @@ def main(config: Config) -> dict:
     butlers = []
     if "butler" in config.selectors:
         butlers = [load_for(llama, p) for p in config.butler or (None,)]
+    if config.suite == "generation" and 64 + config.length > llama.config.context:
+        raise UsageError(f"a prompt of 64 and --length {config.length} exceed the model's context "
+                         f"of {llama.config.context}")
     bench = Bench(llama, tokenizer.load(path), butlers, config)
     report = SUITES[config.suite](bench) | provenance()
     report["dtype"] = str(llama.embed_tokens.weight.dtype)

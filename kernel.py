@@ -17,11 +17,14 @@ import torch.nn.functional as F
 
 def reference(q, k, v, idx):
     """The definition, by masking: what every faster form must equal. Shapes as sparse_attention."""
-    keep = torch.zeros(*idx.shape[:3], k.shape[2] + 1, dtype=torch.bool, device=k.device)
-    slots = torch.where(idx < 0, k.shape[2], idx).long()  # empty slots fall into a spare column
-    keep = keep.scatter(-1, slots, True)[..., :-1]  # [B, G, T, S]
-    keep = keep.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, H, T, S]
+    keep = mark(idx, k.shape[2]).repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, H, T, S]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=True)
+
+
+def mark(idx, S: int):
+    """Indices [..., K] -> booleans [..., S]; empty slots fall into a spare column."""
+    marks = torch.zeros(*idx.shape[:-1], S + 1, dtype=torch.bool, device=idx.device)
+    return marks.scatter(-1, torch.where(idx < 0, S, idx).long(), True)[..., :S]
 
 
 def sparse_decode(q, k, v, idx):

@@ -147,7 +147,7 @@ def niah(rng: random.Random, length: int, count: Count, hay="prose", value="numb
 
     `needles` keys with `values` values each; the question is about `asked` of the keys. The cue
     before a single answer ends in "is:", as the needle does, where RULER's says "mentioned in the
-    provided text is": after that the default model, 135M parameters, knows no UUID (0 of 4, not 4).
+    provided text is": after that the default model, 135M parameters, copied none of four UUIDs.
     """
     n = length // 20 + 1 if hay == "needles" else needles  # a needle has more than 20 tokens
     names, hidden = secrets(rng, key, n), secrets(rng, value, n * values)

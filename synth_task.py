@@ -6,7 +6,8 @@
 
 Two protocols. *sparse* (default): question and answer go through the selection, so that a method
 which evicts has to do so before it is asked. *prefill*: the question is read densely with the
-context, as in most published tables, and only the answer goes through the selection.
+context, as in most published tables, and only its last token and the answer go through the
+selection.
 
 A score is between 0 and 1, see `Document.scoring`. Where the answer is forced upon the model, its
 tokens and the question's go through in one block, each under its own selection: the same as token
@@ -197,9 +198,10 @@ class Prompts:
         self.llama, self.tok, self.documents = llama, tok, documents
         self.forced = documents[0].scoring in ("exact", "token")
         self.new = 0 if self.forced else documents[0].new_tokens
-        self.answers = [tok.encode(d.answer) if self.forced else [] for d in documents]
-        contexts = [[tok.bos_id] * tok.add_bos + tok.encode(d.context) for d in documents]
-        blocks = [tok.encode(d.question) for d in documents]
+        parts = [(d.context, d.question, d.answer if self.forced else "") for d in documents]
+        contexts, blocks, self.answers = map(list, zip(*(
+            encode_parts(tok, part) for part in parts), strict=True))
+        contexts = [[tok.bos_id] * tok.add_bos + c for c in contexts]
         if question == "prefill":
             contexts = [c + b[:-1] for c, b in zip(contexts, blocks, strict=True)]
             blocks = [b[-1:] for b in blocks]
@@ -263,6 +265,19 @@ class Prompts:
             logits = self.llama.decode(token, self.cache, selector)
         return [found(d, self.tok.decode(ids)) for d, ids in
                 zip(self.documents, texts, strict=True)]
+
+
+def encode_parts(tok, parts) -> list[list[int]]:
+    """Texts that follow each other -> token ids of each, those of the joined text cut in pieces:
+    some vocabularies put a blank before whatever they encode. Where a token straddles the border
+    of two parts, the later part is encoded by itself."""
+    text, done, pieces = "", [], []
+    for part in parts:
+        text += part
+        whole = tok.encode(text)
+        pieces.append(whole[len(done) :] if whole[: len(done)] == done else tok.encode(part))
+        done = done + pieces[-1]
+    return pieces
 
 
 def padded(rows: list[list[int]], device):

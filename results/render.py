@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import ablate  # noqa: E402
+import torch  # noqa: E402
 
 import train  # noqa: E402
+from butler import allowance  # noqa: E402
 
 
 def cell(m: dict, form=".2f") -> str:
@@ -80,7 +82,13 @@ def perplexity(report: dict) -> str:
             over = report["results"]["over_oracle"].get(name, {}).get(budget)
             if over and name != "dense":
                 rows[name][f"over oracle {what}"] = cell(over, "+.2%")
-    return "\n".join([*grid(rows, "selector"), source(report)])
+    length = report["config"]["length"]
+    seen = torch.arange(1, length + 1)
+    shares = ", ".join(
+        f"{percent(b)}: {(allowance(float(b), seen, 20) / seen).mean():.0%}"
+        for b in report["config"]["budgets"])
+    shares = f"\nattended on average, with the 20 tokens that are always granted: {shares}"
+    return "\n".join([*grid(rows, "selector"), shares, source(report)])
 
 
 def recall(report: dict) -> str:

@@ -14,11 +14,11 @@ from baselines import (
     Quest,
     Random,
     make_selector,
-    mark,
     spearman,
     true_attention,
 )
 from butler import Butler, ButlerConfig, ButlerError, allowance
+from kernel import mark
 from train import record
 
 B, H, G, S, D = 2, 6, 2, 150, 8
@@ -200,14 +200,31 @@ def test_oracle_holds_the_most_mass_on_every_layer(request, model):
 
 
 def test_the_probe_measures_what_attention_lost(tiny):
-    """Against masks and loops; everything selected loses nothing."""
+    """One layer by hand, head by head; everything selected loses nothing."""
+    torch.manual_seed(0)
     ids = torch.randint(5, tiny.config.vocab_size, (1, 60))
-    cache = tiny.new_cache(1, 60)
+    cache, seen = tiny.new_cache(1, 60), {}
     probe = Probe(Oracle(0.5), rank=True, cache=cache)
+
+    def look(layer, x, q, keys, positions):
+        seen[layer] = q, keys, probe(layer, x, q, keys, positions)
+        return seen[layer][2]
+
     with torch.no_grad():
-        tiny(ids, cache, probe)
-    assert all(0 < share < 1 for share in probe.mass.values())
-    assert all(0 < error < 1 for error in probe.error.values())
+        tiny(ids, cache, look)
+    q, keys, index = seen[2]
+    mass, error, group = [], [], tiny.config.heads // tiny.config.kv_heads
+    for h in range(tiny.config.heads):
+        g = h // group
+        for t in range(60):
+            p = (keys[0, g, : t + 1] @ q[0, h, t] / tiny.config.head_dim**0.5).softmax(0)
+            kept = [i for i in index[0, g, t].tolist() if i >= 0]
+            o, v = p @ cache.v[2][0, g, : t + 1], cache.v[2][0, g]
+            sparse = (p[kept] / p[kept].sum()) @ v[kept]
+            mass.append(p[kept].sum())
+            error.append((sparse - o).norm() / o.norm())
+    assert probe.mass[2] == pytest.approx(torch.stack(mass).mean().item(), abs=1e-5)
+    assert probe.error[2] == pytest.approx(torch.stack(error).mean().item(), abs=1e-5)
     assert all(abs(rho - 1) < 1e-4 for rho in probe.spearman.values())
     cache = tiny.new_cache(1, 60)
     everything = Probe(Oracle(1.0), cache=cache)

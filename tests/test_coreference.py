@@ -3,11 +3,13 @@
 import operator
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
 import coreference
 import tokenizer
+from synth_task import evaluate
 
 SPLITS = ("train", "test")
 KINDS = ("places", "names", "philosophy", "food", "arithmetic")
@@ -158,3 +160,16 @@ def test_impossible_dials_are_refused(dials):
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split"):
         coreference.pools("validation")
+
+
+@pytest.mark.slow
+def test_the_marked_span_is_needed_and_suffices(llama, tok):
+    documents = coreference.coreference_documents("test", 20, seed=4)
+    without, alone = [], []
+    for d in documents:
+        (start, end), = d.spans
+        without.append(replace(d, context=d.context[:start] + d.context[end:], spans=()))
+        alone.append(replace(d, context=d.context[start:end], spans=()))
+    right = {name: sum(evaluate(llama, tok, ds, ("dense",), ())["dense"]["1.0"][0])
+             for name, ds in (("whole", documents), ("without", without), ("alone", alone))}
+    assert right["whole"] >= 17 and right["alone"] >= 17 and right["without"] <= 1

@@ -11,7 +11,16 @@ import synth_task
 from butler import Butler, ButlerConfig
 from coreference import Document, coreference_documents
 from ruler import TASKS
-from synth_task import Prompts, Scores, accuracy, bootstrap, evaluate, found, read_data
+from synth_task import (
+    Prompts,
+    Scores,
+    accuracy,
+    bootstrap,
+    encode_parts,
+    evaluate,
+    found,
+    read_data,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,20 @@ def test_written_answers_are_those_of_greedy_decoding(llama, tok):
     (scores,) = evaluate(llama, tok, documents, ("dense",), ())["dense"]["1.0"]
     for document, score in zip(documents, scores, strict=True):
         assert score == found(document, tok.decode(greedy(llama, tok, document, 6)))
+
+
+def test_parts_are_cut_from_the_joined_text(tok):
+    class Blank:  # as SentencePiece: a blank before everything
+        def encode(self, text):
+            return [ord(c) for c in " " + text] if text else []
+
+    assert encode_parts(Blank(), ("ab", "c", "")) == [[32, 97, 98], [99], []]
+    assert encode_parts(tok, ("A do", "g barks.", " Why?")) == [
+        tok.encode("A do"), tok.encode("g barks."), tok.encode(" Why?")]
+    for document in coreference_documents("test", 5, seed=1):  # here nothing straddles
+        parts = (document.context, document.question, document.answer)
+        assert encode_parts(tok, parts) == [tok.encode(part) for part in parts]
+        assert sum(encode_parts(tok, parts), []) == tok.encode(document.text)
 
 
 def test_found_counts_references_in_any_case():

@@ -52,10 +52,12 @@ class Mixture:
     """Endless windows of tokens: 40 % co-reference documents, the rest text, sources in turn.
 
     Each window depends on its seed alone, so step n of a resumed run sees what step n saw before.
+    `repeats` strings of digits or letters that nobody can guess are written into every window, and
+    again later in it, behind the same eight tokens: what follows can only be copied.
     """
 
-    def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.4):
-        self.tok, self.pool, self.synthetic = tok, pool, synthetic
+    def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.4, repeats=0):
+        self.tok, self.pool, self.synthetic, self.repeats = tok, pool, synthetic, repeats
         self.sources = [(s, [len(t) for t in s]) for s in sources]
 
     def window(self, seed: str, length: int) -> list[int]:
@@ -69,7 +71,18 @@ class Mixture:
                 start = rng.randrange(max(1, len(text) - 4 * length))
                 text = text[start : start + 8 * length]
             ids += self.tok.encode(text + "\n\n")
-        return ids[:length]
+        return self.repeat(random.Random(f"{seed} repeats"), ids[:length])
+
+    def repeat(self, rng: random.Random, ids: list[int]) -> list[int]:
+        for _ in range(self.repeats):
+            alphabet = rng.choice(("0123456789", "0123456789abcdef-", "abcdefghijklmnopqrstuvwxyz"))
+            secret = self.tok.encode(" " + "".join(rng.choices(alphabet, k=rng.randint(5, 36))))
+            size = 8 + len(secret)
+            first = rng.randrange(len(ids) - 2 * size)
+            again = rng.randrange(first + size, len(ids) - size + 1)
+            ids[first + 8 : first + size] = secret
+            ids[again : again + size] = ids[first : first + size]
+        return ids
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ documents, so that a difference to the default row is paired. --only trains a fe
 
 kept      attention mass kept at 10 % of the tokens, beside the default row's: difference, 95 %
 over      perplexity over the oracle's, at 10 and 25 %
-answers   co-reference answers exact at 7 % of the tokens
+tasks     answers exact: co-reference at 7 % of the tokens, needles at 5 %
 """
 
 import json
@@ -30,9 +30,9 @@ import train  # noqa: E402
 from baselines import BASELINES, Oracle, Probe, mean  # noqa: E402
 from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
 from cli import UsageError, flag, names, provenance, run  # noqa: E402
-from coreference import coreference_documents, pools  # noqa: E402
+from coreference import pools  # noqa: E402
 from corpus import Mixture, default_texts, hold_out  # noqa: E402
-from synth_task import accuracy, bootstrap, evaluate  # noqa: E402
+from synth_task import accuracy, bootstrap, evaluate, task_documents  # noqa: E402
 
 
 @dataclass
@@ -107,10 +107,14 @@ class Variant:
     length: int = 512
     share: float = 1.0  # of the steps, and so of the training tokens
     synthetic: float = 0.4
+    repeats: int = 0
     start: str = "random"
     selection: tuple = ()  # (selector class, rules)
 
 
+# what is asked of every row: task -> context, documents at most, budget
+TASKS = {"coreference": (None, 40, "0.07"), "needle_uuid": (1024, 12, "0.05"),
+         "needle_noise": (2048, 8, "0.05")}
 REUSED = {"interval": 4, "neighbours": 1}
 VARIANTS = {
     "default": Variant(),
@@ -124,6 +128,9 @@ VARIANTS = {
     "1/4 of the tokens": Variant(share=0.25),
     "1/2 of the tokens": Variant(share=0.5),
     "no co-reference text": Variant(synthetic=0.0),
+    "repeated strings": Variant(repeats=3),
+    "repeated strings + texts of 1024": Variant(repeats=6, length=1024),
+    "repeated strings + texts of 2048": Variant(repeats=12, length=2048),
     "serving p to p+R-1": Variant(kind=SameInput),
     "W_K from principal axes": Variant(start="principal"),
     "max over the group": Variant(selection=(GroupMax, {})),
@@ -161,10 +168,11 @@ def train_all(variants: dict, llama, tok, config) -> dict:
     phrases, butlers = pools("train"), {}
     groups = {}
     for name, v in variants.items():
-        groups.setdefault((v.length, v.synthetic), {})[name] = v
-    for (length, synthetic), members in groups.items():
-        mixture = Mixture(tok, splits, phrases, synthetic)
-        batch, rows = settings.batch * 512 // length, settings.rows * length // 512
+        groups.setdefault((v.length, v.synthetic, v.repeats), {})[name] = v
+    for (length, synthetic, repeats), members in groups.items():
+        mixture = Mixture(tok, splits, phrases, synthetic, repeats)
+        batch = max(1, settings.batch * 512 // length)
+        rows = settings.batch * settings.rows // batch
         learners = {}
         for step in tqdm(range(config.steps), desc=", ".join(members)[:60], file=sys.stderr):
             if step % settings.reuse == 0:
@@ -204,42 +212,51 @@ def measure(butlers: dict, llama, tok, config) -> dict:
     for name, make in tqdm([("oracle", Oracle), *((n, b.selector) for n, b in butlers.items())],
                            desc="windows", file=sys.stderr):
         look(name, make)
-    documents = coreference_documents("test", config.documents, seed=3)
-    scores = evaluate(llama, tok, documents, ("dense", "oracle", "butler"), ("0.07",),
-                      list(butlers.values()))
+    scores = {}
+    for task, (context, n, budget) in TASKS.items():
+        documents = task_documents(task, context, min(n, config.documents), [3],
+                                   lambda text: len(tok.encode(text)))
+        table = evaluate(llama, tok, documents, ("dense", "oracle", "butler"), (budget,),
+                         list(butlers.values()), task=task)
+        scores[f"{task} {float(budget):.0%}"] = {
+            "dense": table["dense"]["1.0"], "oracle": table["oracle"][budget],
+            **{name: [run] for name, run in zip(butlers, table["butler"][budget], strict=True)}}
+
+    def answers(name):
+        return {task: accuracy(runs[name]) for task, runs in scores.items()}
+
     rows = {}
-    for i, name in enumerate(butlers):
-        answers = scores["butler"]["0.07"][i]
-        rows[name] = {"kept": bootstrap([kept[name, 0.1]]), "answers": accuracy([answers])}
+    for name in butlers:
+        rows[name] = {"kept": bootstrap([kept[name, 0.1]]), "answers": answers(name)}
         for budget in (0.1, 0.25):
             more = [a - b for a, b in zip(loss[name, budget], loss["oracle", budget], strict=True)]
             rows[name][f"over_oracle_{budget}"] = bench.through(math.expm1, bootstrap([more]))
         if "default" in butlers:
             pairs = zip(kept[name, 0.1], kept["default", 0.1], strict=True)
             rows[name]["kept_over_default"] = bootstrap([[a - b for a, b in pairs]])
-    rows["oracle"] = {"kept": bootstrap([kept["oracle", 0.1]]),
-                      "answers": accuracy(scores["oracle"]["0.07"])}
-    rows["dense"] = {"answers": accuracy(scores["dense"]["1.0"])}
+    rows["oracle"] = {"kept": bootstrap([kept["oracle", 0.1]]), "answers": answers("oracle")}
+    rows["dense"] = {"answers": answers("dense")}
     return rows
 
 
 def table(report: dict) -> str:
-    lines = [f"{'row':42s} parameters   kept at 10 %  (difference, 95 %)      "
-             "perplexity over oracle: 10 %   25 %   answers at 7 %"]
+    tasks = next(iter(report["rows"].values()))["answers"]
+    lines = [f"{'row':45s} parameters   kept  over default [95 %]        over oracle 10 %, 25 %  "
+             + "  ".join(tasks)]
     for name, row in report["rows"].items():
         d, size = row.get("kept_over_default"), row.get("parameters")
         lines.append(
-            f"{name:42s} {f'{size:,}' if size else '':>10s}"
-            + (f"   {row['kept']['mean']:.4f}" if "kept" in row else " " * 9)
-            + (f"  ({d['mean']:+.4f}: {d['low']:+.4f} to {d['high']:+.4f})" if d else " " * 30)
-            + "".join(f"  {row[k]['mean']:+17.2%}" if k in row else " " * 19
-                      for k in ("over_oracle_0.1", "over_oracle_0.25"))
-            + f"   {row['answers']['mean']:.2f} [{row['answers']['low']:.2f}, "
-            f"{row['answers']['high']:.2f}]")
+            f"{name:45s} {f'{size:,}' if size else '':>10s}"
+            + (f"  {row['kept']['mean']:.3f}" if "kept" in row else " " * 7)
+            + (f"  {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" if d else " " * 28)
+            + "".join(f"  {row[k]['mean']:+8.2%}" if k in row else " " * 10
+                      for k in ("over_oracle_0.1", "over_oracle_0.25")) + "    "
+            + "  ".join(f"{row['answers'][t]['mean']:{len(t)}.2f}" for t in tasks))
     c = report["config"]
+    n = ", ".join(f"{m['n']}" for m in tasks.values())
     return "\n".join([*lines, "", f"{c['steps']} steps each, {c['windows']} windows of 512 tokens, "
-                      f"{c['documents']} documents; {report['hardware']}; "
-                      f"commit {report['commit']}; {report['command']}"])
+                      f"documents: {n}; {report['hardware']}; commit {report['commit']}\n"
+                      f"{report['command']}"])
 
 
 def main(config: Config) -> dict:

@@ -34,7 +34,7 @@ from butler import Butler, ButlerConfig
 from cli import UsageError, flag, provenance, run
 from coreference import coreference_documents, pools
 from corpus import Mixture, default_texts, hold_out, read_texts
-from model import Llama, fast_dtype, resolve
+from model import Llama, fast_dtype, resolve, rotate
 from synth_task import accuracy, evaluate
 
 
@@ -75,12 +75,12 @@ class Recorder:
         self.x[layer], self.q[layer], self.keys[layer] = x, q, keys
 
 
-def distillation(butler, record, rows, grouped=False):
+def distillation(butler, record, rows, grouped=False, turn=None):
     """KL(teacher || student) of the chosen rows [N] of every layer >= 1 -> [L-1], with gradient.
 
     Both are causal softmaxes over the cached tokens, [B, G, H/G, N, S], of each query head; or, if
     `grouped`, their means over the heads that share a KV head. The entropy of the teacher has no
-    gradient: minimising KL is minimising the paper's cross-entropy.
+    gradient: minimising KL is minimising the paper's cross-entropy. `turn`: see `elsewhere`.
     """
     losses, queries = [], {}
     S = record.keys[0].shape[2]
@@ -97,12 +97,24 @@ def distillation(butler, record, rows, grouped=False):
             log_p = (q @ k.transpose(-1, -2)).add_(future).log_softmax(dim=-1)
             log_p = log_mean(log_p) if grouped else log_p
             p = log_p.exp()
+        keys = rotate(keys.float(), *turn) if turn else keys
         scores = butler.scores(queries[layer], butler.project(layer, keys))
         log_b = (scores + future).log_softmax(dim=-1)
         log_b = log_mean(log_b) if grouped else log_b
         mean = p.shape[:-1].numel()  # dot products: no pass over memory for a product
         losses.append((p.flatten() @ log_p.flatten() - p.flatten() @ log_b.flatten()) / mean)
     return torch.stack(losses)
+
+
+def elsewhere(llama, rng: random.Random, length: int):
+    """Turns keys as if the text stood at another place of the context: -> cos, sin [D/2].
+
+    What a rotary model attends to depends on distances alone, so the teacher stays as it is, and so
+    do its hidden states. Importance keys see the turned keys themselves: without this a butler
+    trained on short texts knows only the angles of the first few hundred positions.
+    """
+    angles = llama.frequencies * rng.randrange(llama.config.context - length + 1)
+    return angles.cos().to(llama.device), angles.sin().to(llama.device)
 
 
 def log_mean(logs):

@@ -108,6 +108,7 @@ class Variant:
     share: float = 1.0  # of the steps, and so of the training tokens
     synthetic: float = 0.4
     repeats: int = 0
+    moved: bool = False  # texts stand anywhere in the context
     start: str = "random"
     selection: tuple = ()  # (selector class, rules)
 
@@ -130,7 +131,9 @@ VARIANTS = {
     "no co-reference text": Variant(synthetic=0.0),
     "repeated strings": Variant(repeats=3),
     "repeated strings + texts of 1024": Variant(repeats=6, length=1024),
-    "repeated strings + texts of 2048": Variant(repeats=12, length=2048),
+    "moved": Variant(moved=True),
+    "moved + repeated strings": Variant(repeats=3, moved=True),
+    "moved + repeated strings + texts of 1024": Variant(repeats=6, length=1024, moved=True),
     "serving p to p+R-1": Variant(kind=SameInput),
     "W_K from principal axes": Variant(start="principal"),
     "max over the group": Variant(selection=(GroupMax, {})),
@@ -185,9 +188,11 @@ def train_all(variants: dict, llama, tok, config) -> dict:
                     learners[name] = (butler, train.make_optimizers(butler, settings.learning_rate))
                 steps = round(v.share * config.steps)
                 if step < steps:
-                    drawn = train.sample_rows(random.Random(f"0 {step}"), rows, length)
-                    look = learners[name][0], seen, drawn.to(llama.device)
-                    loss = sum(train.distillation(*look, grouped).mean() for grouped in v.grouped)
+                    rng = random.Random(f"0 {step}")
+                    drawn = train.sample_rows(rng, rows, length).to(llama.device)
+                    turn = train.elsewhere(llama, rng, length) if v.moved else None
+                    loss = sum(train.distillation(learners[name][0], seen, drawn, grouped, turn)
+                               .mean() for grouped in v.grouped)
                     train.update(*learners[name], loss,
                                  settings.learning_rate * train.schedule(step, steps))
         butlers |= {name: butler.requires_grad_(False) for name, (butler, _) in learners.items()}

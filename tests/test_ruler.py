@@ -49,7 +49,7 @@ def test_a_seed_is_a_document(task, make, count):
                          + [("needle_prose", 8192), ("common_words", 8192)])
 def test_a_document_fills_its_length_and_no_more(task, length, make, count):
     document = make(task, length)
-    room = length - document.new_tokens
+    room = length - (document.new_tokens or count(document.answer))
     size = count(document.context + document.question)
     unit = 80 if task == "multikey_uuid" else 40  # tokens of one needle or of a long sentence
     assert size <= room
@@ -88,7 +88,7 @@ def test_needles(task, length, make):
     assert len(set(values)) == len(values)
     expected = {"multikey": 4, "multivalue": 4, "multiquery": 4}
     if task in ("multikey_needles", "multikey_uuid"):
-        assert len(needles) > 10 and len({key for key, _ in needles}) == len(needles)
+        assert len(needles) >= 10 and len({key for key, _ in needles}) == len(needles)
         assert document.context.count("\n") == len(needles)  # nothing but needles
     else:
         assert len(needles) == expected.get(task, 1)

@@ -11,7 +11,6 @@ import torch
 import train
 from butler import Butler, ButlerConfig
 from coreference import coreference_documents
-from corpus import default_texts, hold_out
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +71,7 @@ def test_help_names_every_flag(name):
 
 
 @pytest.mark.parametrize("name", ["model.py", "kernel.py", "butler.py", "baselines.py",
-                                  "coreference.py", "ruler.py"])
+                                  "coreference.py", "corpus.py", "ruler.py"])
 def test_every_module_runs(name):
     done = script(name)
     assert done.returncode == 0, done.stderr
@@ -166,13 +165,6 @@ def test_resume_ends_with_the_weights_of_an_uninterrupted_run(tiny, tmp_path):
         assert torch.equal(a, b), name
     with pytest.raises(train.UsageError, match="other settings"):
         trained(tiny, settings(tmp_path / "cut", resume=True, batch=1))
-
-
-def test_held_out_text_is_never_trained_on():
-    for source in [*default_texts(), {"one": "".join(f"line {i}\n" for i in range(5000))}]:
-        kept, held = hold_out(source)
-        assert kept and held and not set(kept) & set(held)
-        assert 0.02 < sum(map(len, held)) / sum(map(len, kept + held)) < 0.3
 
 
 def test_sampled_rows_are_sorted_unique_and_end_with_the_last():

@@ -1,0 +1,36 @@
+"""What is trained on: seeds, strings that come twice, and what is held out."""
+
+import pytest
+
+from coreference import pools
+from corpus import Mixture, default_texts, hold_out
+
+
+@pytest.fixture(scope="module")
+def mixture(tok):
+    kept = [kept for kept, _ in map(hold_out, default_texts())]
+    return lambda **dials: Mixture(tok, kept, pools("train"), **dials)
+
+
+def test_a_window_depends_on_its_seed_alone(mixture):
+    one, two = mixture(), mixture()
+    two.window("something else", 300)
+    assert one.window("0 1 0", 300) == two.window("0 1 0", 300) != one.window("0 2 0", 300)
+    assert len(one.window("0 1 0", 300)) == 300
+
+
+def test_repeated_strings_come_twice_behind_the_same_tokens(mixture):
+    for seed in map(str, range(20)):
+        plain, written = (mixture(repeats=r).window(seed, 400) for r in (0, 1))
+        assert len(written) == 400
+        changed = [i for i, (a, b) in enumerate(zip(plain, written, strict=True)) if a != b]
+        first = written[changed[0] - 8 : changed[0] + 3]  # eight tokens, and how the string begins
+        places = [i for i in range(390) if written[i : i + 11] == first]
+        assert len(places) >= 2, (seed, places)
+
+
+def test_held_out_text_is_never_trained_on():
+    for source in [*default_texts(), {"one": "".join(f"line {i}\n" for i in range(5000))}]:
+        kept, held = hold_out(source)
+        assert kept and held and not set(kept) & set(held)
+        assert 0.02 < sum(map(len, held)) / sum(map(len, kept + held)) < 0.3

@@ -34,7 +34,7 @@ from butler import Butler, ButlerConfig
 from cli import UsageError, flag, provenance, run
 from coreference import coreference_documents, pools
 from corpus import Mixture, default_texts, hold_out, read_texts
-from model import Llama, fast_dtype, resolve, rotate
+from model import Llama, fast_dtype, resolve
 from synth_task import accuracy, evaluate
 
 
@@ -49,6 +49,7 @@ class Config:
     steps: int = flag(1200, "optimiser steps")
     batch: int = flag(2, "texts per step")
     length: int = flag(512, "tokens per text")
+    repeats: int = flag(3, "strings that come twice in every 512 tokens of text")
     rows: int = flag(64, "queries per text that a step looks at")
     reuse: int = flag(4, "steps that a batch of texts serves, each with fresh rows")
     learning_rate: float = flag(1e-2, "peak learning rate")
@@ -75,12 +76,12 @@ class Recorder:
         self.x[layer], self.q[layer], self.keys[layer] = x, q, keys
 
 
-def distillation(butler, record, rows, grouped=False, turn=None):
+def distillation(butler, record, rows, grouped=False):
     """KL(teacher || student) of the chosen rows [N] of every layer >= 1 -> [L-1], with gradient.
 
     Both are causal softmaxes over the cached tokens, [B, G, H/G, N, S], of each query head; or, if
     `grouped`, their means over the heads that share a KV head. The entropy of the teacher has no
-    gradient: minimising KL is minimising the paper's cross-entropy. `turn`: see `elsewhere`.
+    gradient: minimising KL is minimising the paper's cross-entropy.
     """
     losses, queries = [], {}
     S = record.keys[0].shape[2]
@@ -97,24 +98,12 @@ def distillation(butler, record, rows, grouped=False, turn=None):
             log_p = (q @ k.transpose(-1, -2)).add_(future).log_softmax(dim=-1)
             log_p = log_mean(log_p) if grouped else log_p
             p = log_p.exp()
-        keys = rotate(keys.float(), *turn) if turn else keys
         scores = butler.scores(queries[layer], butler.project(layer, keys))
         log_b = (scores + future).log_softmax(dim=-1)
         log_b = log_mean(log_b) if grouped else log_b
         mean = p.shape[:-1].numel()  # dot products: no pass over memory for a product
         losses.append((p.flatten() @ log_p.flatten() - p.flatten() @ log_b.flatten()) / mean)
     return torch.stack(losses)
-
-
-def elsewhere(llama, rng: random.Random, length: int):
-    """Turns keys as if the text stood at another place of the context: -> cos, sin [D/2].
-
-    What a rotary model attends to depends on distances alone, so the teacher stays as it is, and so
-    do its hidden states. Importance keys see the turned keys themselves: without this a butler
-    trained on short texts knows only the angles of the first few hundred positions.
-    """
-    angles = llama.frequencies * rng.randrange(llama.config.context - length + 1)
-    return angles.cos().to(llama.device), angles.sin().to(llama.device)
 
 
 def log_mean(logs):
@@ -289,7 +278,8 @@ def main(config: Config) -> dict:
     share = parameters(butler) / parameters(llama)
     note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")
 
-    mixture = Mixture(tok, [train for train, _ in splits], pools("train"))
+    mixture = Mixture(tok, [train for train, _ in splits], pools("train"),
+                      repeats=config.repeats * config.length // 512)
     held_out = Mixture(tok, [held for _, held in splits], pools("test"), synthetic=0.0)
     windows = torch.tensor([held_out.window(f"held out {i}", config.length) for i in range(16)],
                            device=config.device)
@@ -341,7 +331,7 @@ def note(text: str) -> None:
 def check(config) -> None:
     """Everything that can be known to be wrong before anything slow starts."""
     for name, value in asdict(config).items():
-        if type(value) is int and name != "seed" and value < 1:
+        if type(value) is int and name not in ("seed", "repeats") and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is at least 1, not {value}")
     if config.resume and not Path(config.out + ".state").exists():
         raise UsageError(f"nothing to resume: no file {config.out}.state")
@@ -352,8 +342,8 @@ def check(config) -> None:
         raise UsageError(f"cannot write {out} ({e.strerror})") from None
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UsageError(f"cannot write {out}: a folder, or in one that may not be written to")
-    if config.length < 64 or not config.learning_rate > 0:
-        raise UsageError("--length is at least 64 and --learning-rate above 0")
+    if config.length < 64 or config.repeats < 0 or not config.learning_rate > 0:
+        raise UsageError("--length is at least 64, --repeats 0 and --learning-rate above 0")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
 from cli import UsageError, flag, names, provenance, run  # noqa: E402
 from coreference import pools  # noqa: E402
 from corpus import Mixture, default_texts, hold_out  # noqa: E402
+from model import rotate  # noqa: E402
 from synth_task import accuracy, bootstrap, evaluate, task_documents  # noqa: E402
 
 
@@ -62,6 +63,19 @@ class SameInput(Butler):
 
     def queries(self, layer, x):
         return {served - 1: q for served, q in super().queries(layer, x).items()}
+
+
+class Moved(Butler):
+    """In training a text stands anywhere in the context. What a rotary model attends to depends on
+    distances alone, so the teacher stays; importance keys see the keys turned further."""
+
+    def project(self, layer, keys):
+        if not self.training:
+            return super().project(layer, keys)
+        if layer == 1:
+            start = random.randrange(self.context - keys.shape[2] + 1)
+            self.turn = (self.frequencies * start).cos(), (self.frequencies * start).sin()
+        return super().project(layer, rotate(keys.float(), *self.turn))
 
 
 class Tweaked:
@@ -107,8 +121,7 @@ class Variant:
     length: int = 512
     share: float = 1.0  # of the steps, and so of the training tokens
     synthetic: float = 0.4
-    repeats: int = 0
-    moved: bool = False  # texts stand anywhere in the context
+    repeats: int = 3
     start: str = "random"
     selection: tuple = ()  # (selector class, rules)
 
@@ -124,16 +137,14 @@ VARIANTS = {
     "query per KV head": Variant(kv=True),
     "loss per group": Variant(grouped=(True,)),
     "loss per head and per group": Variant(grouped=(False, True)),
-    "texts of 256": Variant(length=256),
-    "texts of 1024": Variant(length=1024),
+    "texts of 256": Variant(length=256, repeats=1),
+    "texts of 1024": Variant(length=1024, repeats=6),
+    "texts of 2048": Variant(length=2048, repeats=12),
     "1/4 of the tokens": Variant(share=0.25),
     "1/2 of the tokens": Variant(share=0.5),
     "no co-reference text": Variant(synthetic=0.0),
-    "repeated strings": Variant(repeats=3),
-    "repeated strings + texts of 1024": Variant(repeats=6, length=1024),
-    "moved": Variant(moved=True),
-    "moved + repeated strings": Variant(repeats=3, moved=True),
-    "moved + repeated strings + texts of 1024": Variant(repeats=6, length=1024, moved=True),
+    "no repeated strings": Variant(repeats=0),
+    "texts anywhere in the context": Variant(kind=Moved),
     "serving p to p+R-1": Variant(kind=SameInput),
     "W_K from principal axes": Variant(start="principal"),
     "max over the group": Variant(selection=(GroupMax, {})),
@@ -149,10 +160,12 @@ VARIANTS = {
 def build(variant: Variant, llama, first) -> Butler:
     """An untrained butler; `first` is a Recorder's look at one text, for the principal axes."""
     torch.manual_seed(0)
+    random.seed(0)
     config = ButlerConfig.for_model(llama, **(variant.sizes or {}))
     if variant.kv:
         config = replace(config, heads=config.kv_heads)
     butler = variant.kind(config).to(llama.device)
+    butler.frequencies, butler.context = llama.frequencies.to(llama.device), llama.config.context
     if variant.start == "principal":
         for layer in range(1, config.layers):
             keys = first.keys[layer].float().transpose(0, 1).flatten(1, 2)  # [G, N, D]
@@ -188,14 +201,13 @@ def train_all(variants: dict, llama, tok, config) -> dict:
                     learners[name] = (butler, train.make_optimizers(butler, settings.learning_rate))
                 steps = round(v.share * config.steps)
                 if step < steps:
-                    rng = random.Random(f"0 {step}")
-                    drawn = train.sample_rows(rng, rows, length).to(llama.device)
-                    turn = train.elsewhere(llama, rng, length) if v.moved else None
-                    loss = sum(train.distillation(learners[name][0], seen, drawn, grouped, turn)
-                               .mean() for grouped in v.grouped)
+                    drawn = train.sample_rows(random.Random(f"0 {step}"), rows, length)
+                    look = learners[name][0], seen, drawn.to(llama.device)
+                    loss = sum(train.distillation(*look, grouped).mean() for grouped in v.grouped)
                     train.update(*learners[name], loss,
                                  settings.learning_rate * train.schedule(step, steps))
-        butlers |= {name: butler.requires_grad_(False) for name, (butler, _) in learners.items()}
+        for name, (butler, _) in learners.items():
+            butlers[name] = butler.eval().requires_grad_(False)
     return butlers
 
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from baselines import NAMES, Oracle, make_selector, true_attention
 from butler import Butler, ButlerConfig, ButlerError, Selector, allowance, fingerprint
 from kernel import reference
-from model import rotate
-from train import Recorder, distillation, elsewhere, record
+from train import Recorder, distillation, record
 
 TEXT = ("The lighthouse keeper wrote down every ship that passed, its colours and its port, and on "
         "winter evenings he read the list aloud to the cat, who listened, or seemed to. ")
@@ -309,20 +308,6 @@ def test_distillation_is_the_kl_of_two_causal_softmaxes(tiny, tiny_butler):
                 mixed.append(torch.nn.functional.kl_div(b.log(), p, reduction="sum"))
         assert abs(actual[layer - 1] - torch.stack(total).mean()) < 1e-5
         assert abs(groups[layer - 1] - torch.stack(mixed).mean()) < 1e-5
-
-
-@pytest.mark.parametrize("offset", [1, 3, 40])
-def test_turned_keys_are_those_of_the_same_text_further_behind(tiny, offset):
-    """At layer 0, where nothing else differs; and the divergence is that of the turned keys."""
-    class Fixed:
-        def randrange(self, n):
-            assert n == tiny.config.context - 20 + 1
-            return offset
-
-    ids = torch.arange(60)[None] * 7 % tiny.config.vocab_size
-    here, there = record(tiny, ids[:, 40:]), record(tiny, ids[:, 40 - offset :])
-    turned = rotate(here.keys[0], *elsewhere(tiny, Fixed(), 20))
-    assert torch.allclose(turned, there.keys[0][:, :, offset:], atol=1e-5)
 
 
 def test_a_butler_survives_saving(tiny, tiny_butler, tmp_path):

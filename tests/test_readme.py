@@ -22,10 +22,14 @@ def test_tables_are_those_of_the_results():
 
 
 def test_every_result_has_its_table_and_its_command():
-    tables = re.findall(r"<!-- results/(\S+) -->", (ROOT / "results" / "README.md").read_text())
+    text = (ROOT / "results" / "README.md").read_text()
+    tables = dict(re.findall(r"<!-- results/(\S+) -->\n(.*?)\n?<!-- end -->", text, re.S))
     written = {p.name for p in (ROOT / "results").glob("*.json")} - {"contracts.json"}
-    assert sorted(tables) == sorted(written)
-    for name in written:
+    assert written <= set(tables)
+    for name, table in tables.items():
+        if name not in written:
+            assert table == "not measured yet"
+            continue
         report = json.loads((ROOT / "results" / name).read_text())
         assert report["command"].startswith("python ") and report["hardware"] and report["commit"]
 

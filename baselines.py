@@ -174,7 +174,8 @@ class H2O(Evicting):
 
 class SnapKV(Evicting):
     """In the paper, what is generated comes on top of the prompt's budget. Here all of them count,
-    so the voted tokens stay, and of the later ones the window; one that leaves it has no votes.
+    so the voted tokens stay, and of the later ones the window; one that leaves it has no votes, and
+    among those without votes the latest go first.
     """
 
     OBSERVED, POOL = 32, 7
@@ -182,6 +183,11 @@ class SnapKV(Evicting):
     def __init__(self, budget, **rules):
         super().__init__(budget, **rules)
         self.last = {}  # per layer: queries of the prompt's end so far and their positions
+
+    def ranked(self, layer, position):
+        votes = self.value[layer]
+        age = position[:, :, None] + 1 - torch.arange(votes.shape[-1], device=votes.device)
+        return torch.where(votes == 0, -age.float(), votes)
 
     def watch(self, layer, x, q, keys, positions):
         if layer == 0:

@@ -58,21 +58,21 @@ def test_repeated_counts_8_grams():
 
 def test_interval_suite(llama, tok):
     config = bench.Config(suite="interval", n=1, task=("copy",), budgets=("0.2",),
-                          intervals=("1", "4"), neighbours=("0", "1"))
+                          selectors=("dense", "butler"), intervals=("1", "4"),
+                          neighbours=("0", "1"))
     report = bench.interval(bench.Bench(llama, tok, [load_for(llama)], config))
     labels = {f"copy, interval {i}, neighbours {k}" for i in (1, 4) for k in (0, 1)}
     assert set(report["results"]) == labels
-    for name in ("butler", "oracle"):
-        label = "interval 4, neighbours 1"
-        ages = report["token_accuracy_by_age"]["copy"][f"{label}, {name} 0.2"]
-        assert set(ages) == {"0", "1", "2", "3"}
-        share = report["results"][f"copy, {label}"][name]["0.2"]["mean"]
-        assert min(ages.values()) <= share <= max(ages.values())
+    label = "interval 4, neighbours 1"
+    ages = report["token_accuracy_by_age"]["copy"][f"{label}, butler 0.2"]
+    assert set(ages) == {"0", "1", "2", "3"}
+    share = report["results"][f"copy, {label}"]["butler"]["0.2"]["mean"]
+    assert min(ages.values()) <= share <= max(ages.values())
     assert "dense" in report["results"]["copy, interval 1, neighbours 0"]
 
 
 @pytest.mark.parametrize("suite, selectors", [
-    ("perplexity", ",".join(n for n in NAMES if n != "snapkv")), ("recall", "oracle,butler,h2o"),
+    ("perplexity", ",".join(n for n in NAMES if n != "snapkv")),
     ("generation", "dense,butler")])
 def test_suites_run(suite, selectors):
     done = script("bench.py", "--suite", suite, "--selectors", selectors, "--n", "1", "--length",

@@ -1,7 +1,7 @@
 """results/make.py - every measured table of README.md, from nothing but the checkpoints.
 
-    python results/make.py            an hour or so on 2 cores; goes on when interrupted
-    python results/make.py --quick    with few documents, in five minutes, into out/quick/
+    python results/make.py            an hour or two on 2 cores; goes on when interrupted
+    python results/make.py --quick    with few documents, in minutes, into out/quick/
 
 Each step is a command of its own, shown as it starts; its last line becomes results/STEP.json. A
 step whose file is in out/tables already, by the same command, is not run again, and single scores

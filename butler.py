@@ -13,7 +13,7 @@ layer 0 has no prediction and stays dense, and at every other layer the queries 
 layer is reached: a fetch or a kernel launch can start early. Importance space has no rotary
 embedding, norm or bias of its own; positions are in the keys, which are rotated already. The paper
 takes the max of the group's raw scores; the mean of softmaxes, which is what training made them
-for, keeps more of the attention with the same weights (results/ablations.json).
+for, keeps more of the attention with the same weights (a row of results/ablate.py).
 
 A selection then always holds the sinks (first tokens) and a recent window; what is left of the
 budget goes to the best scores, one choice per KV head:

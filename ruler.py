@@ -247,8 +247,8 @@ def copy(rng: random.Random, length: int, count: Count) -> Document:
     A passage of about 160 tokens, prose, then the passage again but for its first three words.
 
     No adjective or noun comes twice, so only copying gets them right. "The", commas and the like
-    can be guessed: without the passage nearly half of the tokens are right, and with it 94 %. Plain lists
-    of words would leave nothing to guess, but the default model loses its place in them.
+    can be guessed: without the passage nearly half of the tokens are right, and with it nearly all.
+    Plain lists of words leave nothing to guess, but the default model loses its place in them.
     """
     adjectives, nouns = rng.sample(ADJECTIVES, 60), rng.sample(NOUNS, 60)
     things, told = [f"the {a} {n}" for a, n in zip(adjectives, nouns, strict=True)], []

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import synth_task
 import tokenizer
-from baselines import NAMES, Probe, make_selector
+from baselines import NAMES, Probe, make_selector, mean
 from butler import Selector, load_for
 from cli import UsageError, flag, names, provenance, run
 from corpus import hold_out
@@ -140,7 +140,7 @@ def recall(bench: Bench) -> dict:
                 runs[-1].append({m: by for m in ("mass", "error", "spearman")
                                  if (by := getattr(probe, m))})
         for measure, first in runs[0][0].items():
-            values = [[sum(w[measure].values()) / len(first) for w in run] for run in runs]
+            values = [[mean(w[measure]) for w in run] for run in runs]
             results.setdefault(measure, {}).setdefault(name, {})[budget] = bootstrap(values)
             flat = [w[measure] for run in runs for w in run]
             layers.setdefault(measure, {}).setdefault(name, {})[budget] = [

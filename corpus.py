@@ -78,6 +78,8 @@ class Mixture:
             alphabet = rng.choice(("0123456789", "0123456789abcdef-", "abcdefghijklmnopqrstuvwxyz"))
             secret = self.tok.encode(" " + "".join(rng.choices(alphabet, k=rng.randint(5, 36))))
             size = 8 + len(secret)
+            if len(ids) <= 2 * size:  # no room for it twice
+                continue
             first = rng.randrange(len(ids) - 2 * size)
             again = rng.randrange(first + size, len(ids) - size + 1)
             ids[first + 8 : first + size] = secret

@@ -163,27 +163,29 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
     scores = scores or Scores()
     makers = {}
     for name in selectors:
-        for b, budget in ((b, float(b)) for b in (("1.0",) if name == "dense" else budgets)):
+        own = {} if name in EVICTING else rules
+        for b in ("1.0",) if name == "dense" else budgets:
             for i, butler in enumerate(butlers if name == "butler" else [None]):
-                own = {} if name in EVICTING else rules
-                makers[name, b, i] = partial(make_selector, name, budget, butler, **own)
+                makers[name, b, i] = partial(make_selector, name, float(b), butler, **own)
     evicting = [EVICTING[name] for name in selectors if name in EVICTING]
     if documents[0].new_tokens and (evicting or rules.get("interval", 1) > 1):
         batch = 1  # evictions and reuse count a row's own steps; padding before its end is none
-    todo = {d: {key: make for key, make in makers.items()
-                if f"{task} {d} {' '.join(map(str, key))}" not in scores.known}
+
+    def entry(d, key):
+        return " ".join(map(str, (task, d, *key)))
+
+    todo = {d: [key for key in makers if entry(d, key) not in scores.known]
             for d in range(len(documents))}
     order = [d for d in todo if todo[d]]
     groups = [order[i : i + batch] for i in range(0, len(order), batch)]
     for group in tqdm(groups, desc=task or "answering", unit="batch", file=sys.stderr):
-        wanted = {key: make for d in group for key, make in todo[d].items()}
         prompts = Prompts(llama, tok, [documents[d] for d in group], question, evicting)
-        for key, make in wanted.items():
-            for d, score in zip(group, prompts.answer(make()), strict=True):
-                scores.add(f"{task} {d} {' '.join(map(str, key))}", score)
+        for key in dict.fromkeys(key for d in group for key in todo[d]):
+            for d, score in zip(group, prompts.answer(makers[key]()), strict=True):
+                scores.add(entry(d, key), score)
     table = {}
     for name, b, i in makers:
-        column = [scores.known[f"{task} {d} {name} {b} {i}"] for d in range(len(documents))]
+        column = [scores.known[entry(d, (name, b, i))] for d in range(len(documents))]
         table.setdefault(name, {}).setdefault(b, []).append(column)
     return table
 

@@ -4,7 +4,7 @@ Butlers that differ in one thing are trained side by side, on the same texts and
 model's forward, which they share, is done once. Then all are measured on the same windows and
 documents, so that a difference to the default row is paired. --only trains a few of them.
 
-    python results/ablate.py --text FILE [--only stride=3,size=8]      writes results/ablations.json
+    python results/ablate.py --text FILE [--only stride=3,size=8] [--write]
 
 kept      attention mass kept at 10 % of the tokens, beside the default row's: difference, 95 %
 over      perplexity over the oracle's, at 10 and 25 %
@@ -26,13 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import bench  # noqa: E402
+import tokenizer  # noqa: E402
 import train  # noqa: E402
 from baselines import BASELINES, Oracle, Probe, mean  # noqa: E402
 from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
 from cli import UsageError, flag, names, provenance, run  # noqa: E402
 from coreference import pools  # noqa: E402
 from corpus import Mixture, default_texts, hold_out  # noqa: E402
-from model import rotate  # noqa: E402
+from model import Llama, fast_dtype, resolve, rotate  # noqa: E402
 from synth_task import accuracy, bootstrap, evaluate, task_documents  # noqa: E402
 
 
@@ -285,9 +286,9 @@ def main(config: Config) -> dict:
     trained = {n: v for n, v in wanted.items() if not v.selection}
     if len(trained) < len(wanted):
         trained = {"default": VARIANTS["default"]} | trained  # they go another way with its weights
-    path = train.resolve(config.model)
-    llama = train.Llama.from_pretrained(path, train.fast_dtype(config.device), config.device)
-    tok = train.tokenizer.load(path)
+    path = resolve(config.model)
+    llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
+    tok = tokenizer.load(path)
     butlers = train_all(trained, llama, tok, config)
     for name, v in wanted.items():
         if v.selection:

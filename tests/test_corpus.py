@@ -34,3 +34,8 @@ def test_held_out_text_is_never_trained_on():
         kept, held = hold_out(source)
         assert kept and held and not set(kept) & set(held)
         assert 0.02 < sum(map(len, held)) / sum(map(len, kept + held)) < 0.3
+
+
+def test_a_string_that_does_not_fit_twice_is_left_out(mixture):
+    for seed in map(str, range(20)):
+        assert len(mixture(repeats=3).window(seed, 64)) == 64

@@ -52,8 +52,8 @@ class Mixture:
     """Endless windows of tokens: 40 % co-reference documents, the rest text, sources in turn.
 
     Each window depends on its seed alone, so step n of a resumed run sees what step n saw before.
-    `repeats` strings of digits or letters that nobody can guess are written into every window, and
-    again later in it, behind the same eight tokens: what follows can only be copied.
+    `repeats` strings of digits or letters that nobody can guess are written into every 512 tokens,
+    and again later in the window, behind the same eight tokens: what follows can only be copied.
     """
 
     def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.4, repeats=0):
@@ -74,7 +74,7 @@ class Mixture:
         return self.repeat(random.Random(f"{seed} repeats"), ids[:length])
 
     def repeat(self, rng: random.Random, ids: list[int]) -> list[int]:
-        for _ in range(self.repeats):
+        for _ in range(self.repeats * len(ids) // 512):
             alphabet = rng.choice(("0123456789", "0123456789abcdef-", "abcdefghijklmnopqrstuvwxyz"))
             secret = self.tok.encode(" " + "".join(rng.choices(alphabet, k=rng.randint(5, 36))))
             size = 8 + len(secret)

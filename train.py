@@ -47,7 +47,7 @@ class Config:
     out: str = flag("out/butler.safetensors", "where the butler goes")
     report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
     steps: int = flag(1200, "optimiser steps")
-    batch: int = flag(2, "texts per step")
+    batch: int = flag(2, "texts per step; by turns, one text as long as these together")
     length: int = flag(512, "tokens per text")
     repeats: int = flag(3, "strings that come twice in every 512 tokens of text")
     rows: int = flag(64, "queries per text that a step looks at")
@@ -123,10 +123,13 @@ def distil(llama, butler, mixture, config, log):
                unit_scale=config.batch * config.length / config.reuse, unit="tok", mininterval=1)
     for step in bar:
         if step == start or step % config.reuse == 0:
-            texts = [f"{config.seed} {step // config.reuse} {row}" for row in range(config.batch)]
-            tokens = [mixture.window(text, config.length) for text in texts]
-            recorded = record(llama, torch.tensor(tokens, device=config.device))
-        rows = sample_rows(random.Random(f"{config.seed} {step}"), config.rows, config.length)
+            number = step // config.reuse
+            count = 1 if number % 2 else config.batch  # what lies far back takes long texts
+            length = config.batch * config.length // count
+            tokens = texts(mixture, f"{config.seed} {number}", count, length)
+            recorded = record(llama, tokens.to(config.device))
+        rows = config.rows * config.batch // count
+        rows = sample_rows(random.Random(f"{config.seed} {step}"), rows, length)
         kl = distillation(butler, recorded, rows.to(config.device))
         log.append(kl.mean().item())
         if not math.isfinite(log[-1]):
@@ -137,6 +140,11 @@ def distil(llama, butler, mixture, config, log):
         bar.set_postfix_str(f"KL {log[-1]:.3f} a layer, worst {kl[worst]:.2f} at {worst + 1}")
         if (step + 1) % config.save_every == 0:
             save_state(butler, optimizers, config, log)
+
+
+def texts(mixture, seed: str, count: int, length: int):
+    """Tokens of a batch of texts. -> [count, length]"""
+    return torch.tensor([mixture.window(f"{seed} {row}", length) for row in range(count)])
 
 
 def schedule(step: int, steps: int) -> float:
@@ -279,7 +287,7 @@ def main(config: Config) -> dict:
     note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")
 
     mixture = Mixture(tok, [train for train, _ in splits], pools("train"),
-                      repeats=config.repeats * config.length // 512)
+                      repeats=config.repeats)
     held_out = Mixture(tok, [held for _, held in splits], pools("test"), synthetic=0.0)
     windows = torch.tensor([held_out.window(f"held out {i}", config.length) for i in range(16)],
                            device=config.device)

@@ -119,7 +119,7 @@ class Variant:
     kv: bool = False  # one importance query per KV head instead of per query head
     kind: type = Butler
     grouped: tuple = (False,)  # divergences that the loss sums: of each head, of a group's mean
-    length: int = 512
+    texts: tuple = (2, 1)  # how many in a batch of 1024 tokens, by turns
     share: float = 1.0  # of the steps, and so of the training tokens
     synthetic: float = 0.4
     repeats: int = 3
@@ -138,9 +138,9 @@ VARIANTS = {
     "query per KV head": Variant(kv=True),
     "loss per group": Variant(grouped=(True,)),
     "loss per head and per group": Variant(grouped=(False, True)),
-    "texts of 256": Variant(length=256, repeats=1),
-    "texts of 1024": Variant(length=1024, repeats=6),
-    "texts of 2048": Variant(length=2048, repeats=12),
+    "texts of 256": Variant(texts=(4,)),
+    "texts of 512": Variant(texts=(2,)),
+    "texts of 1024": Variant(texts=(1,)),
     "1/4 of the tokens": Variant(share=0.25),
     "1/2 of the tokens": Variant(share=0.5),
     "no co-reference text": Variant(synthetic=0.0),
@@ -185,17 +185,17 @@ def train_all(variants: dict, llama, tok, config) -> dict:
     phrases, butlers = pools("train"), {}
     groups = {}
     for name, v in variants.items():
-        groups.setdefault((v.length, v.synthetic, v.repeats), {})[name] = v
-    for (length, synthetic, repeats), members in groups.items():
-        mixture = Mixture(tok, splits, phrases, synthetic, repeats)
-        batch = max(1, settings.batch * 512 // length)
-        rows = settings.batch * settings.rows // batch
-        learners = {}
+        groups.setdefault((v.texts, v.synthetic, v.repeats), {})[name] = v
+    for (texts, synthetic, repeats), members in groups.items():
+        mixture, learners = Mixture(tok, splits, phrases, synthetic, repeats), {}
         for step in tqdm(range(config.steps), desc=", ".join(members)[:60], file=sys.stderr):
             if step % settings.reuse == 0:
-                texts = [mixture.window(f"0 {step // settings.reuse} {row}", length)
-                         for row in range(batch)]
-                seen = train.record(llama, torch.tensor(texts, device=llama.device))
+                number = step // settings.reuse
+                count = texts[number % len(texts)]
+                length = settings.batch * settings.length // count
+                tokens = train.texts(mixture, f"0 {number}", count, length)
+                seen = train.record(llama, tokens.to(llama.device))
+                rows = settings.batch * settings.rows // count
             for name, v in members.items():
                 if name not in learners:
                     butler = build(v, llama, seen)

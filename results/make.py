@@ -1,9 +1,10 @@
 """results/make.py - every measured table of README.md, from nothing but the checkpoints.
 
-    python results/make.py            an hour or two on 2 cores; goes on when interrupted
+    python results/make.py            about an hour on 2 cores; goes on when interrupted
     python results/make.py --quick    with few documents, in minutes, into out/quick/
 
-Each step is a command of its own, shown as it starts; its last line becomes results/STEP.json. A
+Each step is a command of its own, shown as it starts, on one core; as many run side by side as
+there are cores. What a step says goes to out/tables/STEP.log, its last line to results/STEP.json. A
 step whose file is in out/tables already, by the same command, is not run again, and single scores
 of synth_task.py are kept as they come. When all are there the files go to results/ and the tables
 are rewritten.
@@ -15,11 +16,13 @@ Python's documentation has seen (300 news articles of the Lee corpus, which gens
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,37 +39,37 @@ NEAR = "dense,oracle,butler"
 
 NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
 
-# step: (command, n of the full run, n of the quick run)
+# step: (command, n of the full run, n of the quick run); the longest first
 STEPS = {
-    "coreference": (f"synth_task.py --selectors {RIVALS} --butler {SEEDS} --batch 8", 300, 6),
-    "coreference_prefill": (f"synth_task.py --question prefill --selectors {RIVALS} --batch 8",
-                            60, 0),
-    "coreference_7": (f"synth_task.py --selectors {NEAR} --budgets 0.07 --butler {SEEDS} "
-                      "--batch 8", 300, 6),
-    "referents_2": (f"synth_task.py --referents 2 --selectors {NEAR} --butler {SEEDS} --batch 8",
-                    100, 4),
-    "referents_4": (f"synth_task.py --referents 4 --selectors {NEAR} --butler {SEEDS} --batch 8",
-                    100, 4),
-    "referents_8": (f"synth_task.py --referents 8 --context 600 --selectors {NEAR} "
-                    f"--butler {SEEDS} --batch 8", 40, 2),
-    "ruler": (f"synth_task.py --task {NEEDLES} --context 1024,2048 --selectors {NEAR} "
-              "--budgets 0.05,0.1", 12, 1),
     "ruler_long": (f"synth_task.py --task {NEEDLES} --context 4096,8000 --selectors {NEAR} "
                    "--budgets 0.05,0.1", 4, 0),
-    "ruler_many": (f"synth_task.py --task multivalue,multiquery --selectors {NEAR} "
-                   "--budgets 0.05,0.1", 6, 0),
-    "ruler_rest": ("synth_task.py --task multikey_needles,multikey_uuid,variable_tracking,"
-                   "common_words,frequent_words --selectors dense", 6, 0),
-    "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose "
-                     "--selectors dense,quest,h2o,snapkv,recency,random,keynorm", 8, 0),
+    "ruler": (f"synth_task.py --task {NEEDLES} --context 1024,2048 --selectors {NEAR} "
+              "--budgets 0.05,0.1", 12, 1),
+    "coreference": (f"synth_task.py --selectors {RIVALS} --butler {SEEDS} --batch 8", 300, 6),
     "perplexity": (f"bench.py --suite perplexity --text {TEXT} --budgets 0.1,0.25,0.5 "
                    "--selectors dense,oracle,butler,quest,recency", 24, 1),
+    "generation": (f"bench.py --suite generation --selectors dense,butler --length 2048 "
+                   f"--text {TEXT}", 4, 0),
     "recall": (f"bench.py --suite recall --text {TEXT} "
                "--selectors oracle,butler,quest,recency,random,keynorm", 8, 1),
     "interval": ("bench.py --suite interval --task coreference,needle_prose,copy "
                  "--selectors dense,butler --intervals 1,2,4,8,16", 16, 1),
-    "generation": (f"bench.py --suite generation --selectors dense,butler --length 2048 "
-                   f"--text {TEXT}", 4, 0),
+    "ruler_many": (f"synth_task.py --task multivalue,multiquery --selectors {NEAR} "
+                   "--budgets 0.05,0.1", 6, 0),
+    "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose "
+                     "--selectors dense,quest,h2o,snapkv,recency,random,keynorm", 8, 0),
+    "ruler_rest": ("synth_task.py --task multikey_needles,multikey_uuid,variable_tracking,"
+                   "common_words,frequent_words --selectors dense", 6, 0),
+    "coreference_7": (f"synth_task.py --selectors {NEAR} --budgets 0.07 --butler {SEEDS} "
+                      "--batch 8", 300, 6),
+    "referents_8": (f"synth_task.py --referents 8 --context 600 --selectors {NEAR} "
+                    f"--butler {SEEDS} --batch 8", 40, 2),
+    "referents_4": (f"synth_task.py --referents 4 --selectors {NEAR} --butler {SEEDS} --batch 8",
+                    100, 4),
+    "referents_2": (f"synth_task.py --referents 2 --selectors {NEAR} --butler {SEEDS} --batch 8",
+                    100, 4),
+    "coreference_prefill": (f"synth_task.py --question prefill --selectors {RIVALS} --batch 8",
+                            60, 0),
 }
 
 
@@ -83,31 +86,37 @@ def main(config: Config) -> dict:
         raise UsageError(f"unknown step {unknown[0]!r}; known: {', '.join(STEPS)}")
     if not (ROOT / TEXT).exists() and any(TEXT in STEPS[s][0] for s in config.only or STEPS):
         raise UsageError(f"no file {TEXT}: see the two commands at the head of results/make.py")
-    out, seconds = ROOT / "out" / ("quick" if config.quick else "tables"), {}
+    out, began = ROOT / "out" / ("quick" if config.quick else "tables"), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    for step in config.only or STEPS:
-        command, n, few = STEPS[step]
-        done, n = out / f"{step}.json", few if config.quick else n
-        command += f" --n {n}"
-        if command.startswith("synth_task.py"):
-            command += f" --out {out.relative_to(ROOT)}/{step}.jsonl"
-        known = json.loads(done.read_text())["command"] if done.exists() else ""
-        if known == f"python {command}" or not n:
-            continue
-        print("python", command, file=sys.stderr, flush=True)
-        began = time.monotonic()
-        result = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT,
-                                stdout=subprocess.PIPE, text=True)
-        if result.returncode:
-            raise UsageError(f"step {step} ended with exit code {result.returncode}")
-        print(*result.stdout.splitlines()[:-1], sep="\n", flush=True)
-        done.write_text(result.stdout.splitlines()[-1] + "\n")
-        seconds[step] = round(time.monotonic() - began)
+    steps = [s for s in config.only or STEPS if STEPS[s][1 + config.quick]]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
+        seconds = dict(zip(steps, cores.map(lambda s: step(s, out, config.quick), steps),
+                           strict=True))
     if not config.quick and not config.only:
         for done in out.glob("*.json"):
             shutil.copy(done, ROOT / "results" / done.name)
         subprocess.run([sys.executable, str(ROOT / "results" / "render.py")], check=True)
-    return {"seconds": seconds}
+    return {"seconds": round(time.monotonic() - began), "steps": seconds}
+
+
+def step(name: str, out: Path, quick: bool) -> int:
+    """Runs one step on one core, if its result is not there yet. -> seconds"""
+    began, done = time.monotonic(), out / f"{name}.json"
+    command = f"{STEPS[name][0]} --n {STEPS[name][1 + quick]}"
+    if command.startswith("synth_task.py"):
+        command += f" --out {out.relative_to(ROOT)}/{name}.jsonl"
+    if done.exists() and json.loads(done.read_text())["command"] == f"python {command}":
+        return 0
+    print("python", command, file=sys.stderr, flush=True)
+    with open(out / f"{name}.log", "w") as log:
+        result = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.PIPE, stderr=log)
+    if result.returncode:
+        raise UsageError(f"step {name} ended with exit code {result.returncode}: see {log.name}")
+    print(*result.stdout.splitlines()[:-1], sep="\n", flush=True)
+    done.write_text(result.stdout.splitlines()[-1] + "\n")
+    return round(time.monotonic() - began)
 
 
 if __name__ == "__main__":

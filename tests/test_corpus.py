@@ -21,11 +21,11 @@ def test_a_window_depends_on_its_seed_alone(mixture):
 
 def test_repeated_strings_come_twice_behind_the_same_tokens(mixture):
     for seed in map(str, range(20)):
-        plain, written = (mixture(repeats=r).window(seed, 400) for r in (0, 1))
-        assert len(written) == 400
+        plain, written = (mixture(repeats=r).window(seed, 600) for r in (0, 1))
+        assert len(written) == 600
         changed = [i for i, (a, b) in enumerate(zip(plain, written, strict=True)) if a != b]
         first = written[changed[0] - 8 : changed[0] + 3]  # eight tokens, and how the string begins
-        places = [i for i in range(390) if written[i : i + 11] == first]
+        places = [i for i in range(590) if written[i : i + 11] == first]
         assert len(places) >= 2, (seed, places)
 
 

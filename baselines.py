@@ -223,8 +223,8 @@ class Probe:
     run. Each maps a layer to the mean over queries and heads in the latest call:
 
     mass       share of the attention that the selected tokens hold; always
-    spearman   rank correlation of scores and attention (mean of the group) over the tokens that a
-               query can see; if `rank`, and for selectors that rank all tokens by scores
+    spearman   rank correlation of scores and attention (mean of the group) over the tokens before
+               the query; if `rank`, and for selectors that rank all tokens by scores
     error      |o' - o| / |o| of the outputs over selected and over all tokens; if given the cache
     """
 
@@ -246,7 +246,7 @@ class Probe:
             self.error[layer] = ((sparse - o).norm(dim=-1) / o.norm(dim=-1)).mean().item()
         if self.rank and not isinstance(self.selector, Evicting):
             scores = self.selector.scores(layer, q, keys, positions)
-            seen = torch.arange(keys.shape[2], device=q.device) <= positions[:, None, :, None]
+            seen = torch.arange(keys.shape[2], device=q.device) < positions[:, None, :, None]
             rho = spearman(scores.float(), attention.mean(2), seen)
             self.spearman[layer] = rho.nanmean().item()  # one token has no order: NaN
         return index

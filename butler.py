@@ -317,8 +317,9 @@ class ButlerSelector(Selector):
     def scores(self, layer, q, keys, positions):
         projected = self.importance_keys(layer, keys, int(positions.min()))
         scores = self.butler.scores(self.queries[layer], projected)  # [B, G, H/G, T, S]
-        future = torch.arange(keys.shape[2], device=q.device) > positions[..., None]
-        return scores.masked_fill_(future[:, None, None], -torch.inf).softmax(dim=-1).mean(2)
+        # a query's own token is in the window, and its key not known where the producer stands
+        past = torch.arange(keys.shape[2], device=q.device) < positions[..., None]
+        return scores.masked_fill_(~past[:, None, None], -torch.inf).softmax(dim=-1).mean(2)
 
     def importance_keys(self, layer, keys, start: int):
         """All importance keys [B, G, S, E]. Projects only keys not seen yet: those from `start`,

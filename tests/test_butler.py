@@ -211,6 +211,20 @@ def test_layer_l_is_served_by_the_producer_before_it(tiny_butler):
     assert {p: layers for p, layers in served.items() if layers} == wanted
 
 
+def test_a_choice_does_not_depend_on_the_newest_key(tiny, tiny_butler):
+    """When a producer speaks, the keys of its token in the layers to come do not exist yet."""
+    generator = torch.Generator().manual_seed(5)
+    keys = torch.randn(1, tiny.config.kv_heads, 60, tiny.config.head_dim, generator=generator)
+    x = torch.randn(1, 1, tiny.config.width, generator=generator)
+    scores = []
+    for newest in (1, -50):
+        keys[:, :, -1] = newest
+        selector = tiny_butler.selector(30)
+        selector.look_ahead(0, x)
+        scores.append(selector.scores(1, x, keys, torch.tensor([[59]])))
+    assert torch.equal(*scores) and scores[0][..., :59].sum(-1).allclose(torch.ones(1))
+
+
 @pytest.mark.parametrize("name", ["butler", "oracle"])
 def test_interval_one_is_every_step_and_reuse_keeps_the_choice(pair, name):
     model, butler, ids = pair

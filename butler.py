@@ -130,9 +130,10 @@ class Butler(nn.Module):
 
     def scores(self, queries, projected):
         """q_imp [B, H, T, E], k_imp [B, G, S, E] -> raw scores [B, G, H/G, T, S]."""
-        queries = queries * self.config.size**-0.5
-        grouped = queries.unflatten(1, (self.config.kv_heads, -1))  # [B, G, H/G, T, E]
-        return grouped @ projected[:, :, None].transpose(-1, -2)
+        B, H, T, E = queries.shape
+        G = self.config.kv_heads
+        rows = (queries * E**-0.5).reshape(B, G, H // G * T, E)  # a group's queries: one product
+        return (rows @ projected.transpose(-1, -2)).view(B, G, H // G, T, -1)
 
     def selector(self, budget, **rules) -> "ButlerSelector":
         """A fresh selector for one sequence (or one batch); rules as for `Selector`."""
@@ -238,6 +239,7 @@ class Selector:
             steps = self.step + torch.arange(x.shape[1])
             self.age = steps % self.interval  # [T] steps since the choice in use was made
             self.step += x.shape[1]
+            self.kept = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
         if fresh := bool((self.age == 0).any()):
             self.look_ahead(layer, x)
         if layer == 0:
@@ -249,8 +251,7 @@ class Selector:
             if self.interval > 1:
                 chosen = self.reuse(self.chosen.get(layer, chosen[:, :, :1]), chosen)
         self.chosen[layer] = chosen[:, :, -1:]
-        always = self.always(positions)[:, None].expand(-1, chosen.shape[1], -1, -1)
-        self.index[layer] = torch.cat([always, chosen], dim=-1).int()
+        self.index[layer] = torch.cat([self.kept, chosen], dim=-1).int()
         return self.index[layer]
 
     def reuse(self, old, new):
@@ -277,17 +278,20 @@ class Selector:
         """
         least = self.sinks + self.window
         rest = allowance(self.budget, positions + 1, least) - least  # [B, T]
-        s = torch.arange(scores.shape[-1], device=scores.device)
-        free = (s >= self.sinks) & (s <= positions[..., None] - self.window)  # [B, T, S]
-        scores = scores.float().masked_fill(~free[:, None], -torch.inf)
+        newest = int(positions.max()) - self.window  # that any query may choose
+        scores = scores[..., self.sinks : max(newest + 1, self.sinks)].float()
+        s = torch.arange(scores.shape[-1], device=scores.device) + self.sinks
+        free = (s <= positions[..., None] - self.window)[:, None]  # [B, 1, T, S']
+        if positions.numel() > 1:
+            scores = scores.masked_fill(~free, -torch.inf)
         K = min(max(int(rest.max()), 0), len(s))
-        if self.neighbours:
-            values, indices = top_with_neighbours(scores, self.neighbours, free[:, None], K)
+        if self.neighbours and K:
+            values, indices = top_with_neighbours(scores, self.neighbours, free, K)
         else:
             values, indices = scores.topk(K)
         rank = torch.arange(K, device=scores.device)
         real = (rank < rest[:, None, :, None]) & (values > -torch.inf)
-        return torch.where(real, indices, -1)
+        return torch.where(real, indices + self.sinks, -1)
 
 
 def top_with_neighbours(scores, reach: int, free, K: int):
@@ -309,31 +313,35 @@ class ButlerSelector(Selector):
     def __init__(self, butler: Butler, budget, **rules):
         super().__init__(budget, **rules)
         self.butler, self.queries = butler, {}
-        self.projected, self.filled = {}, {}  # per layer: buffer [B, G, capacity, E], tokens valid
+        self.projected, self.filled = {}, {}  # per layer: buffer [B, G, E, capacity], tokens valid
 
     def look_ahead(self, layer, x):
         self.queries.update(self.butler.queries(layer, x))
 
     def scores(self, layer, q, keys, positions):
-        projected = self.importance_keys(layer, keys, int(positions.min()))
+        start, S = int(positions.min()), keys.shape[2]
+        projected = self.importance_keys(layer, keys, start)
         scores = self.butler.scores(self.queries[layer], projected)  # [B, G, H/G, T, S]
         # a query's own token is in the window, and its key not known where the producer stands
-        past = torch.arange(keys.shape[2], device=q.device) < positions[..., None]
-        return scores.masked_fill_(~past[:, None, None], -torch.inf).softmax(dim=-1).mean(2)
+        future = torch.arange(start, S, device=keys.device) >= positions[..., None]
+        scores[..., start:].masked_fill_(future[:, None, None], -torch.inf)
+        return scores.softmax(dim=-1).mean(2)
 
     def importance_keys(self, layer, keys, start: int):
         """All importance keys [B, G, S, E]. Projects only keys not seen yet: those from `start`,
-        the first position of this call, and any that a dense prefill or a reuse step left out."""
+        the first position of this call, and any that a dense prefill or a reuse step left out.
+        Stored channel by channel, [B, G, E, S]: the product with a query runs along the tokens."""
         B, G, S, _ = keys.shape
         start = min(start, self.filled.get(layer, 0))
-        if layer not in self.projected or self.projected[layer].shape[2] < S:
-            grown = keys.new_empty(B, G, 2 * S, self.butler.config.size, dtype=torch.float32)
+        if layer not in self.projected or self.projected[layer].shape[3] < S:
+            grown = keys.new_empty(B, G, self.butler.config.size, 2 * S, dtype=torch.float32)
             if start:
-                grown[:, :, :start] = self.projected[layer][:, :, :start]
+                grown[..., :start] = self.projected[layer][..., :start]
             self.projected[layer] = grown
-        self.projected[layer][:, :, start:S] = self.butler.project(layer, keys[:, :, start:])
+        new = self.butler.project(layer, keys[:, :, start:])
+        self.projected[layer][..., start:S] = new.transpose(-1, -2)
         self.filled[layer] = S
-        return self.projected[layer][:, :, :S]
+        return self.projected[layer][..., :S].transpose(-1, -2)
 
 
 if __name__ == "__main__":

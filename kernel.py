@@ -35,17 +35,32 @@ def sparse_decode(q, k, v, idx):
     (a repeated one would count twice in the softmax) and below S; rows not named are never read.
     """
     B, H, D = q.shape
-    G = k.shape[1]
-    b = torch.arange(B, device=q.device)[:, None, None]
-    g = torch.arange(G, device=q.device)[:, None]
-    empty = idx < 0
-    row = idx.clamp(min=0).long()
-    k, v = k[b, g, row], v[b, g, row]  # [B, G, K, D]
-    scores = q.view(B, G, H // G, D) @ k.transpose(-1, -2) * D**-0.5  # [B, G, H/G, K]
-    empty = empty[:, :, None]  # [B, G, 1, K]; all empty: softmax is 0 / 0, and 0 wanted
+    G, K = k.shape[1], idx.shape[2]
+    empty = (idx < 0)[:, :, None]  # [B, G, 1, K]
+    k, v = fetch(k, idx), fetch(v, idx)  # [B, G, K, D]
+    q = q.view(B, G, H // G, D)
+    if q.device.type == "cpu" and not empty.any():
+        return F.scaled_dot_product_attention(q, k, v).view(B, H, D)
+    scores = q @ k.transpose(-1, -2) * D**-0.5  # [B, G, H/G, K]
+    # all empty: softmax is 0 / 0, and 0 wanted; an empty slot fetched row 0: 0 * NaN is NaN
     weights = scores.float().masked_fill(empty, -torch.inf).softmax(dim=-1).masked_fill(empty, 0)
-    v = v.masked_fill(empty.transpose(-1, -2), 0)  # an empty slot fetched row 0: 0 * NaN is NaN
+    v = v.masked_fill(empty.transpose(-1, -2), 0)
     return (weights.to(v.dtype) @ v).view(B, H, D)
+
+
+def fetch(x, idx):
+    """Rows of x [B, G, S, D] that idx [B, G, K] names (-1: any row) -> [B, G, K, D].
+
+    One index_select over the table of all rows, an order of magnitude faster than x[b, g, idx]. A
+    slice of a longer buffer is such a table too, with gaps between its rows.
+    """
+    B, G, S, D = x.shape
+    if x.stride(3) != 1 or x.stride(1) % x.stride(2) or x.stride(0) != G * x.stride(1):
+        x = x.contiguous()
+    row, head = x.stride(2), x.stride(1) // x.stride(2)  # numbers to the next row; rows to a head
+    table = x.as_strided(((B * G - 1) * head + S, D), (row, 1))
+    at = idx.clamp(min=0).view(B * G, -1) + head * torch.arange(B * G, device=x.device)[:, None]
+    return table.index_select(0, at.flatten()).view(B, G, -1, D)
 
 
 def sparse_attention(q, k, v, idx):

@@ -54,14 +54,17 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 class Cache:
     """Keys (already rotated) and values of every layer, preallocated for `capacity` tokens a row.
 
+    A token's key and value lie side by side, [B, G, capacity, 2, D]: who fetches a few tokens finds
+    both in one place. `k[layer]` and `v[layer]` [B, G, capacity, D] are views of it.
+
     Rows may have different lengths: new tokens of row b are written behind its own `lengths[b]`.
     Layers `append`; only `Llama.forward` advances, once, when all layers have written.
     """
 
     def __init__(self, config: Config, batch, capacity, dtype=torch.float32, device="cpu"):
-        shape = (batch, config.kv_heads, capacity, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
+        shape = (batch, config.kv_heads, capacity, 2, config.head_dim)
+        kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
+        self.k, self.v = [t[:, :, :, 0] for t in kv], [t[:, :, :, 1] for t in kv]
         self.capacity, self.size = capacity, 0  # size: tokens in the longest row
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.ragged = False

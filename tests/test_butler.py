@@ -165,7 +165,7 @@ def test_cached_importance_keys_equal_recomputed_ones(pair):
         model.decode(token, cache, selector)
     for layer, projected in selector.projected.items():
         again = butler.project(layer, cache.k[layer][:, :, :90])
-        assert (projected[:, :, :90] - again).abs().max() < 1e-5
+        assert (projected[..., :90].transpose(-1, -2) - again).abs().max() < 1e-5
 
 
 def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
@@ -179,7 +179,7 @@ def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
         model.decode(token, cache, selector)
     for layer, projected in selector.projected.items():
         again = butler.project(layer, cache.k[layer][:, :, :90])
-        assert (projected[:, :, :90] - again).abs().max() < 1e-5
+        assert (projected[..., :90].transpose(-1, -2) - again).abs().max() < 1e-5
 
 
 def test_training_and_decoding_read_the_same_inputs(pair):
@@ -196,7 +196,7 @@ def test_training_and_decoding_read_the_same_inputs(pair):
                     error = (q[:, :, position] - selector.queries[layer][:, :, 0]).abs().max()
                     assert error < 1e-4
                     scores = butler.scores(q, butler.project(layer, seen.keys[layer]))
-                    mine = selector.projected[layer][:, :, : position + 1]
+                    mine = selector.projected[layer][..., : position + 1].transpose(-1, -2)
                     ours = butler.scores(selector.queries[layer], mine)
                     error = (scores[..., position, : position + 1] - ours[..., 0, :]).abs().max()
                     assert error < 1e-3

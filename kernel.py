@@ -35,7 +35,7 @@ def sparse_decode(q, k, v, idx):
     (a repeated one would count twice in the softmax) and below S; rows not named are never read.
     """
     B, H, D = q.shape
-    G, K = k.shape[1], idx.shape[2]
+    G = k.shape[1]
     empty = (idx < 0)[:, :, None]  # [B, G, 1, K]
     k, v = fetch(k, idx), fetch(v, idx)  # [B, G, K, D]
     q = q.view(B, G, H // G, D)

@@ -49,14 +49,14 @@ def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
 
 
 class Mixture:
-    """Endless windows of tokens: 40 % co-reference documents, the rest text, sources in turn.
+    """Endless windows of tokens: 30 % co-reference documents, the rest text, sources in turn.
 
     Each window depends on its seed alone, so step n of a resumed run sees what step n saw before.
     `repeats` strings of digits or letters that nobody can guess are written into every 512 tokens,
     and again later in the window, behind the same eight tokens: what follows can only be copied.
     """
 
-    def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.4, repeats=0):
+    def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.3, repeats=0):
         self.tok, self.pool, self.synthetic, self.repeats = tok, pool, synthetic, repeats
         self.sources = [(s, [len(t) for t in s]) for s in sources]
 

@@ -47,9 +47,9 @@ class Config:
     out: str = flag("out/butler.safetensors", "where the butler goes")
     report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
     steps: int = flag(1200, "optimiser steps")
-    batch: int = flag(2, "texts per step; by turns, one text as long as these together")
+    batch: int = flag(2, "texts per step")
     length: int = flag(512, "tokens per text")
-    repeats: int = flag(3, "strings that come twice in every 512 tokens of text")
+    repeats: int = flag(2, "strings that come twice in every 512 tokens of text")
     rows: int = flag(64, "queries per text that a step looks at")
     reuse: int = flag(4, "steps that a batch of texts serves, each with fresh rows")
     learning_rate: float = flag(1e-2, "peak learning rate")
@@ -123,13 +123,10 @@ def distil(llama, butler, mixture, config, log):
                unit_scale=config.batch * config.length / config.reuse, unit="tok", mininterval=1)
     for step in bar:
         if step == start or step % config.reuse == 0:
-            number = step // config.reuse
-            count = 1 if number % 2 else config.batch  # what lies far back takes long texts
-            length = config.batch * config.length // count
-            tokens = texts(mixture, f"{config.seed} {number}", count, length)
+            seed = f"{config.seed} {step // config.reuse}"
+            tokens = texts(mixture, seed, config.batch, config.length)
             recorded = record(llama, tokens.to(config.device))
-        rows = config.rows * config.batch // count
-        rows = sample_rows(random.Random(f"{config.seed} {step}"), rows, length)
+        rows = sample_rows(random.Random(f"{config.seed} {step}"), config.rows, config.length)
         kl = distillation(butler, recorded, rows.to(config.device))
         log.append(kl.mean().item())
         if not math.isfinite(log[-1]):

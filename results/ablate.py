@@ -119,10 +119,10 @@ class Variant:
     kv: bool = False  # one importance query per KV head instead of per query head
     kind: type = Butler
     grouped: tuple = (False,)  # divergences that the loss sums: of each head, of a group's mean
-    texts: tuple = (2, 1)  # how many in a batch of 1024 tokens, by turns
+    texts: tuple = (2,)  # how many in a batch of 1024 tokens; by turns, if several
     share: float = 1.0  # of the steps, and so of the training tokens
-    synthetic: float = 0.4
-    repeats: int = 3
+    synthetic: float = 0.3
+    repeats: int = 2
     start: str = "random"
     selection: tuple = ()  # (selector class, rules)
 
@@ -139,8 +139,8 @@ VARIANTS = {
     "loss per group": Variant(grouped=(True,)),
     "loss per head and per group": Variant(grouped=(False, True)),
     "texts of 256": Variant(texts=(4,)),
-    "texts of 512": Variant(texts=(2,)),
     "texts of 1024": Variant(texts=(1,)),
+    "texts of 512 and 1024 by turns": Variant(texts=(2, 1)),
     "1/4 of the tokens": Variant(share=0.25),
     "1/2 of the tokens": Variant(share=0.5),
     "no co-reference text": Variant(synthetic=0.0),

@@ -5,14 +5,31 @@
 
     o = softmax(q . k[idx] / sqrt(D)) . v[idx]     with k, v [B, G, S, D]; idx -1 is an empty slot
 
-Bytes moved for one query of one layer, e bytes per number: the dense form reads B*G*S*2D*e, this
-one B*G*K*2D*e, and K is a tenth of S or less. The price: the rows lie scattered in memory.
+A ladder of three forms, with the bytes they move for one query of one layer, e bytes per number:
 
-    python kernel.py        compares the two forms below on random input
+    reference        mask what was not chosen            B*G*S*2D*e, like dense attention
+    gather + SDPA    fetch the rows, then be dense       B*G*K*2D*e read, written, read again
+    Triton           fetch and attend in one kernel      B*G*K*2D*e read once, on CUDA
+
+K is a tenth of S or less. The price: the rows lie scattered in memory.
+
+    python kernel.py        compares the forms on random input (Triton's: TRITON_INTERPRET=1)
 """
+
+import os
 
 import torch
 import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not a system that Triton runs on: gather + SDPA serves everywhere
+    from types import SimpleNamespace
+    triton, tl = None, SimpleNamespace(constexpr=None)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+jit = triton.jit if triton else lambda function: function
 
 
 def reference(q, k, v, idx):
@@ -34,12 +51,14 @@ def sparse_decode(q, k, v, idx):
     Head h reads KV head h // (H / G). A query without any token gets zeros. Indices must be unique
     (a repeated one would count twice in the softmax) and below S; rows not named are never read.
     """
+    if q.device.type == "cuda" and triton:
+        return triton_decode(q, k, v, idx)
     B, H, D = q.shape
     G = k.shape[1]
     empty = (idx < 0)[:, :, None]  # [B, G, 1, K]
     k, v = fetch(k, idx), fetch(v, idx)  # [B, G, K, D]
     q = q.view(B, G, H // G, D)
-    if q.device.type == "cpu" and not empty.any():
+    if not empty.any():
         return F.scaled_dot_product_attention(q, k, v).view(B, H, D)
     scores = q @ k.transpose(-1, -2) * D**-0.5  # [B, G, H/G, K]
     # all empty: softmax is 0 / 0, and 0 wanted; an empty slot fetched row 0: 0 * NaN is NaN
@@ -74,11 +93,101 @@ def sparse_attention(q, k, v, idx):
     return sparse_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
 
 
+# ---------------------------------------------------------------------------- Triton
+
+
+@jit
+def attend(q, k, v, idx, sums, tops, totals, K, scale, G, k_b, k_g, k_s, v_b, v_g, v_s,
+           N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+           CHUNK: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    """One chunk of one KV head's tokens, for all N query heads of its group (padded to NP).
+
+    A row of K and V is loaded once. What is left of a chunk: sum exp(s - top) v, top, sum exp.
+    """
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    b, g = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    n, d = tl.arange(0, NP), tl.arange(0, DP)
+    real = (n < N)[:, None] & (d < D)
+    query = tl.load(q + (row * N + n)[:, None] * D + d, mask=real, other=0.0)
+    if EXACT:  # float32 arithmetic; the interpreter has no other that is right
+        query = query.to(tl.float32)
+    top = tl.full([NP], float("-inf"), tl.float32)
+    total = tl.zeros([NP], tl.float32)
+    out = tl.zeros([NP, DP], tl.float32)
+    for start in range(0, CHUNK, BLOCK):
+        slot = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        token = tl.load(idx + row * K + slot, mask=slot < K, other=-1)
+        live = token >= 0
+        at = tl.where(live, token, 0).to(tl.int64)[:, None]
+        inside = live[:, None] & (d < D)
+        keys = tl.load(k + b * k_b + g * k_g + at * k_s + d, mask=inside, other=0.0)
+        values = tl.load(v + b * v_b + g * v_g + at * v_s + d, mask=inside, other=0.0)
+        if EXACT:
+            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        s = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        s = tl.where(live, s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: -inf minus -inf
+        p = tl.exp(s - base[:, None])
+        fade = tl.exp(top - base)
+        total = total * fade + tl.sum(p, 1)
+        out = out * fade[:, None]
+        out += tl.dot(p.to(values.dtype), values, input_precision="ieee")
+        top = new
+    part = (row * N + n) * tl.num_programs(1) + chunk
+    tl.store(sums + part[:, None] * D + d, out, mask=real)
+    tl.store(tops + part, top, mask=n < N)
+    tl.store(totals + part, total, mask=n < N)
+
+
+@jit
+def merge(sums, tops, totals, out, chunks, D: tl.constexpr, DP: tl.constexpr,
+          CP: tl.constexpr):
+    """The chunks of one query head, weighted by exp(top), become its output; no token at all: 0."""
+    head = tl.program_id(0)
+    c, d = tl.arange(0, CP), tl.arange(0, DP)
+    part = head * chunks + c
+    top = tl.load(tops + part, mask=c < chunks, other=float("-inf"))
+    total = tl.load(totals + part, mask=c < chunks, other=0.0)
+    highest = tl.max(top, 0)
+    weight = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
+    some = (c < chunks)[:, None] & (d < D)
+    o = tl.sum(tl.load(sums + part[:, None] * D + d, mask=some, other=0.0) * weight[:, None], 0)
+    whole = tl.sum(total * weight, 0)
+    o = o / tl.where(whole > 0, whole, 1.0)
+    tl.store(out + head * D + d, o.to(out.dtype.element_ty), mask=d < D)
+
+
+def triton_decode(q, k, v, idx, chunk=None):
+    """sparse_decode in two launches: `attend` for each chunk of indices, so that one sequence fills
+    a GPU too, and `merge`. Everything but the shapes stays on the device: fit for a CUDA graph."""
+    B, H, D = q.shape
+    G, K = k.shape[1], idx.shape[2]
+    N, DP = H // G, triton.next_power_of_2(D)
+    block = 64
+    chunk = chunk or max(block, triton.next_power_of_2(triton.cdiv(K * B * G, 256)))
+    chunks = max(1, triton.cdiv(K, chunk))
+    sums = torch.empty(B * H, chunks, D, dtype=torch.float32, device=q.device)
+    tops, totals = torch.empty(2, B * H, chunks, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q)
+    exact = INTERPRETED or q.dtype == torch.float32
+    attend[B * G, chunks](
+        q.contiguous(), k, v, idx.contiguous(), sums, tops, totals, K, D**-0.5, G,
+        *k.stride()[:3], *v.stride()[:3], N=N, NP=max(16, triton.next_power_of_2(N)),
+        D=D, DP=DP, CHUNK=chunk, BLOCK=block, EXACT=exact)
+    merge[(B * H,)](sums, tops, totals, out, chunks, D=D, DP=DP, CP=triton.next_power_of_2(chunks))
+    return out
+
+
 if __name__ == "__main__":
     B, H, G, S, D, K = 1, 9, 3, 2048, 64, 205
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(B, n, s, D, generator=rng) for n, s in ((H, 1), (G, S), (G, S)))
     idx = torch.rand(B, G, 1, S, generator=rng).topk(K).indices.int()
-    error = (sparse_attention(q, k, v, idx) - reference(q, k, v, idx)).abs().max()
-    print(f"q {list(q.shape)}, k, v {list(k.shape)}, idx {list(idx.shape)}: max error {error:.1e}")
+    forms = {"gather + SDPA": sparse_attention(q, k, v, idx)}
+    if INTERPRETED:
+        forms["Triton"] = triton_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
+    for name, out in forms.items():
+        print(f"{name}: max error {(out - reference(q, k, v, idx)).abs().max():.1e}")
+    print(f"q {list(q.shape)}, k, v {list(k.shape)}, idx {list(idx.shape)}")
     print(f"rows read: {G * K:,} instead of {G * S:,}")

@@ -1,0 +1,77 @@
+"""Contracts of the Triton kernels: right in the interpreter, and what they compile to for a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_close
+
+import kernel
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there: the interpreter, see conftest.py
+
+
+def example(B, H, G, S, D, K, dtype=torch.float32):
+    """Keys and values side by side as in the cache, NaN behind the last token and in every row that
+    is not chosen; some slots empty, and in a batch a head that has none at all."""
+    rng = torch.Generator().manual_seed(B + H + S + D + K)
+    q = torch.randn(B, H, D, generator=rng).to(dtype)
+    kv = torch.randn(B, G, S + 5, 2, D, generator=rng).to(dtype)
+    idx = torch.rand(B, G, S, generator=rng).topk(K).indices.int()
+    idx[:, :, K // 2 : K // 2 + 3] = -1
+    if B > 1:
+        idx[1, 0] = -1
+    kv = kv.masked_fill(~kernel.mark(idx, S + 5)[..., None, None], torch.nan)
+    return q, kv[:, :, :S, 0], kv[:, :, :S, 1], idx
+
+
+def triton_decode(q, k, v, idx, chunk=None):
+    q, k, v, idx = (x.to(DEVICE) for x in (q, k, v, idx))
+    return kernel.triton_decode(q, k, v, idx, chunk).cpu()
+
+
+SHAPES = [(1, 9, 3, 781, 64, 78), (2, 4, 1, 31, 64, 7), (1, 7, 1, 1, 16, 1),
+          (2, 8, 2, 200, 128, 200), (1, 3, 1, 97, 80, 64), (1, 18, 2, 300, 96, 250)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_equals_the_reference(shape):
+    q, k, v, idx = example(*shape)
+    clean = [torch.nan_to_num(x) for x in (k, v)]
+    expected = kernel.reference(q[:, :, None], *clean, idx[:, :, None])[:, :, 0]
+    expected = torch.nan_to_num(expected)  # a head without any token: zeros
+    for chunk in (64, 128, None):
+        actual = triton_decode(q, k, v, idx, chunk)
+        assert_close(f"Triton, chunks of {chunk}", actual, expected, 1e-5)
+    assert_close("gather + SDPA", kernel.sparse_decode(q, k, v, idx), expected, 1e-5)
+
+
+def test_triton_in_bfloat16():
+    q, k, v, idx = example(1, 9, 3, 300, 64, 60, torch.bfloat16)
+    expected = kernel.sparse_decode(q.float(), *(torch.nan_to_num(x.float()) for x in (k, v)), idx)
+    actual = triton_decode(q, k, v, idx)
+    assert actual.dtype == torch.bfloat16
+    assert_close("bfloat16", actual.float(), expected, 2e-2)
+
+
+def test_scores_in_the_hundreds():
+    q, k, v, idx = example(1, 4, 2, 200, 64, 90)
+    expected = kernel.sparse_decode(100 * q, k, v, idx)
+    assert_close("100 q", triton_decode(100 * q, k, v, idx), expected, 1e-4)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_attend_compiles_for_hopper_without_spills_and_with_16_byte_loads(D):
+    """Offline, for sm_90: no GPU is needed to see what the compiler makes of it."""
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, script, str(D)], env=environment, capture_output=True,
+                         text=True, check=True)
+    seen = json.loads(run.stdout)
+    assert seen["copies"].count("0x10") >= 16, seen  # rows of K and V come 16 bytes at a time
+    assert "STACK:0 " in seen["usage"] and "LOCAL:0 " in seen["usage"], seen

@@ -6,7 +6,7 @@ cached tokens each layer is about to need. Two small learned maps do it:
     x [B, T, C], input of layer p -Producer-> importance queries of R layers [B, T, R, H, E]
     rotated keys [B, G, S, D] ------W_K-----> importance keys [B, G, S, E], cached beside K and V
 
-    score(t, s) = mean over the group's query heads of  softmax_s( q_imp(t) . k_imp(s) / sqrt(E) )
+    score(t, s) = mean over the group's heads of  softmax_(s < t)  q_imp(t) . k_imp(s) / sqrt(E)
 
 Producers sit at layers 0, R, 2R ... and share no weights. The one at layer p serves p+1 ... p+R, so
 layer 0 has no prediction and stays dense, and at every other layer the queries are known before the
@@ -355,5 +355,6 @@ if __name__ == "__main__":
     cache = llama.new_cache(batch=1, capacity=401)
     llama.prefill(torch.arange(400)[None], cache)
     llama.decode(torch.tensor([[400]]), cache, select)
-    print("layer 1: q_imp", list(select.queries[1].shape), "k_imp", list(select.projected[1].shape))
+    print("layer 1: q_imp", list(select.queries[1].shape),
+          "k_imp", list(select.projected[1][..., :401].transpose(-1, -2).shape))
     print("401 cached tokens, a tenth attended:", select.index[1][0, 0, 0].tolist())

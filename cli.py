@@ -9,6 +9,7 @@ Progress and errors go to stderr. Whatever the user can put right ends with one 
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import MISSING, asdict, field, fields
@@ -79,7 +80,7 @@ def provenance() -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {"command": " ".join(["python", *sys.argv]), "hardware": hardware,
+    return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware,
             "python": platform.python_version(), "torch": torch.__version__, "commit": commit}
 
 

@@ -49,7 +49,7 @@ def sparse_decode(q, k, v, idx):
 
     q [B, H, D], k and v [B, G, S, D], idx [B, G, K] int32 with -1 for an empty slot -> [B, H, D].
     Head h reads KV head h // (H / G). A query without any token gets zeros. Indices must be unique
-    (a repeated one would count twice in the softmax) and below S; rows not named are never read.
+    (a repeated one would count twice in the softmax) and below S; rows not named never count.
     """
     if q.device.type == "cuda" and triton:
         return triton_decode(q, k, v, idx)
@@ -59,7 +59,7 @@ def sparse_decode(q, k, v, idx):
     k, v = fetch(k, idx), fetch(v, idx)  # [B, G, K, D]
     q = q.view(B, G, H // G, D)
     if not empty.any():
-        return F.scaled_dot_product_attention(q, k, v).view(B, H, D)
+        return F.scaled_dot_product_attention(q, k, v).reshape(B, H, D)
     scores = q @ k.transpose(-1, -2) * D**-0.5  # [B, G, H/G, K]
     # all empty: softmax is 0 / 0, and 0 wanted; an empty slot fetched row 0: 0 * NaN is NaN
     weights = scores.float().masked_fill(empty, -torch.inf).softmax(dim=-1).masked_fill(empty, 0)
@@ -70,7 +70,7 @@ def sparse_decode(q, k, v, idx):
 def fetch(x, idx):
     """Rows of x [B, G, S, D] that idx [B, G, K] names (-1: any row) -> [B, G, K, D].
 
-    One index_select over the table of all rows, an order of magnitude faster than x[b, g, idx]. A
+    One index_select over the table of all rows, which is much faster than x[b, g, idx]. A
     slice of a longer buffer is such a table too, with gaps between its rows.
     """
     B, G, S, D = x.shape
@@ -78,7 +78,7 @@ def fetch(x, idx):
         x = x.contiguous()
     row, head = x.stride(2), x.stride(1) // x.stride(2)  # numbers to the next row; rows to a head
     table = x.as_strided(((B * G - 1) * head + S, D), (row, 1))
-    at = idx.clamp(min=0).view(B * G, -1) + head * torch.arange(B * G, device=x.device)[:, None]
+    at = idx.clamp(min=0).reshape(B * G, -1) + head * torch.arange(B * G, device=x.device)[:, None]
     return table.index_select(0, at.flatten()).view(B, G, -1, D)
 
 
@@ -163,7 +163,9 @@ def triton_decode(q, k, v, idx, chunk=None):
     a GPU too, and `merge`. Everything but the shapes stays on the device: fit for a CUDA graph."""
     B, H, D = q.shape
     G, K = k.shape[1], idx.shape[2]
-    N, DP = H // G, triton.next_power_of_2(D)
+    N, DP = H // G, max(16, triton.next_power_of_2(D))  # 16: the least that tl.dot multiplies
+    q, idx = q.contiguous(), idx.contiguous()
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     block = 64
     chunk = chunk or max(block, triton.next_power_of_2(triton.cdiv(K * B * G, 256)))
     chunks = max(1, triton.cdiv(K, chunk))
@@ -172,7 +174,7 @@ def triton_decode(q, k, v, idx, chunk=None):
     out = torch.empty_like(q)
     exact = INTERPRETED or q.dtype == torch.float32
     attend[B * G, chunks](
-        q.contiguous(), k, v, idx.contiguous(), sums, tops, totals, K, D**-0.5, G,
+        q, k, v, idx, sums, tops, totals, K, D**-0.5, G,
         *k.stride()[:3], *v.stride()[:3], N=N, NP=max(16, triton.next_power_of_2(N)),
         D=D, DP=DP, CHUNK=chunk, BLOCK=block, EXACT=exact)
     merge[(B * H,)](sums, tops, totals, out, chunks, D=D, DP=DP, CP=triton.next_power_of_2(chunks))

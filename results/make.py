@@ -56,6 +56,8 @@ STEPS = {
                "--selectors oracle,butler,quest,recency,random,keynorm", 8, 1),
     "interval": ("bench.py --suite interval --task coreference,needle_prose,copy "
                  "--selectors dense,butler --intervals 1,2,4,8,16", 16, 1),
+    "interval_oracle": ("bench.py --suite interval --task coreference,needle_prose "
+                        "--selectors dense,oracle --intervals 1,2,4,16 --neighbours 1", 12, 0),
     "ruler_many": (f"synth_task.py --task multivalue,multiquery --selectors {NEAR} "
                    "--budgets 0.05,0.1", 6, 0),
     "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose "

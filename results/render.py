@@ -111,14 +111,15 @@ def interval(report: dict) -> str:
         task, rule = label.split(", ", 1)
         for name, by in table.items():
             for m in by.values():
-                row = "dense" if name == "dense" else rule
+                row = "dense" if name == "dense" else f"{name}, {rule}"
                 rows.setdefault(row, {})[task] = cell(m)
-    return "\n".join([*grid(rows, "butler, 10 %"), source(report)])
+    return "\n".join([*grid(rows, "at 10 %"), source(report)])
 
 
 TABLES = {"results/train.json": train.table, "results/ablations.json": ablate.table,
           "results/perplexity.json": perplexity, "results/recall.json": recall,
-          "results/interval.json": interval, "results/ruler.json": tasks,
+          "results/interval.json": interval, "results/interval_oracle.json": interval,
+          "results/ruler.json": tasks,
           "results/ruler_long.json": tasks, "results/ruler_many.json": tasks,
           "results/ruler_rest.json": tasks}
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import speed
 import synth_task
 import tokenizer
 from baselines import NAMES, Probe, make_selector, mean
@@ -40,18 +41,22 @@ RESULTS = Path(__file__).parent / "results"
 class Config:
     """Measures what a selection costs in quality."""
 
-    suite: str = flag("perplexity", "perplexity, recall, interval or generation")
+    suite: str = flag("perplexity",
+                      "perplexity, recall, interval, generation, attention or speed")
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     butler: tuple = flag((), "comma-separated checkpoints (default: the shipped one)", names)
     selectors: tuple = flag(("dense", "oracle", "butler"),
                             f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
     text: str = flag(None, "text file (default: Python's reference, the part not trained on)")
-    n: int = flag(12, "windows, documents or prompts")
+    n: int = flag(12, "windows, documents or prompts; attention, speed: rounds")
     length: int = flag(512, "tokens of a window; of a generated text")
     task: tuple = flag(("coreference", "needle_noise", "copy"), "interval: tasks", names)
     intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval: steps between choices", names)
     neighbours: tuple = flag(("0", "1"), "interval: tokens on either side of a chosen one", names)
+    shape: str = flag(None, f"attention, speed: random weights, {', '.join(speed.SHAPES)}")
+    contexts: tuple = flag(("512", "2048", "8000"), "attention, speed: tokens cached", names)
+    batch: tuple = flag(("1",), "attention, speed: sequences", names)
     seed: int = flag(0, "seed of documents and sampling")
     write: bool = flag(False, "write results/SUITE.json")
     device: str = flag("cpu", "cpu or cuda")
@@ -220,8 +225,16 @@ SUITES = {"perplexity": perplexity, "recall": recall, "interval": interval,
           "generation": generation}
 
 
+def timed(config: Config) -> dict:
+    report = speed.measure(config) | provenance()
+    print(speed.table(report["rows"]))
+    return report
+
+
 def main(config: Config) -> dict:
     check(config)
+    if config.suite in speed.SUITES:
+        return write(config, timed(config))
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
     butlers = []
@@ -238,6 +251,10 @@ def main(config: Config) -> dict:
             for budget, m in by.items():
                 print(f"{what:12s} {selector:8s} {budget:>5s}  {m['mean']:9.4f}  "
                       f"[{m['low']:.4f}, {m['high']:.4f}]  n = {m['n']}")
+    return write(config, report)
+
+
+def write(config: Config, report: dict) -> dict:
     if config.write:
         written = RESULTS / f"{config.suite}.json"
         written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
@@ -245,7 +262,7 @@ def main(config: Config) -> dict:
 
 
 def check(config: Config) -> None:
-    for given, known, what in (((config.suite,), SUITES, "suite"),
+    for given, known, what in (((config.suite,), SUITES | speed.SUITES, "suite"),
                                (config.selectors, NAMES, "selector"),
                                (config.task, synth_task.TASKS, "task")):
         if unknown := sorted(set(given) - set(known)):

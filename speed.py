@@ -1,0 +1,217 @@
+"""speed.py - what a decode step costs: its attention alone, and the whole of it.
+
+    shape -> caches of random keys and values, `context` tokens long -> candidates, by turns -> rows
+
+    attention   all layers' attention of one step, choosing included
+    speed       whole steps of a Llama of that shape, and the first token: prefill
+
+Dense is whatever is fastest here: `scaled_dot_product_attention` with the group's heads as queries
+of one KV head or as PyTorch groups them, or two matrix products, each on bfloat16 and on float32.
+Every candidate runs once a round, in turn, so that a slow moment of the machine hits all; a row
+holds the median. `predicted_ms` is bytes moved over this machine's copy bandwidth, measured too:
+what the step would cost if memory were all that counts.
+
+    python bench.py --suite attention --shape smollm2-135m --contexts 2048,8192
+    python bench.py --suite speed --contexts 8000
+"""
+
+import statistics
+import sys
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from butler import Butler, ButlerConfig, load_for
+from kernel import sparse_attention
+from model import Llama, dense_attention, fast_dtype, resolve, rope_frequencies
+from weights import Config
+
+SHAPES = {
+    "smollm2-135m": Config(vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64,
+                           mlp_width=1536, context=2**20, rope_theta=1e5, tied=True),
+    "llama-3.2-1b": Config(vocab_size=128256, width=2048, layers=16, heads=32, kv_heads=8,
+                           head_dim=64, mlp_width=8192, context=2**20, rope_theta=5e5, tied=True),
+    "llama-3.1-8b": Config(vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8,
+                           head_dim=128, mlp_width=14336, context=2**20, rope_theta=5e5),
+}
+
+
+def by_turns(candidates: dict, rounds: int, device) -> dict:
+    """{name: (function, steps that one call makes)} -> {name: median seconds of a step}."""
+    seconds = {name: [] for name in candidates}
+    for number in tqdm(range(rounds + 1), file=sys.stderr, leave=False):
+        for name, (function, steps) in candidates.items():
+            settle(device)
+            began = time.perf_counter()
+            function()
+            settle(device)
+            if number:  # the first round warms up
+                seconds[name].append((time.perf_counter() - began) / steps)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def settle(device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def copy_bandwidth(device) -> float:
+    """Bytes per second of a large copy, read and written ones."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    seconds = by_turns({"copy": (lambda: target.copy_(source), 1)}, 7, device)
+    return 2 * source.numel() * source.element_size() / seconds["copy"]
+
+
+def two_products(q, k, v):
+    """q [B, H, 1, D], k, v [B, G, S, D] -> [B, H, 1, D]"""
+    weights = q.view(*k.shape[:2], -1, q.shape[-1]) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (weights.softmax(dim=-1) @ v).view(q.shape)
+
+
+DENSE = {
+    "group as queries": lambda q, k, v: dense_attention(q, k, v, None, False),
+    "enable_gqa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    "two products": two_products,
+}
+
+
+def attention(llama, butler, batch: int, context: int, config) -> dict:
+    """One step's attention of all layers but the first, which is dense for everybody, on random
+    keys and values -> candidates: {name: (function, steps, kept, interval)}."""
+    c, device = llama.config, llama.device
+    cache = filled(llama, batch, context)
+    q = torch.randn(c.layers, batch, c.heads, 1, c.head_dim, device=device).to(cache.k[0].dtype)
+    x = torch.randn(batch, 1, c.width, device=device)
+    positions = torch.full((batch, 1), context - 1, device=device)
+    layers, candidates = range(1, c.layers), {}
+
+    def dense(form, q, k, v):
+        for layer in layers:
+            form(q[layer], k[layer], v[layer])
+
+    for kind in dict.fromkeys((q.dtype, torch.float32)):
+        k, v = ([t[:, :, :context].to(kind) for t in ts] for ts in (cache.k, cache.v))
+        for name, form in DENSE.items():
+            candidates[f"dense, {name}, {str(kind).split('.')[1]}"] = (
+                partial(dense, form, q.to(kind), k, v), 1, None, 1)
+    k, v = ([t[:, :, :context] for t in ts] for ts in (cache.k, cache.v))
+
+    def step(selector):
+        selector(0, x, q[0], k[0], positions)
+        for layer in layers:
+            index = selector(layer, x, q[layer], k[layer], positions)
+            sparse_attention(q[layer], k[layer], v[layer], index)
+
+    def attend(index):
+        for layer in layers:
+            sparse_attention(q[layer], k[layer], v[layer], index)
+
+    for kept in map(float, config.budgets):
+        for interval in map(int, config.intervals):
+            selector = butler.selector(kept, interval=interval)
+            candidates[f"butler {kept:g}, interval {interval}"] = (
+                partial(repeat, interval, step, selector), interval, kept, interval)
+        step(selector)
+        candidates[f"attend to {kept:g} alone"] = (
+            partial(attend, selector.index[1]), 1, kept, None)
+    return candidates
+
+
+def speed(llama, butler, batch: int, context: int, config) -> dict:
+    """Whole decode steps behind `context` cached tokens -> candidates, as `attention`."""
+    cache = filled(llama, batch, context)
+    token = torch.full((batch, 1), 5, device=llama.device)
+
+    def step(selector=None):
+        llama.decode(token, cache, selector)
+        cache.truncate(context - 1)
+
+    candidates = {"dense": (step, 1, None, 1)}
+    for kept in map(float, config.budgets):
+        for interval in map(int, config.intervals):
+            selector = butler.selector(kept, interval=interval)
+            candidates[f"butler {kept:g}, interval {interval}"] = (
+                partial(repeat, interval, step, selector), interval, kept, interval)
+    return candidates
+
+
+def repeat(times: int, function, *arguments) -> None:
+    for _ in range(times):
+        function(*arguments)
+
+
+def filled(llama, batch: int, context: int):
+    """A cache of random keys and values, with room for the last of `context` tokens."""
+    cache = llama.new_cache(batch, context)
+    for t in cache.k + cache.v:
+        t.normal_()
+    cache.advance(context - 1)
+    return cache
+
+
+def moved(suite: str, llama, batch: int, context: int, kept, interval) -> int:
+    """Bytes that a step reads at least: keys and values, importance keys, and weights."""
+    c, size = llama.config, llama.embed_tokens.weight.element_size()
+    token = 2 * c.kv_heads * c.head_dim * size  # of one layer
+    weights = sum(p.numel() for p in llama.parameters()) * size + batch * context * token
+    layers = batch * (c.layers - 1)
+    if kept is None:
+        cache = context * token
+    else:
+        kept = context * kept if kept <= 1 else kept
+        cache = kept * token
+        if interval:  # importance keys, in float32
+            cache += context * c.kv_heads * ButlerConfig.size * 4 / interval
+    return int(layers * cache + weights * (suite == "speed"))
+
+
+def measure(config) -> dict:
+    """All contexts and batches of one suite -> {"rows": [...], "copy_bytes_per_s": ...}."""
+    device = config.device
+    rate, rows = copy_bandwidth(device), []
+    llama, butler = model_of(config)
+    for batch in map(int, config.batch):
+        for context in map(int, config.contexts):
+            with torch.no_grad():
+                candidates = SUITES[config.suite](llama, butler, batch, context, config)
+                seconds = by_turns({n: c[:2] for n, c in candidates.items()}, config.n, device)
+            dense = min(t for name, t in seconds.items() if name.startswith("dense"))
+            for name, (_, _, kept, interval) in candidates.items():
+                read = moved(config.suite, llama, batch, context, kept, interval)
+                rows.append({
+                    "suite": config.suite, "device": device, "shape": config.shape, "batch": batch,
+                    "context": context, "selector": name, "interval": interval, "kept": kept,
+                    "ms": 1e3 * seconds[name], "predicted_ms": 1e3 * read / rate, "bytes": read,
+                    "tokens_per_s": batch / seconds[name], "speedup": dense / seconds[name]})
+    return {"rows": rows, "copy_bytes_per_s": rate}
+
+
+def model_of(config):
+    """The model of --model with its butler, or one of --shape with random weights."""
+    if config.shape is None:
+        llama = Llama.from_pretrained(resolve(config.model), fast_dtype(config.device),
+                                      config.device)
+        return llama, load_for(llama, *config.butler)
+    torch.set_default_dtype(fast_dtype(config.device))
+    with torch.device(config.device):
+        llama = Llama(SHAPES[config.shape]).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    llama.frequencies = rope_frequencies(llama.config)
+    butler = Butler(ButlerConfig.for_model(llama)).to(config.device)
+    return llama, butler.eval().requires_grad_(False)
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'context':>8s} {'batch':>5s}  {'':34s} {'ms a step':>10s} {'by bytes':>9s} "
+             f"{'tokens/s':>9s} {'x dense':>8s}"]
+    lines += [f"{r['context']:8,} {r['batch']:5}  {r['selector']:34s} {r['ms']:10.2f} "
+              f"{r['predicted_ms']:9.2f} {r['tokens_per_s']:9.1f} {r['speedup']:8.2f}"
+              for r in rows]
+    return "\n".join(lines)
+
+
+SUITES = {"attention": attention, "speed": speed}

@@ -264,7 +264,8 @@ def write(config: Config, report: dict) -> dict:
 def check(config: Config) -> None:
     for given, known, what in (((config.suite,), SUITES | speed.SUITES, "suite"),
                                (config.selectors, NAMES, "selector"),
-                               (config.task, synth_task.TASKS, "task")):
+                               (config.task, synth_task.TASKS, "task"),
+                               ({config.shape} - {None}, speed.SHAPES, "shape")):
         if unknown := sorted(set(given) - set(known)):
             raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     if config.n < 1 or config.length < 64:
@@ -275,6 +276,11 @@ def check(config: Config) -> None:
     evicting = sorted(set(config.selectors) & set(synth_task.EVICTING))
     if evicting and config.suite == "interval":
         raise UsageError(f"{evicting[0]} evicts at every step: no --suite interval")
+    for name in ("contexts", "batch"):
+        if not all(value.isdecimal() and int(value) > 0 for value in getattr(config, name)):
+            raise UsageError(f"--{name} takes whole numbers above 0")
+    if config.shape and config.model:
+        raise UsageError("--shape has random weights, --model its own: one of the two")
     try:
         for budget in config.budgets:
             for i in config.intervals:

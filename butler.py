@@ -189,7 +189,8 @@ def allowance(budget: float, cached, least: int):
     (`least`) are always granted, so that a short prompt is dense.
     """
     cached = torch.as_tensor(cached)
-    total = (cached * budget + 1e-4).long() if budget <= 1 else torch.full_like(cached, int(budget))
+    share = (cached.double() * budget + 1e-4).long()
+    total = share if budget <= 1 else torch.full_like(cached, int(budget))
     return total.clamp(min=least).minimum(cached)
 
 
@@ -238,13 +239,14 @@ class Selector:
         if layer == 0:
             steps = self.step + torch.arange(x.shape[1])
             self.age = steps % self.interval  # [T] steps since the choice in use was made
+            self.fresh = bool((self.age == 0).any())
             self.step += x.shape[1]
             self.kept = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
-        if fresh := bool((self.age == 0).any()):
+        if self.fresh:
             self.look_ahead(layer, x)
         if layer == 0:
             return None
-        if not fresh:
+        if not self.fresh:
             chosen = self.chosen[layer].expand(-1, -1, x.shape[1], -1)
         else:
             chosen = self.pick(layer, q, keys, positions)

@@ -154,7 +154,8 @@ def filled(llama, batch: int, context: int):
 
 
 def moved(suite: str, llama, batch: int, context: int, kept, interval) -> int:
-    """Bytes that a step reads at least: keys and values, importance keys, and weights."""
+    """Bytes that a step reads at least: keys and values, importance keys, and weights, all in the
+    model's own format except importance keys, which are float32."""
     c, size = llama.config, llama.embed_tokens.weight.element_size()
     token = 2 * c.kv_heads * c.head_dim * size  # of one layer
     weights = sum(p.numel() for p in llama.parameters()) * size + batch * context * token

@@ -1,0 +1,57 @@
+"""speed.py: bytes counted right, every candidate measured, the fastest dense one compared with."""
+
+import pytest
+import torch
+
+import bench
+import speed
+from weights import Config
+
+TINY = Config(vocab_size=64, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
+              context=512, tied=True)
+
+
+def config(monkeypatch, **other):
+    monkeypatch.setitem(speed.SHAPES, "tiny", TINY)
+    return bench.Config(**{"shape": "tiny", "contexts": ("70", "90"), "budgets": ("32",),
+                           "intervals": ("1", "4"), "n": 2} | other)
+
+
+@pytest.mark.parametrize("suite", ["attention", "speed"])
+def test_rows(monkeypatch, suite):
+    settings = config(monkeypatch, suite=suite, batch=("1", "2"))
+    bench.check(settings)
+    rows = speed.measure(settings)["rows"]
+    assert {(r["batch"], r["context"]) for r in rows} == {(1, 70), (1, 90), (2, 70), (2, 90)}
+    for batch in (1, 2):
+        mine = [r for r in rows if (r["batch"], r["context"]) == (batch, 70)]
+        dense = [r for r in mine if r["kept"] is None]
+        assert max(r["speedup"] for r in dense) == 1
+        assert {r["interval"] for r in mine if "butler" in r["selector"]} == {1, 4}
+        for r in mine:
+            assert r["ms"] > 0 and r["tokens_per_s"] == pytest.approx(1e3 * batch / r["ms"])
+
+
+def test_bytes(monkeypatch):
+    llama, _ = speed.model_of(config(monkeypatch, suite="speed"))
+    size = llama.embed_tokens.weight.element_size()
+    token = 2 * 2 * 8 * size  # keys and values of two KV heads of size 8
+    weights = sum(p.numel() for p in llama.parameters()) * size
+    assert speed.moved("attention", llama, 3, 100, None, 1) == 3 * 2 * 100 * token
+    assert speed.moved("speed", llama, 3, 100, None, 1) == weights + 3 * 3 * 100 * token
+    scored = 100 * 2 * 16 * 4
+    for kept, k in ((20.0, 20), (0.1, 10)):
+        assert speed.moved("attention", llama, 1, 100, kept, 4) == 2 * (k * token + scored / 4)
+    assert speed.moved("attention", llama, 1, 100, 20.0, None) == 2 * 20 * token
+
+
+def test_every_dense_form_is_attention():
+    q, k, v = (torch.randn(1, n, s, 8) for n, s in ((4, 1), (2, 50), (2, 50)))
+    expected = speed.DENSE["enable_gqa"](q, k, v)
+    for form in speed.DENSE.values():
+        assert (form(q, k, v) - expected).abs().max() < 1e-5
+
+
+def test_an_unknown_shape_is_named(monkeypatch):
+    with pytest.raises(bench.UsageError, match="shape 'llama-9'; known: smollm2-135m"):
+        bench.check(config(monkeypatch, suite="speed", shape="llama-9"))

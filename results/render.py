@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import ablate  # noqa: E402
 import torch  # noqa: E402
 
+import speed  # noqa: E402
 import train  # noqa: E402
 from butler import allowance  # noqa: E402
 
@@ -116,8 +117,15 @@ def interval(report: dict) -> str:
     return "\n".join([*grid(rows, "at 10 %"), source(report)])
 
 
+def timed(report: dict) -> str:
+    rate = f"{report['copy_bytes_per_s'] / 1e9:.1f} GB/s copied"
+    return "\n".join([speed.table(report["rows"]), "", f"{report['hardware']}, {rate}; commit "
+                      f"{report['commit']}", report["command"]])
+
+
 TABLES = {"results/train.json": train.table, "results/ablations.json": ablate.table,
           "results/perplexity.json": perplexity, "results/recall.json": recall,
+          "results/attention.json": timed, "results/speed.json": timed,
           "results/interval.json": interval, "results/interval_oracle.json": interval,
           "results/ruler.json": tasks,
           "results/ruler_long.json": tasks, "results/ruler_many.json": tasks,

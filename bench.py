@@ -1,4 +1,4 @@
-"""bench.py - what selection costs in quality: perplexity, recall, stale choices, long texts.
+"""bench.py - what selection costs: perplexity, recall, stale choices, long texts; and time.
 
     text file -> windows [N, T] -> the model, every position under its own selection -> a number
     with its 95 % interval (bootstrap over windows or documents, and over butlers if several)
@@ -9,6 +9,7 @@
     interval    the tasks at prediction intervals 1 to 16, with and without neighbours, at equal
                 total budget; and accuracy by the number of steps since the last prediction
     generation  free text of --length tokens: which share of its 8-grams has been there before?
+    attention, speed    milliseconds of a decode step, see speed.py
 
     python bench.py --suite perplexity --text FILE --budgets 0.1,0.25,0.5
 """

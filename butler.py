@@ -189,8 +189,10 @@ def allowance(budget: float, cached, least: int):
     (`least`) are always granted, so that a short prompt is dense.
     """
     cached = torch.as_tensor(cached)
-    share = (cached.double() * budget + 1e-4).long()
-    total = share if budget <= 1 else torch.full_like(cached, int(budget))
+    if budget <= 1:
+        total = (cached.double() * budget + 1e-4).long()
+    else:
+        total = torch.full_like(cached, int(budget))
     return total.clamp(min=least).minimum(cached)
 
 

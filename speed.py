@@ -3,11 +3,13 @@
     shape -> caches of random keys and values, `context` tokens long -> candidates, by turns -> rows
 
     attention   all layers' attention of one step, choosing included
-    speed       whole steps of a Llama of that shape, and the first token: prefill
+    speed       whole steps of a Llama of that shape
 
-Dense is whatever is fastest here: `scaled_dot_product_attention` with the group's heads as queries
-of one KV head or as PyTorch groups them, or two matrix products, each on bfloat16 and on float32.
-Every candidate runs once a round, in turn, so that a slow moment of the machine hits all; a row
+In `attention` dense is whatever is fastest here: `scaled_dot_product_attention` with the group's
+heads as queries of one KV head or as PyTorch groups them, or two matrix products, each on bfloat16
+and on float32. In `speed` it is the model's own dense step, whose cache has the format of its
+weights: where `attention` finds another form faster, that step is not the fastest one. Every
+candidate runs once a round, in turn, so that a slow moment of the machine hits all; a row
 holds the median. `predicted_ms` is bytes moved over this machine's copy bandwidth, measured too:
 what the step would cost if memory were all that counts.
 
@@ -110,11 +112,9 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
         for layer in layers:
             sparse_attention(q[layer], k[layer], v[layer], index)
 
+    candidates |= butlers(butler, step, config)
     for kept in map(float, config.budgets):
-        for interval in map(int, config.intervals):
-            selector = butler.selector(kept, interval=interval)
-            candidates[f"butler {kept:g}, interval {interval}"] = (
-                partial(repeat, interval, step, selector), interval, kept, interval)
+        selector = butler.selector(kept)
         step(selector)
         candidates[f"attend to {kept:g} alone"] = (
             partial(attend, selector.index[1]), 1, kept, None)
@@ -130,7 +130,12 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
         llama.decode(token, cache, selector)
         cache.truncate(context - 1)
 
-    candidates = {"dense": (step, 1, None, 1)}
+    return {"dense": (step, 1, None, 1)} | butlers(butler, step, config)
+
+
+def butlers(butler, step, config) -> dict:
+    """A candidate per budget and interval: as many steps as the interval, one of them fresh."""
+    candidates = {}
     for kept in map(float, config.budgets):
         for interval in map(int, config.intervals):
             selector = butler.selector(kept, interval=interval)
@@ -165,7 +170,7 @@ def moved(suite: str, llama, batch: int, context: int, kept, interval) -> int:
     else:
         kept = context * kept if kept <= 1 else kept
         cache = kept * token
-        if interval:  # importance keys, in float32
+        if interval:
             cache += context * c.kv_heads * ButlerConfig.size * 4 / interval
     return int(layers * cache + weights * (suite == "speed"))
 

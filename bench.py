@@ -114,7 +114,7 @@ def perplexity(bench: Bench) -> dict:
         for make in makers:
             loss[name, budget].append([])
             for window in windows:
-                with torch.no_grad():
+                with torch.inference_mode():
                     logits = bench.llama(window[None], selector=make())[0, :-1].float()
                 loss[name, budget][-1].append(F.cross_entropy(logits, window[1:]).item())
     results = {"perplexity": {}, "over_oracle": {}}
@@ -141,7 +141,7 @@ def recall(bench: Bench) -> dict:
             for window in windows:
                 cache = bench.llama.new_cache(1, len(window))
                 probe = Probe(make(), rank=True, cache=cache)
-                with torch.no_grad():
+                with torch.inference_mode():
                     bench.llama(window[None], cache, probe, last=True)
                 runs[-1].append({m: by for m in ("mass", "error", "spearman")
                                  if (by := getattr(probe, m))})

@@ -25,6 +25,7 @@ budget goes to the best scores, one choice per KV head:
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def fingerprint(model) -> str:
     c = model.config
     weights = torch.cat([block.input_layernorm.weight for block in model.layers])
     if (weights == 1).all():
-        weights = model.layers[0].self_attn.k_proj.weight.flatten()
+        weights = model.layers[0].self_attn.qkv_proj.weight[c.heads * c.head_dim :]
+        weights = weights[: c.kv_heads * c.head_dim].flatten()  # the rows of k_proj
     shape = f"{c.layers} {c.width} {c.heads} {c.kv_heads} {c.head_dim}".encode()
     data = weights.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
     return hashlib.sha256(shape + data).hexdigest()[:16]
@@ -125,15 +127,20 @@ class Butler(nn.Module):
         return {layer + 1 + slot: q.transpose(1, 2) for slot, q in enumerate(out.unbind(2))}
 
     def project(self, layer: int, keys):
-        """Rotated keys [B, G, S, D] of a layer >= 1 -> importance keys [B, G, S, E]."""
-        return keys.float() @ self.key_projection[layer - 1]
+        """Rotated keys [B, G, S, D] of a layer >= 1 -> importance keys [B, G, S, E]; those of
+        several layers in a row, `layer` being the first, [R, B, G, S, D] -> [R, B, G, S, E]."""
+        weight = self.key_projection[layer - 1]
+        if keys.dim() > 4:
+            weight = self.key_projection[layer - 1 : layer - 1 + len(keys), None]
+        return keys.float() @ weight
 
     def scores(self, queries, projected):
-        """q_imp [B, H, T, E], k_imp [B, G, S, E] -> raw scores [B, G, H/G, T, S]."""
-        B, H, T, E = queries.shape
+        """q_imp [B, H, T, E], k_imp [B, G, S, E] -> raw scores [B, G, H/G, T, S]; several layers'
+        at once with R in front of each."""
+        *first, H, T, E = queries.shape
         G = self.config.kv_heads
-        rows = (queries * E**-0.5).reshape(B, G, H // G * T, E)  # a group's queries: one product
-        return (rows @ projected.transpose(-1, -2)).view(B, G, H // G, T, -1)
+        rows = (queries * E**-0.5).reshape(*first, G, H // G * T, E)  # a group's queries together
+        return (rows @ projected.transpose(-1, -2)).view(*first, G, H // G, T, -1)
 
     def selector(self, budget, **rules) -> "ButlerSelector":
         """A fresh selector for one sequence (or one batch); rules as for `Selector`."""
@@ -224,7 +231,7 @@ class Selector:
     def watch(self, layer, x, q, keys, positions) -> None:
         """Stands in the selector's place while a prompt is read densely; most need not look."""
 
-    def look_ahead(self, layer: int, x) -> None:
+    def look_ahead(self, layer: int, x, positions) -> None:
         """Sees the input x [B, T, C] of every layer, before the layer runs."""
 
     def scores(self, layer: int, q, keys, positions):
@@ -235,7 +242,7 @@ class Selector:
         """The chosen tokens [B, G, T, K'] of every query, beside sinks and window."""
         return self.choose(self.scores(layer, q, keys, positions), positions)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
         """See model.py: -> index [B, G, T, K] int32, or None for dense attention."""
         if layer == 0:
@@ -245,7 +252,7 @@ class Selector:
             self.step += x.shape[1]
             self.kept = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
         if self.fresh:
-            self.look_ahead(layer, x)
+            self.look_ahead(layer, x, positions)
         if layer == 0:
             return None
         if not self.fresh:
@@ -284,68 +291,132 @@ class Selector:
         rest = allowance(self.budget, positions + 1, least) - least  # [B, T]
         newest = int(positions.max()) - self.window  # that any query may choose
         scores = scores[..., self.sinks : max(newest + 1, self.sinks)].float()
-        s = torch.arange(scores.shape[-1], device=scores.device) + self.sinks
-        free = (s <= positions[..., None] - self.window)[:, None]  # [B, 1, T, S']
-        if positions.numel() > 1:
-            scores = scores.masked_fill(~free, -torch.inf)
-        K = min(max(int(rest.max()), 0), len(s))
+        if int(positions.min()) < newest + self.window:  # some may choose less than others
+            s = torch.arange(scores.shape[-1], device=scores.device) + self.sinks
+            taken = s > positions[:, None, :, None] - self.window  # [B, 1, T, S']
+            scores = scores.masked_fill(taken, -torch.inf)
+        K = min(max(int(rest.max()), 0), scores.shape[-1])
         if self.neighbours and K:
-            values, indices = top_with_neighbours(scores, self.neighbours, free, K)
+            values, indices = top_with_neighbours(scores, self.neighbours, K)
         else:
-            values, indices = scores.topk(K)
+            values, indices = top(scores, K)
         rank = torch.arange(K, device=scores.device)
         real = (rank < rest[:, None, :, None]) & (values > -torch.inf)
         return torch.where(real, indices + self.sinks, -1)
 
 
-def top_with_neighbours(scores, reach: int, free, K: int):
+def top(scores, K: int):
+    """scores.topk(K), in two rounds where few of many are wanted: compare every n-th token, and the
+    K groups with the largest maxima hold the K largest scores. -> values and indices [..., K], by
+    decreasing score"""
+    size = math.isqrt(scores.shape[-1] // max(K, 1))  # about as much work in either round
+    if size < 2 or scores.is_cuda:
+        return scores.topk(K)
+    padded = F.pad(scores, (0, -scores.shape[-1] % size), value=-torch.inf)
+    groups = padded.unflatten(-1, (size, -1))
+    n = groups.shape[-1]
+    best = groups.amax(-2).topk(K, sorted=False).indices  # [..., K]
+    members = (best[..., None, :] + n * torch.arange(size)[:, None]).flatten(-2)
+    values, at = padded.gather(-1, members).topk(K)
+    return values, members.gather(-1, at)
+
+
+def top_with_neighbours(scores, reach: int, K: int):
     """Neighbour fetch as a max-filter: every token gets the best score within `reach` of it.
 
     The first K by (that, own score) are the best tokens, each followed by its neighbours: every
-    index once, K in all, among the `free`. -> values and indices [B, G, T, K]
+    index once, K in all, none whose score is -inf. -> values and indices [B, G, T, K]
     """
     widest = F.max_pool1d(scores.flatten(0, -2)[:, None], 2 * reach + 1, stride=1, padding=reach)
-    widest = widest.view_as(scores).masked_fill(~free, -torch.inf)
+    widest = widest.view_as(scores).masked_fill(scores == -torch.inf, -torch.inf)
     own = scores.argsort(dim=-1, descending=True, stable=True)
     values, order = widest.gather(-1, own).sort(dim=-1, descending=True, stable=True)
     return values[..., :K], own.gather(-1, order[..., :K])
 
 
 class ButlerSelector(Selector):
-    """Scores by the butler. Importance keys are projected once, when first needed, and cached."""
+    """Scores by the butler.
+
+    Importance keys are stored channel by channel, [B, G, E, S]: the product with a query runs along
+    the tokens. The layers of one producer share a buffer [R, B, G, E, capacity], so that, in
+    decoding, all are scored and chosen together as soon as their producer has spoken; the keys of
+    this very token are not there yet, and not needed, as it is in the window. In a block of tokens,
+    and behind a prompt that was read without the selector, each layer is scored when it is reached.
+    """
 
     def __init__(self, butler: Butler, budget, **rules):
         super().__init__(budget, **rules)
-        self.butler, self.queries = butler, {}
-        self.projected, self.filled = {}, {}  # per layer: buffer [B, G, E, capacity], tokens valid
+        self.butler, self.queries, self.ahead = butler, {}, {}
+        self.buffers, self.projected = {}, {}  # by first layer served; by layer: views of them
+        self.home = {}  # per layer: first layer that its producer serves, and how many it serves
+        self.seen, self.filled = {}, {}  # per layer: keys [B, G, S, D]; how many were projected
 
-    def look_ahead(self, layer, x):
-        self.queries.update(self.butler.queries(layer, x))
+    def __call__(self, layer, x, q, keys, positions):
+        if layer:
+            self.see(layer, keys, positions)
+        return super().__call__(layer, x, q, keys, positions)
 
+    def see(self, layer, keys, positions):
+        """Takes note of a layer's keys; those from the first new position on are to be projected
+        when they are needed, like any that a dense prefill or a reuse step left out."""
+        if layer == 1:
+            self.start = int(positions.min())
+        self.seen[layer] = keys
+        self.filled[layer] = min(self.filled.get(layer, 0), self.start)
+
+    def look_ahead(self, layer, x, positions):
+        queries = self.butler.queries(layer, x)
+        if not queries:
+            return
+        self.queries.update(queries)
+        served, longest = list(queries), int(positions.max())
+        self.ahead.update(dict.fromkeys(served))
+        self.home.update(dict.fromkeys(served, (served[0], len(served))))
+        known = [self.seen[s].shape[2] if s in self.seen else 0 for s in served]
+        if x.shape[1] == 1 and min(known) >= longest > 0:
+            projected = self.importance_keys(served, longest)
+            scores = self.rate(torch.stack(list(queries.values())), projected, positions)
+            chosen = self.choose(scores.flatten(0, 1), positions.repeat(len(served), 1))
+            self.ahead.update(zip(served, chosen.unflatten(0, (len(served), -1)), strict=True))
+
+    def pick(self, layer, q, keys, positions):
+        chosen = self.ahead[layer]
+        return super().pick(layer, q, keys, positions) if chosen is None else chosen
+
+    @torch.inference_mode()
     def scores(self, layer, q, keys, positions):
-        start, S = int(positions.min()), keys.shape[2]
-        projected = self.importance_keys(layer, keys, start)
-        scores = self.butler.scores(self.queries[layer], projected)  # [B, G, H/G, T, S]
-        # a query's own token is in the window, and its key not known where the producer stands
-        future = torch.arange(start, S, device=keys.device) >= positions[..., None]
-        scores[..., start:].masked_fill_(future[:, None, None], -torch.inf)
-        return scores.softmax(dim=-1).mean(2)
+        self.see(layer, keys, positions)
+        projected = self.importance_keys([layer], keys.shape[2])
+        return self.rate(self.queries[layer][None], projected, positions)[0]
 
-    def importance_keys(self, layer, keys, start: int):
-        """All importance keys [B, G, S, E]. Projects only keys not seen yet: those from `start`,
-        the first position of this call, and any that a dense prefill or a reuse step left out.
-        Stored channel by channel, [B, G, E, S]: the product with a query runs along the tokens."""
-        B, G, S, _ = keys.shape
-        start = min(start, self.filled.get(layer, 0))
-        if layer not in self.projected or self.projected[layer].shape[3] < S:
-            grown = keys.new_empty(B, G, self.butler.config.size, 2 * S, dtype=torch.float32)
-            if start:
-                grown[..., :start] = self.projected[layer][..., :start]
-            self.projected[layer] = grown
-        new = self.butler.project(layer, keys[:, :, start:])
-        self.projected[layer][..., start:S] = new.transpose(-1, -2)
-        self.filled[layer] = S
-        return self.projected[layer][..., :S].transpose(-1, -2)
+    def rate(self, queries, projected, positions):
+        """q_imp [R, B, H, T, E], k_imp [R, B, G, S, E] -> mean of softmaxes [R, B, G, T, S].
+        A query's own token and later ones do not count."""
+        start, S = int(positions.min()), projected.shape[3]
+        scores = self.butler.scores(queries, projected)  # [R, B, G, H/G, T, S]
+        if start < S:
+            future = torch.arange(start, S, device=scores.device) >= positions[..., None]
+            scores[..., start:].masked_fill_(future[:, None, None], -torch.inf)
+        return scores.softmax(dim=-1).mean(3)
+
+    def importance_keys(self, layers: list, S: int):
+        """The first S importance keys [R, B, G, S, E] of all or one of a producer's layers."""
+        first, count = self.home[layers[0]]
+        seen = [self.seen[layer] for layer in layers]
+        if first not in self.buffers or self.buffers[first].shape[-1] < S:
+            shape = count, *seen[0].shape[:2], self.butler.config.size, 2 * S
+            grown = seen[0].new_empty(shape, dtype=torch.float32)
+            if first in self.buffers:
+                grown[..., : self.buffers[first].shape[-1]] = self.buffers[first]
+            self.buffers[first] = grown
+            self.projected.update(zip(range(first, first + count), grown, strict=True))
+        buffer = self.buffers[first][layers[0] - first :][: len(layers)]
+        start = min(self.filled[layer] for layer in layers)
+        if start < S:
+            new = torch.stack([keys[:, :, start:S] for keys in seen])
+            buffer[..., start:S] = self.butler.project(layers[0], new).transpose(-1, -2)
+            self.filled.update(dict.fromkeys(layers, S))
+        return buffer[..., :S].transpose(-1, -2)
 
 
 if __name__ == "__main__":

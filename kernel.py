@@ -55,11 +55,12 @@ def sparse_decode(q, k, v, idx):
         return triton_decode(q, k, v, idx)
     B, H, D = q.shape
     G = k.shape[1]
-    empty = (idx < 0)[:, :, None]  # [B, G, 1, K]
-    k, v = fetch(k, idx), fetch(v, idx)  # [B, G, K, D]
-    q = q.view(B, G, H // G, D)
+    k, v = fetch(k, v, idx)  # [B, G, K, D]
+    q = q.reshape(B, G, H // G, D)
+    empty = idx < 0
     if not empty.any():
         return F.scaled_dot_product_attention(q, k, v).reshape(B, H, D)
+    empty = empty[:, :, None]  # [B, G, 1, K]
     scores = q @ k.transpose(-1, -2) * D**-0.5  # [B, G, H/G, K]
     # all empty: softmax is 0 / 0, and 0 wanted; an empty slot fetched row 0: 0 * NaN is NaN
     weights = scores.float().masked_fill(empty, -torch.inf).softmax(dim=-1).masked_fill(empty, 0)
@@ -67,19 +68,22 @@ def sparse_decode(q, k, v, idx):
     return (weights.to(v.dtype) @ v).view(B, H, D)
 
 
-def fetch(x, idx):
-    """Rows of x [B, G, S, D] that idx [B, G, K] names (-1: any row) -> [B, G, K, D].
+def fetch(k, v, idx):
+    """Rows of k and v [B, G, S, D] that idx [B, G, K] names (-1: any row) -> two [B, G, K, D].
 
-    One index_select over the table of all rows, which is much faster than x[b, g, idx]. A
+    One index_select over the table of all rows, which is much faster than k[b, g, idx]. A
     slice of a longer buffer is such a table too, with gaps between its rows.
     """
-    B, G, S, D = x.shape
-    if x.stride(3) != 1 or x.stride(1) % x.stride(2) or x.stride(0) != G * x.stride(1):
-        x = x.contiguous()
-    row, head = x.stride(2), x.stride(1) // x.stride(2)  # numbers to the next row; rows to a head
-    table = x.as_strided(((B * G - 1) * head + S, D), (row, 1))
-    at = idx.clamp(min=0).reshape(B * G, -1) + head * torch.arange(B * G, device=x.device)[:, None]
-    return table.index_select(0, at.flatten()).view(B, G, -1, D)
+    B, G, S, D = k.shape
+    batch, head, row, one = k.stride()
+    if v.stride() != k.stride() or one != 1 or head % row or batch != G * head:
+        k, v = torch.stack([k, v])  # contiguous
+        batch, head, row, one = k.stride()
+    first = torch.arange(0, B * G * (head // row), head // row, device=k.device)  # row of a head
+    at = (idx.clamp(min=0).view(B * G, -1) + first[:, None]).flatten()
+    size = ((B * G - 1) * (head // row) + S, D)
+    return [x.as_strided(size, (row, 1), x.storage_offset()).index_select(0, at).view(B, G, -1, D)
+            for x in (k, v)]
 
 
 def sparse_attention(q, k, v, idx):

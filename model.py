@@ -107,10 +107,15 @@ class Cache:
 # ---------------------------------------------------------------------------- the network
 
 
+def turns(angles):
+    """Angles [..., D/2] -> cos, sin [..., D] for `rotate`."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 def rotate(x, cos, sin):
     """Rotary embedding in float32: channel i turns with i + D/2, which is Hugging Face's layout."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def dense_attention(q, k, v, positions, ragged: bool):
@@ -130,28 +135,27 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads = c.heads, c.kv_heads
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.attention_bias)
+        self.qkv_proj = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim,
+                                  bias=c.attention_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.attention_bias)
 
     def qkv(self, x, cos, sin):
         """Normed input [B, T, C] -> rotated q [B, H, T, D], rotated k and v [B, G, T, D]."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        H, G = self.heads, self.kv_heads
+        heads = self.qkv_proj(x).unflatten(-1, (H + 2 * G, -1)).transpose(1, 2)
+        turned = rotate(heads[:, : H + G], cos, sin)
+        return turned[:, :H], turned[:, H:], heads[:, H + G :]
 
 
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.width, c.mlp_width, bias=c.mlp_bias)
+        self.gate_up_proj = nn.Linear(c.width, 2 * c.mlp_width, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.mlp_width, c.width, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -176,7 +180,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Parameter names are those of Hugging Face's files, less the `model.`."""
+    """The whole model. Parameters are named as in Hugging Face's files, less the `model.`; those
+    that multiply the same input are the rows of one matrix, `qkv_proj` and `gate_up_proj`."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -187,6 +192,21 @@ class Llama(nn.Module):
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.frequencies = rope_frequencies(config)
+
+    def places(self) -> dict:
+        """{name in Hugging Face's files: (name of the parameter here, rows of it, their shape)}"""
+        c = self.config
+        stacked = {"qkv_proj": {"q_proj": c.heads * c.head_dim, "k_proj": c.kv_heads * c.head_dim,
+                                "v_proj": c.kv_heads * c.head_dim},
+                   "gate_up_proj": {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}}
+        places = {}
+        for name, p in self.named_parameters():
+            module, start = name.split(".")[-2], 0
+            for part, rows in stacked.get(module, {module: len(p)}).items():
+                shape = torch.Size([rows, *p.shape[1:]])
+                places[name.replace(module, part)] = name, slice(start, start + rows), shape
+                start += rows
+        return places
 
     @property
     def device(self) -> torch.device:
@@ -210,8 +230,7 @@ class Llama(nn.Module):
                              f"the model's context is {self.config.context}")
         x = self.embed_tokens(tokens)
         positions = cache.lengths[:, None] + torch.arange(T, device=x.device)  # [B, T]
-        angles = positions[:, None, :, None] * self.frequencies.to(x.device)  # [B, 1, T, D/2]
-        rope = angles.cos(), angles.sin()
+        rope = turns(positions[:, None, :, None] * self.frequencies.to(x.device))  # [B, 1, T, D]
         for block in self.layers:
             x = block(x, rope, positions, cache, selector)
         cache.advance(T, lengths)
@@ -221,7 +240,7 @@ class Llama(nn.Module):
         x = self.norm(x)
         return F.linear(x, self.embed_tokens.weight) if self.config.tied else self.lm_head(x)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(self, tokens, cache, selector=None, lengths=None, chunk=512):
         """Reads tokens [B, T] in chunks (bounded memory) -> logits [B, 1, V] of each row's last.
 
@@ -239,7 +258,7 @@ class Llama(nn.Module):
             rest = rest - real
         return logits
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self, token, cache, selector=None):
         """One step: token [B, 1] -> logits [B, 1, V]."""
         return self(token, cache, selector)
@@ -254,14 +273,18 @@ class Llama(nn.Module):
         config, tensors, factors = read(path)
         with torch.device("meta"):  # shapes only: nothing is allocated before it has been checked
             model = cls(config)
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        state = {}
+        places, state, read_already = model.places(), {}, set()
         for name, tensor in tensors:
-            if tensor.shape != shapes.get(name) or not tensor.is_floating_point():
+            whole, rows, shape = places.get(name, (None, None, ()))
+            if tensor.shape != shape or not tensor.is_floating_point():
                 raise ModelError(f"{path}: tensor {name!r} {tuple(tensor.shape)} {tensor.dtype} "
-                                 f"does not belong there, expected {tuple(shapes.get(name, ()))}")
-            state[name] = tensor.to(device=device, dtype=dtype)
-        if missing := sorted(shapes.keys() - state.keys()):
+                                 f"does not belong there, expected {tuple(shape)}")
+            if whole not in state:
+                shape = model.get_parameter(whole).shape
+                state[whole] = torch.empty(shape, device=device, dtype=dtype)
+            state[whole][rows] = tensor
+            read_already.add(name)
+        if missing := sorted(places.keys() - read_already):
             raise ModelError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
         model.load_state_dict(state, assign=True)
         model.frequencies = rope_frequencies(config) / factors  # rebuilt: it was born on meta

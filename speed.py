@@ -182,7 +182,7 @@ def measure(config) -> dict:
     llama, butler = model_of(config)
     for batch in map(int, config.batch):
         for context in map(int, config.contexts):
-            with torch.no_grad():
+            with torch.inference_mode():
                 candidates = SUITES[config.suite](llama, butler, batch, context, config)
                 seconds = by_turns({n: c[:2] for n, c in candidates.items()}, config.n, device)
             dense = min(t for name, t in seconds.items() if name.startswith("dense"))

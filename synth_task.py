@@ -229,7 +229,7 @@ class Prompts:
                 mine[row, :, : its.shape[2]] = its[0]
         self.cache.advance(longest, self.lengths)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def answer(self, selector) -> list[float]:
         """Scores of all documents, question and answer going through a fresh selector. Of a forced
         answer, `hits` then lists (step since the context's end, right?) of every token."""

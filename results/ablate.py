@@ -33,7 +33,7 @@ from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
 from cli import UsageError, flag, names, provenance, run  # noqa: E402
 from coreference import pools  # noqa: E402
 from corpus import Mixture, default_texts, hold_out  # noqa: E402
-from model import Llama, fast_dtype, resolve, rotate  # noqa: E402
+from model import Llama, fast_dtype, resolve, rotate, turns  # noqa: E402
 from synth_task import accuracy, bootstrap, evaluate, task_documents  # noqa: E402
 
 
@@ -75,7 +75,7 @@ class Moved(Butler):
             return super().project(layer, keys)
         if layer == 1:
             start = random.randrange(self.context - keys.shape[2] + 1)
-            self.turn = (self.frequencies * start).cos(), (self.frequencies * start).sin()
+            self.turn = turns(self.frequencies * start)
         return super().project(layer, rotate(keys.float(), *self.turn))
 
 
@@ -221,7 +221,7 @@ def measure(butlers: dict, llama, tok, config) -> dict:
         for budget in (0.1, 0.25):
             for window in windows:
                 probe = Probe(make(budget))
-                with torch.no_grad():
+                with torch.inference_mode():
                     logits = llama(window[None], selector=probe)[0, :-1].float()
                 nats = F.cross_entropy(logits, window[1:]).item()
                 loss.setdefault((name, budget), []).append(nats)

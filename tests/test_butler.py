@@ -163,9 +163,9 @@ def test_cached_importance_keys_equal_recomputed_ones(pair):
     model.prefill(ids[:, :50], cache)
     for token in ids[:, 50:].split(1, dim=1):
         model.decode(token, cache, selector)
-    for layer, projected in selector.projected.items():
-        again = butler.project(layer, cache.k[layer][:, :, :90])
-        assert (projected[..., :90].transpose(-1, -2) - again).abs().max() < 1e-5
+    for layer, projected in selector.projected.items():  # the newest key is not needed yet
+        again = butler.project(layer, cache.k[layer][:, :, :89])
+        assert (projected[..., :89].transpose(-1, -2) - again).abs().max() < 1e-5
 
 
 def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
@@ -177,9 +177,9 @@ def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
     cache.truncate(50)
     for token in ids[:, 50:].split(1, dim=1):
         model.decode(token, cache, selector)
-    for layer, projected in selector.projected.items():
-        again = butler.project(layer, cache.k[layer][:, :, :90])
-        assert (projected[..., :90].transpose(-1, -2) - again).abs().max() < 1e-5
+    for layer, projected in selector.projected.items():  # the newest key is not needed yet
+        again = butler.project(layer, cache.k[layer][:, :, :89])
+        assert (projected[..., :89].transpose(-1, -2) - again).abs().max() < 1e-5
 
 
 def test_training_and_decoding_read_the_same_inputs(pair):
@@ -189,16 +189,16 @@ def test_training_and_decoding_read_the_same_inputs(pair):
     cache, selector = model.new_cache(1, 40), butler.selector(1.0)  # selects all: a dense run
     for position, token in enumerate(ids[:, :40].split(1, dim=1)):
         model.decode(token, cache, selector)
-        if position in (0, 17, 39):
+        if position in (1, 17, 39):
             for producer in butler.producers:
                 queries = butler.queries(int(producer), seen.x[int(producer)])
                 for layer, q in queries.items():
                     error = (q[:, :, position] - selector.queries[layer][:, :, 0]).abs().max()
                     assert error < 1e-4
                     scores = butler.scores(q, butler.project(layer, seen.keys[layer]))
-                    mine = selector.projected[layer][..., : position + 1].transpose(-1, -2)
+                    mine = selector.projected[layer][..., :position].transpose(-1, -2)
                     ours = butler.scores(selector.queries[layer], mine)
-                    error = (scores[..., position, : position + 1] - ours[..., 0, :]).abs().max()
+                    error = (scores[..., position, :position] - ours[..., 0, :]).abs().max()
                     assert error < 1e-3
 
 
@@ -220,8 +220,9 @@ def test_a_choice_does_not_depend_on_the_newest_key(tiny, tiny_butler):
     for newest in (1, -50):
         keys[:, :, -1] = newest
         selector = tiny_butler.selector(30)
-        selector.look_ahead(0, x)
-        scores.append(selector.scores(1, x, keys, torch.tensor([[59]])))
+        positions = torch.tensor([[59]])
+        selector.look_ahead(0, x, positions)
+        scores.append(selector.scores(1, x, keys, positions))
     assert torch.equal(*scores) and scores[0][..., :59].sum(-1).allclose(torch.ones(1))
 
 
@@ -257,7 +258,7 @@ def test_a_reuse_step_runs_neither_producer_nor_scores(tiny, tiny_butler, monkey
     ids = torch.arange(60)[None] % tiny.config.vocab_size
     tiny.prefill(ids[:, :50], cache)
     calls = []
-    for name in ("look_ahead", "scores", "choose"):
+    for name in ("look_ahead", "importance_keys", "rate", "choose"):
         old = getattr(selector, name)
         monkeypatch.setattr(selector, name, lambda *a, old=old: (calls.append(1), old(*a))[1])
     counts = []
@@ -265,7 +266,8 @@ def test_a_reuse_step_runs_neither_producer_nor_scores(tiny, tiny_butler, monkey
         calls.clear()
         tiny.decode(token, cache, selector)
         counts.append(len(calls))
-    assert counts[0] == counts[3] > 0
+    assert counts[0] >= 4 * 4  # behind a prompt that it did not see: layer by layer
+    assert counts[3] == 5 + 2 * 3  # once for each of two producers
     assert counts[1] == counts[2] == counts[4] == counts[5] == 0
 
 

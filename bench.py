@@ -228,7 +228,7 @@ SUITES = {"perplexity": perplexity, "recall": recall, "interval": interval,
 
 def timed(config: Config) -> dict:
     report = speed.measure(config) | provenance()
-    print(speed.table(report["rows"]))
+    print(speed.table(report))
     return report
 
 

@@ -25,7 +25,6 @@ budget goes to the best scores, one choice per KV head:
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -34,6 +33,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from kernel import BLOCK, in_order, top, top_with_neighbours, triton, triton_select
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
 
@@ -140,7 +141,8 @@ class Butler(nn.Module):
         *first, H, T, E = queries.shape
         G = self.config.kv_heads
         rows = (queries * E**-0.5).reshape(*first, G, H // G * T, E)  # a group's queries together
-        return (rows @ projected.transpose(-1, -2)).view(*first, G, H // G, T, -1)
+        projected = projected.to(rows.dtype).transpose(-1, -2)
+        return (rows @ projected).view(*first, G, H // G, T, -1)
 
     def selector(self, budget, **rules) -> "ButlerSelector":
         """A fresh selector for one sequence (or one batch); rules as for `Selector`."""
@@ -305,35 +307,6 @@ class Selector:
         return torch.where(real, indices + self.sinks, -1)
 
 
-def top(scores, K: int):
-    """scores.topk(K), in two rounds where few of many are wanted: compare every n-th token, and the
-    K groups with the largest maxima hold the K largest scores. -> values and indices [..., K], by
-    decreasing score"""
-    size = math.isqrt(scores.shape[-1] // max(K, 1))  # about as much work in either round
-    if size < 2 or scores.is_cuda:
-        return scores.topk(K)
-    padded = F.pad(scores, (0, -scores.shape[-1] % size), value=-torch.inf)
-    groups = padded.unflatten(-1, (size, -1))
-    n = groups.shape[-1]
-    best = groups.amax(-2).topk(K, sorted=False).indices  # [..., K]
-    members = (best[..., None, :] + n * torch.arange(size)[:, None]).flatten(-2)
-    values, at = padded.gather(-1, members).topk(K)
-    return values, members.gather(-1, at)
-
-
-def top_with_neighbours(scores, reach: int, K: int):
-    """Neighbour fetch as a max-filter: every token gets the best score within `reach` of it.
-
-    The first K by (that, own score) are the best tokens, each followed by its neighbours: every
-    index once, K in all, none whose score is -inf. -> values and indices [B, G, T, K]
-    """
-    widest = F.max_pool1d(scores.flatten(0, -2)[:, None], 2 * reach + 1, stride=1, padding=reach)
-    widest = widest.view_as(scores).masked_fill(scores == -torch.inf, -torch.inf)
-    own = scores.argsort(dim=-1, descending=True, stable=True)
-    values, order = widest.gather(-1, own).sort(dim=-1, descending=True, stable=True)
-    return values[..., :K], own.gather(-1, order[..., :K])
-
-
 class ButlerSelector(Selector):
     """Scores by the butler.
 
@@ -374,10 +347,20 @@ class ButlerSelector(Selector):
         self.home.update(dict.fromkeys(served, (served[0], len(served))))
         known = [self.seen[s].shape[2] if s in self.seen else 0 for s in served]
         if x.shape[1] == 1 and min(known) >= longest > 0:
-            projected = self.importance_keys(served, longest)
-            scores = self.rate(torch.stack(list(queries.values())), projected, positions)
-            chosen = self.choose(scores.flatten(0, 1), positions.repeat(len(served), 1))
-            self.ahead.update(zip(served, chosen.unflatten(0, (len(served), -1)), strict=True))
+            keys = self.importance_keys(served, longest)
+            chosen = self.choose_ahead(torch.stack(list(queries.values())), keys, positions)
+            self.ahead.update(zip(served, chosen, strict=True))
+
+    def choose_ahead(self, queries, keys, positions):
+        """q_imp [R, B, H, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""
+        if triton and keys.is_cuda and not self.neighbours:
+            least = self.sinks + self.window
+            wanted = (allowance(self.budget, positions[:, 0] + 1, least) - least).clamp(min=0)
+            return triton_select(queries[:, :, :, 0], keys, positions[:, 0], wanted,
+                                 self.sinks, self.window)[..., None, :]
+        scores = self.rate(queries, keys[..., : int(positions.max())], positions)
+        chosen = self.choose(scores.flatten(0, 1), positions.repeat(len(queries), 1))
+        return chosen.unflatten(0, (len(queries), -1))
 
     def pick(self, layer, q, keys, positions):
         chosen = self.ahead[layer]
@@ -386,26 +369,28 @@ class ButlerSelector(Selector):
     @torch.inference_mode()
     def scores(self, layer, q, keys, positions):
         self.see(layer, keys, positions)
-        projected = self.importance_keys([layer], keys.shape[2])
+        projected = self.importance_keys([layer], keys.shape[2])[..., : keys.shape[2]]
         return self.rate(self.queries[layer][None], projected, positions)[0]
 
-    def rate(self, queries, projected, positions):
-        """q_imp [R, B, H, T, E], k_imp [R, B, G, S, E] -> mean of softmaxes [R, B, G, T, S].
+    def rate(self, queries, keys, positions):
+        """q_imp [R, B, H, T, E], k_imp [R, B, G, E, S] -> mean of softmaxes [R, B, G, T, S].
         A query's own token and later ones do not count."""
-        start, S = int(positions.min()), projected.shape[3]
-        scores = self.butler.scores(queries, projected)  # [R, B, G, H/G, T, S]
+        start, S = int(positions.min()), keys.shape[-1]
+        scores = self.butler.scores(queries, keys.transpose(-1, -2))  # [R, B, G, H/G, T, S]
         if start < S:
             future = torch.arange(start, S, device=scores.device) >= positions[..., None]
             scores[..., start:].masked_fill_(future[:, None, None], -torch.inf)
-        return scores.softmax(dim=-1).mean(3)
+        return in_order(scores.softmax(dim=-1).mean(3))
 
     def importance_keys(self, layers: list, S: int):
-        """The first S importance keys [R, B, G, S, E] of all or one of a producer's layers."""
+        """Importance keys [R, B, G, E, capacity] of all or one of a producer's layers, of which
+        those of the first S tokens are there."""
         first, count = self.home[layers[0]]
         seen = [self.seen[layer] for layer in layers]
         if first not in self.buffers or self.buffers[first].shape[-1] < S:
-            shape = count, *seen[0].shape[:2], self.butler.config.size, 2 * S
-            grown = seen[0].new_empty(shape, dtype=torch.float32)
+            capacity = -(-2 * S // BLOCK) * BLOCK
+            shape = count, *seen[0].shape[:2], self.butler.config.size, capacity
+            grown = seen[0].new_empty(shape)
             if first in self.buffers:
                 grown[..., : self.buffers[first].shape[-1]] = self.buffers[first]
             self.buffers[first] = grown
@@ -416,7 +401,7 @@ class ButlerSelector(Selector):
             new = torch.stack([keys[:, :, start:S] for keys in seen])
             buffer[..., start:S] = self.butler.project(layers[0], new).transpose(-1, -2)
             self.filled.update(dict.fromkeys(layers, S))
-        return buffer[..., :S].transpose(-1, -2)
+        return buffer
 
 
 if __name__ == "__main__":

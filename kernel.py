@@ -1,5 +1,6 @@
-"""kernel.py - attention over a chosen few: q and indices in, outputs out.
+"""kernel.py - choosing a few tokens, and attending to them: from scores to indices to outputs.
 
+    top               best K of a row of scores   [..., S]                          -> [..., K]
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
     sparse_attention  T queries a head    q [B, H, T, D], idx [B, G, T, K] -> [B, H, T, D]
 
@@ -11,11 +12,14 @@ A ladder of three forms, with the bytes they move for one query of one layer, e 
     gather + SDPA    fetch the rows, then be dense       B*G*K*2D*e read, written, read again
     Triton           fetch and attend in one kernel      B*G*K*2D*e read once, on CUDA
 
-K is a tenth of S or less. The price: the rows lie scattered in memory.
+K is a tenth of S or less. The price: the rows lie scattered in memory. Scoring reads B*G*S*E*e of
+importance keys, for all layers of a producer at once; Triton's `normalise`, `score` and `select`
+leave 2 bytes a token between them, PyTorch's products, softmax and two top-Ks 4 (H/G + 3) bytes.
 
     python kernel.py        compares the forms on random input (Triton's: TRITON_INTERPRET=1)
 """
 
+import math
 import os
 
 import torch
@@ -28,6 +32,9 @@ except ImportError:  # not a system that Triton runs on: gather + SDPA serves ev
     from types import SimpleNamespace
     triton, tl = None, SimpleNamespace(constexpr=None)
 
+CODE = 2**15 - 1  # the largest code of a score
+BLOCK = 1024  # tokens scored by one program
+BINS = 2048  # of a histogram of codes: their upper 11 bits
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 jit = triton.jit if triton else lambda function: function
 
@@ -95,6 +102,50 @@ def sparse_attention(q, k, v, idx):
     if q.shape[2] > 1:
         return reference(q, k, v, idx)
     return sparse_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
+
+
+# ---------------------------------------------------------------------------- choosing
+
+
+def in_order(scores):
+    """Scores between 0 and 1, [..., S] float32, as the 15-bit codes by which they are ranked: equal
+    codes keep the order of the tokens, the earliest first (as far as 15 bits count them).
+
+    The code is the upper half of the number's bits, sign left out; below it stands what is left of
+    32,767 after taking the token's index off. So any top-K of the result is the same, stable one.
+    """
+    s = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).clamp(max=CODE)
+    bits = scores.contiguous().view(torch.int32).clamp(min=CODE + 1)  # code 0: not to be chosen
+    return ((bits | CODE) - s).view(torch.float32)
+
+
+def top(scores, K: int):
+    """scores.topk(K), in two rounds where few of many are wanted: compare every n-th token, and the
+    K groups with the largest maxima hold the K largest scores. -> values and indices [..., K], by
+    decreasing score"""
+    size = math.isqrt(scores.shape[-1] // max(K, 1))  # about as much work in either round
+    if size < 2 or scores.is_cuda:
+        return scores.topk(K)
+    padded = F.pad(scores, (0, -scores.shape[-1] % size), value=-torch.inf)
+    groups = padded.unflatten(-1, (size, -1))
+    n = groups.shape[-1]
+    best = groups.amax(-2).topk(K, sorted=False).indices  # [..., K]
+    members = (best[..., None, :] + n * torch.arange(size)[:, None]).flatten(-2)
+    values, at = padded.gather(-1, members).topk(K)
+    return values, members.gather(-1, at)
+
+
+def top_with_neighbours(scores, reach: int, K: int):
+    """Neighbour fetch as a max-filter: every token gets the best score within `reach` of it.
+
+    The first K by (that, own score) are the best tokens, each followed by its neighbours: every
+    index once, K in all, none whose score is -inf. -> values and indices [B, G, T, K]
+    """
+    widest = F.max_pool1d(scores.flatten(0, -2)[:, None], 2 * reach + 1, stride=1, padding=reach)
+    widest = widest.view_as(scores).masked_fill(scores == -torch.inf, -torch.inf)
+    own = scores.argsort(dim=-1, descending=True, stable=True)
+    values, order = widest.gather(-1, own).sort(dim=-1, descending=True, stable=True)
+    return values[..., :K], own.gather(-1, order[..., :K])
 
 
 # ---------------------------------------------------------------------------- Triton
@@ -183,6 +234,136 @@ def triton_decode(q, k, v, idx, chunk=None):
         D=D, DP=DP, CHUNK=chunk, BLOCK=block, EXACT=exact)
     merge[(B * H,)](sums, tops, totals, out, chunks, D=D, DP=DP, CP=triton.next_power_of_2(chunks))
     return out
+
+
+@jit
+def products(q, k, row, s, k_g, k_e, scale, N: tl.constexpr, NP: tl.constexpr, E: tl.constexpr):
+    """Raw scores of a group's N query heads with tokens s of one row -> [NP, BLOCK] float32.
+
+    Importance keys lie channel by channel, [E, S]: a vector load per channel and a multiply-add.
+    """
+    n = tl.arange(0, NP)
+    out = tl.zeros([NP, s.shape[0]], tl.float32)
+    for e in tl.static_range(E):
+        query = tl.load(q + (row * N + n) * E + e, mask=n < N, other=0.0).to(tl.float32)
+        keys = tl.load(k + row.to(tl.int64) * k_g + e * k_e + s).to(tl.float32)
+        out += (query * scale)[:, None] * keys[None, :]
+    return out
+
+
+@jit
+def normalise(q, k, tops, totals, positions, BG, G, k_g, k_e, scale,
+              N: tl.constexpr, NP: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Softmax denominators of one block of past tokens: the top and sum exp(score - top)."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    n, s = tl.arange(0, NP), block * BLOCK + tl.arange(0, BLOCK)
+    past = s < tl.load(positions + row % BG // G)
+    raw = tl.where(past, products(q, k, row, s, k_g, k_e, scale, N, NP, E), float("-inf"))
+    top = tl.max(raw, 1)
+    total = tl.sum(tl.exp(raw - tl.where(top == float("-inf"), 0.0, top)[:, None]), 1)
+    part = (row * N + n) * tl.num_programs(1) + block
+    tl.store(tops + part, top, mask=n < N)
+    tl.store(totals + part, total, mask=n < N)
+
+
+@jit
+def score(q, k, tops, totals, codes, histogram, positions, BG, G, k_g, k_e, scale, S, sinks,
+          window, N: tl.constexpr, NP: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+          CP: tl.constexpr, BINS: tl.constexpr):
+    """Codes of one block of tokens, and the histogram of their upper 11 bits.
+
+    A score lies between 0 and 1: its float32 bits shifted right by 15 are an integer of 15 bits in
+    the same order. At least 1 where the token may be chosen, 0 where not.
+    """
+    row, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    n, s, c = tl.arange(0, NP), block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)
+    part = (row * N + n)[:, None] * blocks + c
+    there = (n < N)[:, None] & (c < blocks)
+    top = tl.load(tops + part, mask=there, other=float("-inf"))
+    total = tl.load(totals + part, mask=there, other=0.0)
+    highest = tl.max(top, 1)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    whole = tl.sum(total * tl.exp(top - highest[:, None]), 1)
+    raw = products(q, k, row, s, k_g, k_e, scale, N, NP, E)
+    share = tl.exp(raw - highest[:, None]) / tl.where(whole > 0, whole, 1.0)[:, None]
+    mean = tl.sum(tl.where((n < N)[:, None], share, 0.0), 0) / N
+    free = (s >= sinks) & (s <= tl.load(positions + row % BG // G) - window)
+    code = tl.where(free, tl.maximum(mean.to(tl.int32, bitcast=True) >> 15, 1), 0)
+    tl.store(codes + row.to(tl.int64) * S + s, code.to(tl.int16))
+    counts = tl.histogram(code >> 4, BINS)
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(histogram + row * BINS + bins, counts, mask=counts > 0)
+
+
+@jit
+def load_codes(codes, row, S, s):
+    return tl.load(codes + row.to(tl.int64) * S + s, mask=s < S, other=0).to(tl.int32)
+
+
+@jit
+def select(codes, histogram, wants, idx, BG, G, S, K, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """Those with the best codes of one row, as many as it wants, in the order of the tokens.
+
+    The histogram names the bin of the K-th best code, one pass over that bin's codes the code
+    itself; a last pass keeps all codes above it and the earliest that are equal.
+    """
+    row = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    counts = tl.load(histogram + row * BINS + bins)
+    wanted = tl.load(wants + row % BG // G)
+    above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # codes in higher bins
+    found = (above < wanted) & (above + counts >= wanted)
+    edge = tl.max(tl.where(found, bins, -1), 0)
+    rest = wanted - tl.max(tl.where(found, above, 0), 0)  # to be taken from the edge's bin
+    low, here = tl.arange(0, 32), tl.arange(0, BLOCK)
+    counts = tl.zeros([32], tl.int32)  # of the edge's 16 codes; the others fall into slot 16
+    for start in range(0, S, BLOCK):
+        code = load_codes(codes, row, S, start + here)
+        counts += tl.histogram(tl.where(code >> 4 == edge, code & 15, 16), 32)
+    counts = tl.where(low < 16, counts, 0)
+    above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
+    found = (above < rest) & (above + counts >= rest)
+    edge = edge * 16 + tl.max(tl.where(found, low, -1), 0)
+    rest = rest - tl.max(tl.where(found, above, 0), 0)  # to be taken from the equal ones
+    edge = tl.where(wanted > 0, edge, 1 << 16)
+    end, equals = 0, 0
+    for start in range(0, S, BLOCK):
+        code = load_codes(codes, row, S, start + here)
+        equal = (code == edge).to(tl.int32)
+        before = equals + tl.cumsum(equal, 0) - equal
+        take = (code > edge) | ((equal > 0) & (before < rest))
+        slot = end + tl.cumsum(take.to(tl.int32), 0) - 1
+        tl.store(idx + row * K + slot, start + here, mask=take)
+        end += tl.sum(take.to(tl.int32), 0)
+        equals += tl.sum(equal, 0)
+    for start in range(0, K, BLOCK):
+        tl.store(idx + row * K + start + here, -1, mask=(start + here >= end) & (start + here < K))
+
+
+def triton_select(q, k, positions, wants, sinks: int, window: int, block=BLOCK):
+    """What `in_order` and a top-K choose between sinks and window, for all layers of one producer.
+
+    q_imp [R, B, H, E]; k_imp [R, B, G, E, capacity, a multiple of `block`]; positions [B] of the
+    queries, before which keys are there, behind which anything may stand; wants [B], how many
+    tokens each chooses. -> indices [R, B, G, K] int32, K the largest want, -1 = empty.
+    """
+    R, B, H, E = q.shape
+    G, N, rows = k.shape[2], H // k.shape[2], R * B * k.shape[2]
+    K, blocks = int(wants.max()), triton.cdiv(max(int(positions.max()), 1), block)
+    S = blocks * block
+    tops, totals = torch.empty(2, rows * N, blocks, dtype=torch.float32, device=q.device)
+    codes = torch.empty(rows, S, dtype=torch.int16, device=q.device)
+    histogram = torch.zeros(rows, BINS, dtype=torch.int32, device=q.device)
+    idx = torch.empty(R, B, G, K, dtype=torch.int32, device=q.device)
+    sizes = {"N": N, "NP": triton.next_power_of_2(N), "E": E, "BLOCK": block}
+    common = q.contiguous(), k
+    layout = B * G, G, k.stride(2), k.stride(3), E**-0.5
+    normalise[rows, blocks](*common, tops, totals, positions, *layout, **sizes)
+    score[rows, blocks](*common, tops, totals, codes, histogram, positions, *layout, S, sinks,
+                        window, **sizes, CP=triton.next_power_of_2(blocks), BINS=BINS)
+    select[(rows,)](codes, histogram, wants, idx, B * G, G, S, K,
+                    BLOCK=min(4096, triton.next_power_of_2(S)), BINS=BINS)
+    return idx
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ def turns(angles):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding in float32: channel i turns with i + D/2, which is Hugging Face's layout."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+    """Rotary embedding -> float32: channel i turns with i + D/2, which is Hugging Face's layout."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def dense_attention(q, k, v, positions, ragged: bool):
@@ -140,7 +140,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.attention_bias)
 
     def qkv(self, x, cos, sin):
-        """Normed input [B, T, C] -> rotated q [B, H, T, D], rotated k and v [B, G, T, D]."""
+        """Normed input [B, T, C] -> q [B, H, T, D] and k [B, G, T, D], both rotated, in float32,
+        and v [B, G, T, D]."""
         H, G = self.heads, self.kv_heads
         heads = self.qkv_proj(x).unflatten(-1, (H + 2 * G, -1)).transpose(1, 2)
         turned = rotate(heads[:, : H + G], cos, sin)
@@ -170,12 +171,13 @@ class Block(nn.Module):
     def forward(self, x, rope, positions, cache, selector):
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), *rope)
         keys, values = cache.append(self.layer, k, v)
+        q = q.to(keys.dtype)
         index = selector(self.layer, x, q, keys, positions) if selector else None
         if index is None:
             out = dense_attention(q, keys, values, positions, cache.ragged)
         else:
             out = sparse_attention(q, keys, values, index)
-        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
+        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -212,8 +214,13 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        return Cache(self.config, batch, capacity, self.embed_tokens.weight.dtype, self.device)
+    def new_cache(self, batch: int, capacity: int, dtype=None) -> Cache:
+        """Room for `capacity` tokens a row, by default in the weights' format on a GPU and float32
+        on a CPU, which attends to bfloat16 only half as fast (results/attention.json)."""
+        if dtype is None:
+            on_cpu = self.device.type == "cpu"
+            dtype = torch.float32 if on_cpu else self.embed_tokens.weight.dtype
+        return Cache(self.config, batch, capacity, dtype, self.device)
 
     def forward(self, tokens, cache=None, selector=None, lengths=None, last=False):
         """tokens [B, T] -> logits [B, T, V]; [B, 1, V] of each row's last real token if `last`.

@@ -2,21 +2,23 @@
 
     shape -> caches of random keys and values, `context` tokens long -> candidates, by turns -> rows
 
-    attention   all layers' attention of one step, choosing included
+    attention   all layers' attention of one step, choosing included, and its stages alone
     speed       whole steps of a Llama of that shape
 
-In `attention` dense is whatever is fastest here: `scaled_dot_product_attention` with the group's
-heads as queries of one KV head or as PyTorch groups them, or two matrix products, each on bfloat16
-and on float32. In `speed` it is the model's own dense step, whose cache has the format of its
-weights: where `attention` finds another form faster, that step is not the fastest one. Every
-candidate runs once a round, in turn, so that a slow moment of the machine hits all; a row
-holds the median. `predicted_ms` is bytes moved over this machine's copy bandwidth, measured too:
-what the step would cost if memory were all that counts.
+Dense is whatever is fastest here. In `attention` that is `scaled_dot_product_attention` with the
+group's heads as queries of one KV head or as PyTorch groups them, or two matrix products, each on
+the weights' format and on float32; in `speed` the model's own dense step with a cache of either
+format. A choice for nothing, made once and then kept, is the bound of every selector, the oracle
+among them. Every candidate runs once a round, in turn, so that a slow moment of the machine hits
+all; a row holds the median. `predicted_ms` is bytes moved over this machine's copy bandwidth,
+measured too: what the step would cost if memory were all that counts. `memory_bytes` counts
+weights, keys and values, and importance keys.
 
     python bench.py --suite attention --shape smollm2-135m --contexts 2048,8192
     python bench.py --suite speed --contexts 8000
 """
 
+import math
 import statistics
 import sys
 import time
@@ -95,7 +97,7 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
         for layer in layers:
             form(q[layer], k[layer], v[layer])
 
-    for kind in dict.fromkeys((q.dtype, torch.float32)):
+    for kind in formats(llama):
         k, v = ([t[:, :, :context].to(kind) for t in ts] for ts in (cache.k, cache.v))
         for name, form in DENSE.items():
             candidates[f"dense, {name}, {str(kind).split('.')[1]}"] = (
@@ -112,25 +114,44 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
         for layer in layers:
             sparse_attention(q[layer], k[layer], v[layer], index)
 
+    def choose(selector):
+        for layer in range(c.layers):
+            selector(layer, x, q[layer], k[layer], positions)
+
     candidates |= butlers(butler, step, config)
     for kept in map(float, config.budgets):
         selector = butler.selector(kept)
         step(selector)
-        candidates[f"attend to {kept:g} alone"] = (
-            partial(attend, selector.index[1]), 1, kept, None)
+        candidates |= {f"choosing {kept:g} alone": (partial(choose, selector), 1, kept, 1),
+                       f"attend to {kept:g} alone": (partial(attend, selector.index[1]), 1, kept,
+                                                     None)}
     return candidates
+
+
+def formats(llama) -> dict:
+    """In which number formats dense attention is tried."""
+    return dict.fromkeys((llama.embed_tokens.weight.dtype, torch.float32))
 
 
 def speed(llama, butler, batch: int, context: int, config) -> dict:
     """Whole decode steps behind `context` cached tokens -> candidates, as `attention`."""
-    cache = filled(llama, batch, context)
     token = torch.full((batch, 1), 5, device=llama.device)
 
-    def step(selector=None):
+    def step(cache, selector=None):
         llama.decode(token, cache, selector)
         cache.truncate(context - 1)
 
-    return {"dense": (step, 1, None, 1)} | butlers(butler, step, config)
+    candidates = {}
+    for kind in formats(llama):
+        candidates[f"dense, cache in {str(kind).split('.')[1]}"] = (
+            partial(step, filled(llama, batch, context, kind)), 1, None, 1)
+    cache = filled(llama, batch, context)
+    candidates |= butlers(butler, partial(step, cache), config)
+    for kept in map(float, config.budgets):
+        kept_for_good = butler.selector(kept, interval=2**31)
+        candidates[f"choice for nothing, {kept:g}"] = (
+            partial(step, cache, kept_for_good), 1, kept, None)
+    return candidates
 
 
 def butlers(butler, step, config) -> dict:
@@ -149,20 +170,20 @@ def repeat(times: int, function, *arguments) -> None:
         function(*arguments)
 
 
-def filled(llama, batch: int, context: int):
+def filled(llama, batch: int, context: int, dtype=None):
     """A cache of random keys and values, with room for the last of `context` tokens."""
-    cache = llama.new_cache(batch, context)
+    cache = llama.new_cache(batch, context, dtype)
     for t in cache.k + cache.v:
         t.normal_()
     cache.advance(context - 1)
     return cache
 
 
-def moved(suite: str, llama, batch: int, context: int, kept, interval) -> int:
-    """Bytes that a step reads at least: keys and values, importance keys, and weights, all in the
-    model's own format except importance keys, which are float32."""
+def moved(suite: str, llama, batch: int, context: int, kept, interval, number: int) -> int:
+    """Bytes that a step reads at least: keys and values, importance keys (of `number` bytes each
+    channel), and weights."""
     c, size = llama.config, llama.embed_tokens.weight.element_size()
-    token = 2 * c.kv_heads * c.head_dim * size  # of one layer
+    token = 2 * c.kv_heads * c.head_dim * number  # of one layer
     weights = sum(p.numel() for p in llama.parameters()) * size + batch * context * token
     layers = batch * (c.layers - 1)
     if kept is None:
@@ -171,8 +192,38 @@ def moved(suite: str, llama, batch: int, context: int, kept, interval) -> int:
         kept = context * kept if kept <= 1 else kept
         cache = kept * token
         if interval:
-            cache += context * c.kv_heads * ButlerConfig.size * 4 / interval
+            cache += context * c.kv_heads * ButlerConfig.size * number / interval
     return int(layers * cache + weights * (suite == "speed"))
+
+
+def memory(llama, batch: int, context: int, kept, number: int) -> int:
+    """Bytes held while decoding: weights, keys and values, importance keys."""
+    c, weight = llama.config, llama.embed_tokens.weight
+    channels = c.layers * 2 * c.head_dim + (c.layers - 1) * ButlerConfig.size * (kept is not None)
+    weights = sum(p.numel() for p in llama.parameters()) * weight.element_size()
+    return weights + batch * context * c.kv_heads * channels * number
+
+
+def break_even(rows: list[dict]) -> dict:
+    """{candidate: context from which on it was faster than dense}, for each batch; between two
+    measured contexts the crossing is on a straight line in both logarithms."""
+    found = {}
+    for row in rows:
+        if row["kept"] is None or "alone" in row["selector"]:
+            continue
+        line = [r for r in rows if (r["selector"], r["batch"]) == (row["selector"], row["batch"])]
+        line = sorted(((r["context"], r["speedup"]) for r in line), reverse=True)
+        crossing = None
+        for i, (context, speedup) in enumerate(line):
+            if speedup < 1:
+                if i:
+                    beyond, faster = line[i - 1]
+                    share = math.log(1 / speedup) / math.log(faster / speedup)
+                    crossing = round(context * (beyond / context) ** share)
+                break
+            crossing = context
+        found[f"{row['selector']}, batch {row['batch']}"] = crossing
+    return found
 
 
 def measure(config) -> dict:
@@ -180,6 +231,7 @@ def measure(config) -> dict:
     device = config.device
     rate, rows = copy_bandwidth(device), []
     llama, butler = model_of(config)
+    element = llama.new_cache(1, 1).k[0].element_size()
     for batch in map(int, config.batch):
         for context in map(int, config.contexts):
             with torch.inference_mode():
@@ -187,13 +239,15 @@ def measure(config) -> dict:
                 seconds = by_turns({n: c[:2] for n, c in candidates.items()}, config.n, device)
             dense = min(t for name, t in seconds.items() if name.startswith("dense"))
             for name, (_, _, kept, interval) in candidates.items():
-                read = moved(config.suite, llama, batch, context, kept, interval)
+                number = 2 if name.endswith("bfloat16") else element
+                read = moved(config.suite, llama, batch, context, kept, interval, number)
                 rows.append({
                     "suite": config.suite, "device": device, "shape": config.shape, "batch": batch,
                     "context": context, "selector": name, "interval": interval, "kept": kept,
                     "ms": 1e3 * seconds[name], "predicted_ms": 1e3 * read / rate, "bytes": read,
-                    "tokens_per_s": batch / seconds[name], "speedup": dense / seconds[name]})
-    return {"rows": rows, "copy_bytes_per_s": rate}
+                    "tokens_per_s": batch / seconds[name], "speedup": dense / seconds[name],
+                    "memory_bytes": memory(llama, batch, context, kept, number)})
+    return {"rows": rows, "copy_bytes_per_s": rate, "break_even": break_even(rows)}
 
 
 def model_of(config):
@@ -211,13 +265,15 @@ def model_of(config):
     return llama, butler.eval().requires_grad_(False)
 
 
-def table(rows: list[dict]) -> str:
+def table(report: dict) -> str:
     lines = [f"{'context':>8s} {'batch':>5s}  {'':34s} {'ms a step':>10s} {'by bytes':>9s} "
-             f"{'tokens/s':>9s} {'x dense':>8s}"]
+             f"{'tokens/s':>9s} {'x dense':>8s} {'memory, MB':>11s}"]
     lines += [f"{r['context']:8,} {r['batch']:5}  {r['selector']:34s} {r['ms']:10.2f} "
-              f"{r['predicted_ms']:9.2f} {r['tokens_per_s']:9.1f} {r['speedup']:8.2f}"
-              for r in rows]
-    return "\n".join(lines)
+              f"{r['predicted_ms']:9.2f} {r['tokens_per_s']:9.1f} {r['speedup']:8.2f} "
+              f"{r['memory_bytes'] / 1e6:11,.0f}" for r in report["rows"]]
+    faster = [f"{name}: {f'{context:,} tokens' if context else 'nowhere here'}"
+              for name, context in report["break_even"].items()]
+    return "\n".join([*lines, "", "faster than dense from", *faster])
 
 
 SUITES = {"attention": attention, "speed": speed}

@@ -92,17 +92,16 @@ class Tweaked:
 class GroupMax(ButlerSelector):
     """The paper's reduction: the largest raw score of the group's query heads."""
 
-    def scores(self, layer, q, keys, positions):
-        projected = self.importance_keys(layer, keys, int(positions.min()))
-        return self.butler.scores(self.queries[layer], projected).amax(2)
+    def rate(self, queries, keys, positions):
+        return self.butler.scores(queries, keys.transpose(-1, -2)).amax(3)
 
 
 class Int8Keys(ButlerSelector):
     """Importance keys rounded to 8 bits with a scale per token."""
 
-    def importance_keys(self, layer, keys, start):
-        exact = super().importance_keys(layer, keys, start)
-        scale = exact.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+    def importance_keys(self, layers, S):
+        exact = super().importance_keys(layers, S)
+        scale = exact.abs().amax(-2, keepdim=True).clamp(min=1e-9) / 127
         return (exact / scale).round() * scale
 
 

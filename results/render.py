@@ -119,7 +119,7 @@ def interval(report: dict) -> str:
 
 def timed(report: dict) -> str:
     rate = f"{report['copy_bytes_per_s'] / 1e9:.1f} GB/s copied"
-    return "\n".join([speed.table(report["rows"]), "", f"{report['hardware']}, {rate}; commit "
+    return "\n".join([speed.table(report), "", f"{report['hardware']}, {rate}; commit "
                       f"{report['commit']}", report["command"]])
 
 

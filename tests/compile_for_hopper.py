@@ -1,6 +1,7 @@
-"""Compiles kernel.attend for sm_90 without a GPU: python tests/compile_for_hopper.py HEAD_DIM
+"""Compiles a Triton kernel for sm_90, no GPU needed: python tests/compile_for_hopper.py NAME [D]
 
-Prints one JSON object: the sizes of its asynchronous copies, and what cuobjdump says of registers.
+Prints one JSON object: bytes of every wide load and asynchronous copy in the PTX, and what
+cuobjdump says of registers and stack.
 """
 
 import json
@@ -19,22 +20,30 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import kernel
 
-D = int(sys.argv[1])
-names = kernel.attend.arg_names
-constants = {"N": 4, "NP": 16, "D": D, "DP": D, "CHUNK": 128, "BLOCK": 64, "EXACT": False}
-kinds = {"idx": "*i32", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "scale": "fp32"}
-kinds |= {name: "*bf16" for name in "qkv"} | {name: "constexpr" for name in constants}
-signature = {name: kinds.get(name, "i32") for name in names}
-aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-           if signature[name].startswith("*") or name == "K" or "_" in name}
-source = ASTSource(kernel.attend, signature,
-                   {(names.index(name),): value for name, value in constants.items()}, aligned)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+name, D = sys.argv[1], int((sys.argv[2:] or ["64"])[0])
+sizes = {"N": 4, "E": 16, "D": D, "DP": D, "EXACT": False, "BINS": kernel.BINS, "CHUNK": 128}
+sizes |= {"attend": {"NP": 16, "BLOCK": 64}, "merge": {"CP": 16},
+          "score": {"NP": 4, "BLOCK": kernel.BLOCK, "CP": 128},
+          "normalise": {"NP": 4, "BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096}}[name]
+kinds = {"idx": "*i32", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "scale": "fp32",
+         "codes": "*i16", "histogram": "*i32", "positions": "*i64", "wants": "*i64",
+         "out": "*bf16", "q": "*bf16" if name == "attend" else "*fp32", "k": "*bf16", "v": "*bf16"}
+function = getattr(kernel, name)
+names = function.arg_names
+constants = {(i,): sizes[n] for i, n in enumerate(names) if n in sizes}
+signature = {n: "constexpr" if n in sizes else kinds.get(n, "i32") for n in names}
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
+           if signature[n].startswith("*") or n in ("K", "S") or "_" in n}
+compiled = triton.compile(ASTSource(function, signature, constants, aligned),
+                          target=GPUTarget("cuda", 90, 32))
 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(compiled.asm["cubin"])
     file.flush()
     usage = subprocess.run([Path(backend).parent / "bin" / "cuobjdump", "--dump-resource-usage",
                             file.name], capture_output=True, text=True).stdout
-copies = re.findall(r"cp\.async\.\w+\.shared\.global +\[[^]]*\], *\[[^]]*\], *(\w+)",
-                    compiled.asm["ptx"])
-print(json.dumps({"copies": copies, "usage": usage.strip().splitlines()[-1]}))
+ptx = compiled.asm["ptx"]
+copies = re.findall(r"cp\.async\.\w+\.shared\.global +\[[^]]*\], *\[[^]]*\], *(\w+)", ptx)
+loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx)
+print(json.dumps({"copies": [int(n, 16) for n in copies],
+                  "loads": [int(n or 1) * int(bits) // 8 for n, bits in loads],
+                  "usage": usage.strip().splitlines()[-1]}))

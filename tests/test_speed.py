@@ -35,14 +35,42 @@ def test_rows(monkeypatch, suite):
 def test_bytes(monkeypatch):
     llama, _ = speed.model_of(config(monkeypatch, suite="speed"))
     size = llama.embed_tokens.weight.element_size()
-    token = 2 * 2 * 8 * size  # keys and values of two KV heads of size 8
+    token = 2 * 2 * 8 * 4  # keys and values of two KV heads of size 8, in float32
     weights = sum(p.numel() for p in llama.parameters()) * size
-    assert speed.moved("attention", llama, 3, 100, None, 1) == 3 * 2 * 100 * token
-    assert speed.moved("speed", llama, 3, 100, None, 1) == weights + 3 * 3 * 100 * token
+    assert speed.moved("attention", llama, 3, 100, None, 1, 4) == 3 * 2 * 100 * token
+    assert speed.moved("speed", llama, 3, 100, None, 1, 4) == weights + 3 * 3 * 100 * token
     scored = 100 * 2 * 16 * 4
     for kept, k in ((20.0, 20), (0.1, 10)):
-        assert speed.moved("attention", llama, 1, 100, kept, 4) == 2 * (k * token + scored / 4)
-    assert speed.moved("attention", llama, 1, 100, 20.0, None) == 2 * 20 * token
+        assert speed.moved("attention", llama, 1, 100, kept, 4, 4) == 2 * (k * token + scored / 4)
+    assert speed.moved("attention", llama, 1, 100, 20.0, None, 4) == 2 * 20 * token
+
+
+    assert speed.memory(llama, 1, 100, None, 4) == weights + 100 * 3 * token
+    assert speed.memory(llama, 3, 100, 0.1, 4) == weights + 300 * (3 * token + 2 * 2 * 16 * 4)
+
+
+def test_importance_keys_cost_a_sixteenth_of_keys_and_values_at_head_size_128(monkeypatch):
+    settings = config(monkeypatch, suite="speed")
+    monkeypatch.setitem(speed.SHAPES, "tiny", Config(**vars(TINY) | {"head_dim": 128}))
+    llama, butler = speed.model_of(settings)
+    cache, selector = llama.new_cache(1, 1024, torch.bfloat16), butler.selector(0.1)
+    for _ in range(3):
+        llama.decode(torch.tensor([[1]]), cache, selector)
+    keys = sum(b.numel() * b.element_size() / b.shape[-1] for b in selector.buffers.values())
+    both = sum(t.numel() * t.element_size() / 1024 for t in cache.k[1:] + cache.v[1:])
+    assert keys / both == 0.0625
+
+
+def test_break_even_is_where_the_line_crosses_one():
+    def row(context, speedup, selector="butler 256, interval 1", kept=256.0):
+        return {"selector": selector, "kept": kept, "batch": 1, "context": context,
+                "speedup": speedup}
+
+    found = speed.break_even([row(1000, 0.5), row(4000, 2.0), row(16000, 3.0),
+                              row(1000, 1.0, "dense", None), row(1000, 3.0, "attend alone")])
+    assert found == {"butler 256, interval 1, batch 1": 2000}
+    assert speed.break_even([row(8, 1.5), row(9, 0.9)])["butler 256, interval 1, batch 1"] is None
+    assert speed.break_even([row(8, 1.5), row(9, 1.9)])["butler 256, interval 1, batch 1"] == 8
 
 
 def test_every_dense_form_is_attention():

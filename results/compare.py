@@ -1,0 +1,169 @@
+"""results/compare.py - decoding and reading beside what people run today, on the same weights.
+
+    python results/compare.py [--contexts 512,2048,7900] [--write]
+
+Every candidate reads the same random tokens (once: seconds to the first token), then all decode
+behind them by turns; a row holds the median step. All use as many threads as PyTorch would.
+
+transformers   LlamaForCausalLM in float32 and in bfloat16, attention by SDPA, its growing cache
+llama.cpp      on the GGUF file itself, 4-bit weights; measured if `pip install --no-deps
+               cyllama==0.2.18`, a wheel that carries a build of it, is there
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from butler import load_for  # noqa: E402
+from cli import UsageError, flag, names, provenance, run  # noqa: E402
+from model import Llama, fast_dtype, resolve  # noqa: E402
+from speed import by_turns  # noqa: E402
+
+try:
+    from cyllama.llama import llama_cpp
+except ImportError:
+    llama_cpp = None
+
+
+@dataclass
+class Config:
+    """Times this repository, transformers and llama.cpp on the default model, by turns."""
+
+    contexts: tuple = flag(("512", "2048", "7900"), "comma-separated: tokens cached", names)
+    budget: float = flag(0.05, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
+    intervals: tuple = flag(("1", "4", "16"), "comma-separated: steps between choices", names)
+    n: int = flag(15, "rounds")
+    write: bool = flag(False, "write results/compare.json")
+
+
+class Transformers:
+    def __init__(self, path, dtype):
+        with torch.device("meta"):
+            shapes = LlamaForCausalLM(LlamaConfig(num_hidden_layers=30))
+        loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=shapes)
+        self.model = LlamaForCausalLM(LlamaConfig(**loaded["config"]))
+        self.model.load_state_dict(loaded["tensors"], strict=False)
+        self.model.to(dtype).eval()
+
+    @torch.inference_mode()
+    def read(self, ids):
+        self.cache = DynamicCache()
+        self.model(ids, past_key_values=self.cache, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def step(self):
+        self.model(torch.tensor([[5]]), past_key_values=self.cache)
+        self.cache.crop(-1)
+
+
+class LlamaCpp:
+    CHUNK = 512
+
+    def __init__(self, path, room):
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.LlamaModel(path_model=str(path), verbose=False,
+                                          params=llama_cpp.LlamaModelParams())
+        params = llama_cpp.LlamaContextParams()
+        params.n_ctx = -(-room // 256) * 256
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        self.context = llama_cpp.LlamaContext(model=self.model, params=params, verbose=False)
+        self.batch = llama_cpp.LlamaBatch(n_tokens=self.CHUNK, embd=0, n_seq_max=1)
+
+    def decode(self, ids, start, last):
+        self.batch.set_batch(ids, start, last)
+        if self.context.decode(self.batch):
+            raise UsageError("llama.cpp could not decode")
+
+    def read(self, ids):
+        self.context.memory_seq_rm(0, 0, -1)
+        self.length = ids.shape[1]
+        for start in range(0, self.length, self.CHUNK):
+            part = ids[0, start : start + self.CHUNK].tolist()
+            self.decode(part, start, start + len(part) == self.length)
+
+    def step(self):
+        self.decode([5], self.length, True)
+        self.context.memory_seq_rm(0, self.length, -1)
+
+
+class Ours:
+    """The model of this repository; its dense prompt is read once and shared by all selectors."""
+
+    def __init__(self, path, room):
+        self.llama = Llama.from_pretrained(path, fast_dtype())
+        self.butler = load_for(self.llama)
+        self.cache = self.llama.new_cache(1, room)
+
+    def read(self, ids):
+        self.length = ids.shape[1]
+        self.cache.truncate(0)
+        self.llama.prefill(ids, self.cache)
+
+    def step(self, selector=None):
+        self.llama.decode(torch.tensor([[5]]), self.cache, selector)
+        self.cache.truncate(self.length)
+
+
+def measure(config: Config) -> dict:
+    path, contexts = resolve(None), sorted(map(int, config.contexts))
+    room, rows = contexts[-1] + 1, []
+    models = {"dense": Ours(path, room),
+              "transformers, float32": Transformers(path, torch.float32),
+              "transformers, bfloat16": Transformers(path, torch.bfloat16)}
+    if llama_cpp:
+        models["llama.cpp, 4-bit weights"] = LlamaCpp(path, room)
+    ours = models["dense"]
+    for context in contexts:
+        generator = torch.Generator().manual_seed(context)
+        ids = torch.randint(100, 40000, (1, context), generator=generator)
+        reading, candidates = {}, {}
+        for name, model in models.items():
+            began = time.perf_counter()
+            model.read(ids)
+            reading[name] = time.perf_counter() - began
+            candidates[name] = model.step, 1
+        for interval in map(int, config.intervals):
+            selector = ours.butler.selector(config.budget, interval=interval)
+
+            def steps(selector=selector, interval=interval):
+                for _ in range(interval):
+                    ours.step(selector)
+
+            candidates[f"butler {config.budget:g}, interval {interval}"] = steps, interval
+        seconds = by_turns(candidates, config.n, "cpu")
+        rows += [{"context": context, "candidate": name, "ms": 1e3 * s,
+                  "first_token_s": reading.get(name)} for name, s in seconds.items()]
+    return {"rows": rows}
+
+
+def table(report: dict) -> str:
+    lines = [f"{'context':>8s}  {'':28s} {'ms a step':>10s} {'tokens/s':>9s} {'reading, s':>11s}"]
+    lines += [f"{r['context']:8,}  {r['candidate']:28s} {r['ms']:10.1f} {1e3 / r['ms']:9.1f} "
+              + (f"{r['first_token_s']:11.1f}" if r["first_token_s"] else "").rstrip()
+              for r in report["rows"]]
+    return "\n".join([*lines, "", f"{report['hardware']}; commit {report['commit']}",
+                      report["command"]])
+
+
+def main(config: Config) -> dict:
+    if not all(c.isdecimal() and 0 < int(c) < 8192 for c in config.contexts):
+        raise UsageError("--contexts takes whole numbers from 1 to 8191, the model's context")
+    report = measure(config) | provenance()
+    print(table(report))
+    if config.write:
+        written = ROOT / "results" / "compare.json"
+        written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,6 +1,7 @@
 """kernel.py - choosing a few tokens, and attending to them: from scores to indices to outputs.
 
-    top               best K of a row of scores   [..., S]                          -> [..., K]
+    top               the K best scores   [..., S]                         -> [..., K]
+    triton_select     the same on a GPU, from importance queries and keys  -> [R, B, G, K]
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
     sparse_attention  T queries a head    q [B, H, T, D], idx [B, G, T, K] -> [B, H, T, D]
 

@@ -158,8 +158,7 @@ def main(config: Config) -> dict:
         "tokens_per_s": round((len(new) - 1) / decoding, 2) if len(new) > 1 else None,
         "attended_per_step": round(tally.attended / tally.choices, 1) if tally.choices else cached,
         "cached_tokens": cached,
-        "cache_bytes": cached * 2 * llama.config.layers * llama.config.kv_heads
-        * llama.config.head_dim * llama.embed_tokens.weight.element_size(),
+        "cache_bytes": cached * llama.new_cache(1, 1).bytes,
     }
     print(f"{len(new)} tokens at {report['tokens_per_s']} a second; each query attended "
           f"to {report['attended_per_step']} of up to {cached} cached tokens ({config.selector}); "

@@ -16,6 +16,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Config:
     contexts: tuple = flag(("512", "2048", "8000"), "attention, speed: tokens cached", names)
     batch: tuple = flag(("1",), "attention, speed: sequences", names)
     seed: int = flag(0, "seed of documents and sampling")
-    write: bool = flag(False, "write results/SUITE.json")
+    write: bool = flag(False, "write results/SUITE.json, tables and figure")
     device: str = flag("cpu", "cpu or cuda")
 
 
@@ -259,6 +260,7 @@ def write(config: Config, report: dict) -> dict:
     if config.write:
         written = RESULTS / f"{config.suite}.json"
         written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
+        subprocess.run([sys.executable, RESULTS / "render.py"], check=True)
     return report
 
 

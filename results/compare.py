@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,6 +45,9 @@ class Config:
 
 class Transformers:
     def __init__(self, path, dtype):
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
         with torch.device("meta"):
             shapes = LlamaForCausalLM(LlamaConfig(num_hidden_layers=30))
         loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=shapes)
@@ -56,6 +57,8 @@ class Transformers:
 
     @torch.inference_mode()
     def read(self, ids):
+        from transformers import DynamicCache
+
         self.cache = DynamicCache()
         self.model(ids, past_key_values=self.cache, logits_to_keep=1)
 

@@ -2,6 +2,8 @@
 
     <!-- results/NAME.json --> ... <!-- end -->      what stands between is replaced
 
+and draws results/speed.svg, if matplotlib is installed.
+
     python results/render.py
 """
 
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import ablate  # noqa: E402
+import compare  # noqa: E402
 import torch  # noqa: E402
 
 import speed  # noqa: E402
@@ -126,6 +129,7 @@ def timed(report: dict) -> str:
 TABLES = {"results/train.json": train.table, "results/ablations.json": ablate.table,
           "results/perplexity.json": perplexity, "results/recall.json": recall,
           "results/attention.json": timed, "results/speed.json": timed,
+          "results/attention_1b.json": timed, "results/compare.json": compare.table,
           "results/interval.json": interval, "results/interval_oracle.json": interval,
           "results/ruler.json": tasks,
           "results/ruler_long.json": tasks, "results/ruler_many.json": tasks,
@@ -143,6 +147,38 @@ def render(text: str) -> str:
     return re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", block, text, flags=re.S)
 
 
+def draw(path: Path) -> None:
+    """Milliseconds a step against context, attention alone and whole steps: the fastest dense form
+    and every selection. Grey on transparent: readable on light and dark pages."""
+    try:
+        from matplotlib import pyplot, rcParams
+    except ImportError:
+        print("no matplotlib: results/speed.svg stays as it is", file=sys.stderr)
+        return
+    grey = "#808080"
+    rcParams.update({"svg.hashsalt": "0", "svg.fonttype": "none", "text.color": grey,
+                     "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey,
+                     "ytick.color": grey, "legend.labelcolor": grey, "font.size": 9})
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, suite in zip(axes, ("attention", "speed"), strict=True):
+        report = json.loads((ROOT / "results" / f"{suite}.json").read_text())
+        lines = {}
+        for row in report["rows"]:
+            name = "dense, the fastest" if row["kept"] is None else row["selector"]
+            by_context = lines.setdefault(name, {})
+            by_context[row["context"]] = min(row["ms"], by_context.get(row["context"], row["ms"]))
+        for name, by_context in lines.items():
+            axis.plot(*zip(*sorted(by_context.items()), strict=True), marker="o", markersize=3,
+                      label=name, linewidth=2.5 if name.startswith("dense") else 1.2)
+        axis.set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="ms a step",
+                 title={"attention": "attention of all layers", "speed": "whole step"}[suite])
+        axis.legend(frameon=False, fontsize=7)
+        for edge in ("top", "right"):
+            axis.spines[edge].set_visible(False)
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
 if __name__ == "__main__":
+    draw(ROOT / "results" / "speed.svg")
     for readme in (ROOT / "README.md", ROOT / "results" / "README.md"):
         readme.write_text(render(readme.read_text()))

@@ -124,10 +124,12 @@ def top(scores, K: int):
     """scores.topk(K), in two rounds where few of many are wanted: compare every n-th token, and the
     K groups with the largest maxima hold the K largest scores. -> values and indices [..., K], by
     decreasing score"""
-    size = math.isqrt(scores.shape[-1] // max(K, 1))  # about as much work in either round
+    S = scores.shape[-1]
+    # about as much work in either round, and enough in the first for topk to use two threads
+    size = min(math.isqrt(S // max(K, 1)), S // 4000)
     if size < 2 or scores.is_cuda:
         return scores.topk(K)
-    padded = F.pad(scores, (0, -scores.shape[-1] % size), value=-torch.inf)
+    padded = F.pad(scores, (0, -S % size), value=-torch.inf)
     groups = padded.unflatten(-1, (size, -1))
     n = groups.shape[-1]
     best = groups.amax(-2).topk(K, sorted=False).indices  # [..., K]

@@ -105,7 +105,7 @@ def test_triton_selects_what_the_reference_does(case):
         assert (chosen[..., want:] == -1).all()
 
 
-@pytest.mark.parametrize("n,K", [(1, 1), (7, 7), (40, 3), (781, 78), (1000, 250), (5000, 17)])
+@pytest.mark.parametrize("n,K", [(1, 1), (7, 7), (40, 3), (781, 78), (8001, 17), (9000, 900)])
 def test_top_is_topk(n, K):
     scores = torch.rand(2, 3, n, generator=torch.Generator().manual_seed(n))
     values, indices = kernel.top(scores, K)

@@ -18,7 +18,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import kernel
 import weights
-from model import Llama
+from model import Linear, Llama
 from weights import ModelError
 
 PROMPTS = [
@@ -71,6 +71,37 @@ def test_default_model_from_safetensors(llama, reference, prompts, tmp_path):
         assert_close(f"logits, shards of {size}", ours(prompts), expected, 1e-3)
         for (name, a), b in zip(llama.named_parameters(), ours.parameters(), strict=True):
             assert torch.equal(a, b), f"{name} differs between GGUF and safetensors"
+
+
+def test_four_bit_weights_stay_so_for_single_tokens(llama, model_path, prompts):
+    """All matrices of the blocks are 4-bit in the file; the packed form is the same model."""
+    fast = Llama.from_pretrained(model_path, torch.bfloat16)
+    matrices = [m for m in fast.modules() if isinstance(m, Linear)]
+    assert len(matrices) == 4 * 30 and all(m.packed is not None for m in matrices)
+    x = torch.randn(3, 1, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for mine, exact in zip(matrices[:3], (m for m in llama.modules() if isinstance(m, Linear)),
+                           strict=False):
+        expected = exact(x.float())
+        assert (mine(x) - expected).norm() < 0.01 * expected.norm()
+    cache = fast.new_cache(5, 14)
+    steps = torch.cat([fast.decode(t, cache) for t in prompts.split(1, dim=1)], dim=1)
+    expected = llama(prompts).log_softmax(-1)
+    lost = (expected.exp() * (expected - steps.float().log_softmax(-1))).sum(-1).mean()
+    block = (expected.exp() * (expected - fast(prompts).float().log_softmax(-1))).sum(-1).mean()
+    assert lost < 2 * block + 1e-3 < 0.01  # the divergence of bfloat16 itself
+
+
+def test_other_weights_are_not_packed():
+    matrix = Linear(64, 128).bfloat16()
+    matrix.bias.data.fill_(2)
+    for weight in (torch.randn(128, 64), torch.randint(0, 5, (128, 64)) * 0.1):
+        matrix.weight.data = weight.bfloat16()
+        matrix.pack()
+        assert matrix.packed is None
+    matrix.weight.data = (torch.arange(64).expand(128, 64) % 16 * 0.25 - 1).bfloat16()
+    matrix.pack()
+    x = torch.eye(64)[:4].bfloat16()
+    assert torch.equal(matrix(x) - 2, matrix.weight.T[:4])
 
 
 def greedy(model, prompt, n):

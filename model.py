@@ -80,7 +80,7 @@ class Cache:
             if self.ragged:
                 rows = torch.arange(k.shape[0], device=k.device)[:, None]
                 at = self.lengths[:, None] + torch.arange(T, device=k.device)
-                buffer[rows, :, at] = new.transpose(1, 2)
+                buffer[rows, :, at] = new.transpose(1, 2).to(buffer.dtype)
             else:
                 buffer[:, :, self.size : self.size + T] = new
         end = self.size + T

@@ -96,9 +96,10 @@ class Evicting(Selector):
     differ in length it may stand at the end of the last block, nowhere else.
     """
 
-    def __init__(self, budget, interval=1, neighbours=0, **rules):
-        if interval > 1 or neighbours:
-            raise ButlerError("h2o and snapkv evict at every step: interval 1, no neighbours")
+    def __init__(self, budget, interval=1, neighbours=0, dense_below=0, **rules):
+        if interval > 1 or neighbours or dense_below:
+            raise ButlerError("h2o and snapkv evict at every step: interval 1, no neighbours, "
+                              "no dense steps")
         super().__init__(budget, **rules)
         self.value, self.alive = {}, {}
 

@@ -214,6 +214,8 @@ class Selector:
     window       most recent tokens, always kept, the newest one included
     interval     I: in decoding, score and choose at every I-th step only, reuse in between
     neighbours   a chosen token brings this many tokens on either side, within the budget
+    dense_below  attends to everything while fewer tokens than this are cached, where a selection
+                 takes longer than it saves; decided for a block of tokens by its last one
 
     Called by the model once per layer; layer 0 attends to everything, as the butler cannot predict
     it. Holds the state of one sequence or batch, so make a fresh one for each. A block of tokens
@@ -221,13 +223,13 @@ class Selector:
     choice that the layer used.
     """
 
-    def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0):
+    def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0, dense_below=0):
         if not (0 < budget <= 1 or (budget > 1 and float(budget).is_integer())):
             raise ButlerError(f"budget {budget}: a fraction up to 1 or a whole count of tokens")
         if sinks < 0 or window < 1 or interval < 1 or neighbours < 0:
             raise ButlerError("sinks and neighbours are >= 0, window and interval >= 1")
         self.budget, self.sinks, self.window = budget, sinks, window
-        self.interval, self.neighbours = interval, neighbours
+        self.interval, self.neighbours, self.dense_below = interval, neighbours, dense_below
         self.step, self.chosen, self.index = 0, {}, {}
 
     def watch(self, layer, x, q, keys, positions) -> None:
@@ -247,6 +249,10 @@ class Selector:
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
         """See model.py: -> index [B, G, T, K] int32, or None for dense attention."""
+        if layer == 0:
+            self.dense = int(positions.max()) + 1 < self.dense_below
+        if self.dense:
+            return None
         if layer == 0:
             steps = self.step + torch.arange(x.shape[1])
             self.age = steps % self.interval  # [T] steps since the choice in use was made

@@ -87,7 +87,7 @@ def fetch(k, v, idx):
     if v.stride() != k.stride() or one != 1 or head % row or batch != G * head:
         k, v = torch.stack([k, v])  # contiguous
         batch, head, row, one = k.stride()
-    first = torch.arange(0, B * G * (head // row), head // row, device=k.device)  # row of a head
+    first = torch.arange(0, B * G * (head // row), head // row, dtype=idx.dtype, device=k.device)
     at = (idx.clamp(min=0).view(B * G, -1) + first[:, None]).flatten()
     size = ((B * G - 1) * (head // row) + S, D)
     return [x.as_strided(size, (row, 1), x.storage_offset()).index_select(0, at).view(B, G, -1, D)
@@ -126,7 +126,7 @@ def top(scores, K: int):
     decreasing score"""
     S = scores.shape[-1]
     # about as much work in either round, and enough in the first for topk to use two threads
-    size = min(math.isqrt(S // max(K, 1)), S // 4000)
+    size = min(math.isqrt(S // max(K, 1)), S // 3650)
     if size < 2 or scores.is_cuda:
         return scores.topk(K)
     padded = F.pad(scores, (0, -S % size), value=-torch.inf)

@@ -115,6 +115,7 @@ def turns(angles):
 
 def rotate(x, cos, sin):
     """Rotary embedding -> float32: channel i turns with i + D/2, which is Hugging Face's layout."""
+    x = x.float()
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 

@@ -26,7 +26,9 @@ from baselines import NAMES, make_selector
 from butler import Selector, load_for
 from cli import UsageError, flag, provenance, run
 from coreference import coreference, pools
-from model import Llama, resolve
+from model import Llama, fast_dtype, resolve
+
+BREAK_EVEN = 2000  # tokens cached from which on a step at 5 % was faster: results/speed.json
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Config:
     budget: float = flag(0.1, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
     interval: int = flag(1, "score and choose at every I-th step only")
     neighbours: int = flag(0, "tokens fetched on either side of a chosen one, within the budget")
+    dense_below: int = flag(0, "tokens cached below which steps are dense; a selection begins to "
+                               f"pay at about {BREAK_EVEN:,} on a CPU")
     prompt: str = flag(None, "text to continue (default: a generated document and its question)")
     prompt_file: str = flag(None, "file with the text to continue, UTF-8")
     chat: bool = flag(False, "the prompt is a message to the model, in its own chat format")
@@ -48,7 +52,7 @@ class Config:
     seed: int = flag(0, "seed of the sampling")
     show: bool = flag(False, "print the prompt, the tokens kept most marked by colour")
     device: str = flag("cpu", "cpu or cuda")
-    dtype: str = flag("float32", "float32 or bfloat16")
+    dtype: str = flag(None, "float32 or bfloat16 (default: what this processor is faster with)")
 
 
 def read_prompt(config) -> str:
@@ -122,7 +126,8 @@ def main(config: Config) -> dict:
     check(config)
     text = read_prompt(config)
     path = resolve(config.model)
-    llama = Llama.from_pretrained(path, getattr(torch, config.dtype), config.device)
+    dtype = getattr(torch, config.dtype) if config.dtype else fast_dtype(config.device)
+    llama = Llama.from_pretrained(path, dtype, config.device)
     tok = tokenizer.load(path)
     if config.chat:
         ids = tok.chat([{"role": "user", "content": text}])
@@ -133,7 +138,8 @@ def main(config: Config) -> dict:
                          f"is {llama.config.context}")
     butler = load_for(llama, config.butler) if config.selector == "butler" else None
     selector = make_selector(config.selector, config.budget, butler,
-                             interval=config.interval, neighbours=config.neighbours)
+                             interval=config.interval, neighbours=config.neighbours,
+                             dense_below=config.dense_below)
     tally, new, first = Tally(len(ids) + config.max_new_tokens), [], None
     print(text if len(text) < 600 else "[...]" + text[-600:], end="", flush=True)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -163,17 +169,21 @@ def main(config: Config) -> dict:
     print(f"{len(new)} tokens at {report['tokens_per_s']} a second; each query attended "
           f"to {report['attended_per_step']} of up to {cached} cached tokens ({config.selector}); "
           f"keys and values: {report['cache_bytes'] / 1e6:.1f} MB")
+    if selector and config.dense_below < cached < BREAK_EVEN and config.device == "cpu":
+        print(f"below about {BREAK_EVEN:,} tokens a dense step is the faster one on a CPU: "
+              "--dense-below", file=sys.stderr)
     return report | provenance()
 
 
 def check(config) -> None:
     if config.selector not in NAMES:
         raise UsageError(f"unknown selector {config.selector!r}; known: {', '.join(NAMES)}")
-    Selector(config.budget, interval=config.interval, neighbours=config.neighbours)
+    Selector(config.budget, interval=config.interval, neighbours=config.neighbours,
+             dense_below=config.dense_below)
     if config.max_new_tokens < 1 or config.temperature < 0 or not 0 < config.top_p <= 1:
         raise UsageError("--max-new-tokens is at least 1, --temperature at least 0, "
                          "--top-p between 0 and 1")
-    if config.dtype not in ("float32", "bfloat16"):
+    if config.dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")
 
 

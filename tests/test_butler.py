@@ -253,6 +253,18 @@ def test_interval_one_is_every_step_and_reuse_keeps_the_choice(pair, name):
                 assert torch.equal(index[..., 20:], trace[step - step % 4][layer][..., 20:])
 
 
+def test_dense_below_a_length_and_sparse_from_there_on(tiny, tiny_butler):
+    ids = torch.arange(60)[None] % tiny.config.vocab_size
+    cache, plain = tiny.new_cache(1, 60), tiny.new_cache(1, 60)
+    selector = tiny_butler.selector(30, dense_below=56)
+    for c in (cache, plain):
+        tiny.prefill(ids[:, :50], c)
+    for cached, token in enumerate(ids[:, 50:].split(1, dim=1), start=51):
+        same = torch.equal(tiny.decode(token, cache, selector), tiny.decode(token, plain))
+        assert same == (cached < 56) == (not selector.index)
+    assert selector.index[1].shape[-1] == 30
+
+
 def test_a_reuse_step_runs_neither_producer_nor_scores(tiny, tiny_butler, monkeypatch):
     cache, selector = tiny.new_cache(1, 60), tiny_butler.selector(30, interval=3)
     ids = torch.arange(60)[None] % tiny.config.vocab_size

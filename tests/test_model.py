@@ -1,5 +1,6 @@
 """model.py, weights.py and kernel.py against transformers, gguf, loops, and damaged files."""
 
+import copy
 import hashlib
 import json
 import os
@@ -766,6 +767,19 @@ def test_truncate(model):
         actual, expected = (in_chunks(model, y[:, :size], c, 5) for c in (cache, fresh))
         assert_close(f"behind {length}", actual, expected, 2e-4)
         cache.truncate(length)
+
+
+def test_rows_of_different_lengths_in_bfloat16(tiny):
+    """The cache is in float32 on a CPU whatever the weights are in."""
+    small = copy.deepcopy(tiny).bfloat16()
+    x, lengths = random_tokens(tiny, 2, 20), [20, 7]
+    cache = small.new_cache(2, 24)
+    small.prefill(x, cache, lengths=lengths)
+    steps = torch.cat([small.decode(x[:, i : i + 1], cache) for i in range(4)], dim=1)
+    assert cache.k[0].dtype == torch.float32 and steps.dtype == torch.bfloat16
+    for row, n in enumerate(lengths):
+        expected = tiny(torch.cat([x[row, :n], x[row, :4]])[None])[0, n:]
+        assert_close(f"row {row}", steps[row].float(), expected, 0.5)
 
 
 def test_truncate_a_ragged_cache(tiny):

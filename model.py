@@ -352,7 +352,7 @@ class Llama(nn.Module):
 
 def fast_dtype(device="cpu") -> torch.dtype:
     """bfloat16 where this machine multiplies it in hardware, else float32."""
-    if torch.device(device).type == "cuda":
+    if str(device).startswith("cuda"):
         return torch.bfloat16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 

@@ -56,7 +56,8 @@ class Config:
     task: tuple = flag(("coreference", "needle_noise", "copy"), "interval: tasks", names)
     intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval: steps between choices", names)
     neighbours: tuple = flag(("0", "1"), "interval: tokens on either side of a chosen one", names)
-    shape: str = flag(None, f"attention, speed: random weights, {', '.join(speed.SHAPES)}")
+    shape: str = flag(None, "attention, speed: random weights in the shape of "
+                            f"{', '.join(speed.SHAPES)} or a config.json")
     contexts: tuple = flag(("512", "2048", "8000"), "attention, speed: tokens cached", names)
     batch: tuple = flag(("1",), "attention, speed: sequences", names)
     seed: int = flag(0, "seed of documents and sampling")
@@ -267,8 +268,7 @@ def write(config: Config, report: dict) -> dict:
 def check(config: Config) -> None:
     for given, known, what in (((config.suite,), SUITES | speed.SUITES, "suite"),
                                (config.selectors, NAMES, "selector"),
-                               (config.task, synth_task.TASKS, "task"),
-                               ({config.shape} - {None}, speed.SHAPES, "shape")):
+                               (config.task, synth_task.TASKS, "task")):
         if unknown := sorted(set(given) - set(known)):
             raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     if config.n < 1 or config.length < 64:
@@ -284,6 +284,8 @@ def check(config: Config) -> None:
             raise UsageError(f"--{name} takes whole numbers above 0")
     if config.shape and config.model:
         raise UsageError("--shape has random weights, --model its own: one of the two")
+    if config.shape:
+        speed.shape_of(config.shape)
     try:
         for budget in config.budgets:
             for i in config.intervals:

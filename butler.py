@@ -360,13 +360,16 @@ class ButlerSelector(Selector):
     def choose_ahead(self, queries, keys, positions):
         """q_imp [R, B, H, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""
         if triton and keys.is_cuda and not self.neighbours:
-            least = self.sinks + self.window
-            wanted = (allowance(self.budget, positions[:, 0] + 1, least) - least).clamp(min=0)
-            return triton_select(queries[:, :, :, 0], keys, positions[:, 0], wanted,
-                                 self.sinks, self.window)[..., None, :]
+            return self.choose_by_triton(queries, keys, positions)
         scores = self.rate(queries, keys[..., : int(positions.max())], positions)
         chosen = self.choose(scores.flatten(0, 1), positions.repeat(len(queries), 1))
         return chosen.unflatten(0, (len(queries), -1))
+
+    def choose_by_triton(self, queries, keys, positions):
+        least = self.sinks + self.window
+        wants = (allowance(self.budget, positions[:, 0] + 1, least) - least).clamp(min=0)
+        return triton_select(queries[:, :, :, 0], keys, positions[:, 0], wants, self.sinks,
+                             self.window)[..., None, :]
 
     def pick(self, layer, q, keys, positions):
         chosen = self.ahead[layer]

@@ -287,10 +287,11 @@ def score(q, k, tops, totals, codes, histogram, positions, BG, G, k_g, k_e, scal
     highest = tl.max(top, 1)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     whole = tl.sum(total * tl.exp(top - highest[:, None]), 1)
-    raw = products(q, k, row, s, k_g, k_e, scale, N, NP, E)
-    share = tl.exp(raw - highest[:, None]) / tl.where(whole > 0, whole, 1.0)[:, None]
-    mean = tl.sum(tl.where((n < N)[:, None], share, 0.0), 0) / N
     free = (s >= sinks) & (s <= tl.load(positions + row % BG // G) - window)
+    raw = products(q, k, row, s, k_g, k_e, scale, N, NP, E)
+    raw = tl.where((n < N)[:, None] & free, raw, float("-inf"))
+    share = tl.exp(raw - highest[:, None]) / tl.where(whole > 0, whole, 1.0)[:, None]
+    mean = tl.sum(share, 0) / N
     code = tl.where(free, tl.maximum(mean.to(tl.int32, bitcast=True) >> 15, 1), 0)
     tl.store(codes + row.to(tl.int64) * S + s, code.to(tl.int16))
     counts = tl.histogram(code >> 4, BINS)

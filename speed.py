@@ -18,11 +18,14 @@ weights, keys and values, and importance keys.
     python bench.py --suite speed --contexts 8000
 """
 
+import json
 import math
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +34,7 @@ from tqdm import tqdm
 from butler import Butler, ButlerConfig, load_for
 from kernel import sparse_attention
 from model import Llama, dense_attention, fast_dtype, resolve, rope_frequencies
-from weights import Config
+from weights import Config, ModelError
 
 SHAPES = {
     "smollm2-135m": Config(vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64,
@@ -41,6 +44,18 @@ SHAPES = {
     "llama-3.1-8b": Config(vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8,
                            head_dim=128, mlp_width=14336, context=2**20, rope_theta=5e5),
 }
+
+
+def shape_of(name: str) -> Config:
+    """One of SHAPES, or that of a config.json; for speed alone, so of any context."""
+    if name in SHAPES:
+        return SHAPES[name]
+    try:
+        config = Config.from_hugging_face(json.loads(Path(name).read_text()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+        raise ModelError(f"shape {name!r} is none of {', '.join(SHAPES)}, and no config.json "
+                         f"({e})") from None
+    return replace(config, context=2**20)
 
 
 def by_turns(candidates: dict, rounds: int, device) -> dict:
@@ -258,7 +273,7 @@ def model_of(config):
         return llama, load_for(llama, *config.butler)
     torch.set_default_dtype(fast_dtype(config.device))
     with torch.device(config.device):
-        llama = Llama(SHAPES[config.shape]).eval().requires_grad_(False)
+        llama = Llama(shape_of(config.shape)).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     llama.frequencies = rope_frequencies(llama.config)
     butler = Butler(ButlerConfig.for_model(llama)).to(config.device)

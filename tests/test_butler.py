@@ -1,5 +1,7 @@
 """Contracts of the butler and its selection: what may never happen, tiny and real."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,6 +159,24 @@ def test_ragged_batch_equals_single_rows(pair):
                     assert a[a >= 0].tolist() == sorted(b[b >= 0].tolist())
 
 
+def test_triton_chooses_the_same_in_a_decode_step(tiny, tiny_butler):
+    """Rows of different lengths; the first step is chosen layer by layer, the others ahead."""
+    pytest.importorskip("triton")
+    ids = torch.randint(256, (2, 68), generator=torch.Generator().manual_seed(0))
+    runs = []
+    for by_triton in (False, True):
+        cache, selector = tiny.new_cache(2, 80), tiny_butler.selector(0.6)
+        if by_triton:
+            selector.choose_ahead = selector.choose_by_triton
+        tiny.prefill(ids[:, :64], cache, lengths=[40, 64])
+        for token in ids[:, 64:].split(1, dim=1):
+            logits = tiny.decode(token, cache, selector)
+        runs.append((logits, {n: i.sort(-1).values for n, i in selector.index.items()}))
+    (logits, index), (other, same) = runs
+    assert all(torch.equal(index[layer], same[layer]) for layer in index)
+    assert (logits - other).abs().max() < 1e-5
+
+
 def test_cached_importance_keys_equal_recomputed_ones(pair):
     model, butler, ids = pair
     cache, selector = model.new_cache(1, 90), butler.selector(0.3)
@@ -263,6 +283,23 @@ def test_dense_below_a_length_and_sparse_from_there_on(tiny, tiny_butler):
         same = torch.equal(tiny.decode(token, cache, selector), tiny.decode(token, plain))
         assert same == (cached < 56) == (not selector.index)
     assert selector.index[1].shape[-1] == 30
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_memory_is_flat_over_a_thousand_steps(tiny, tiny_butler, interval):
+    """Bytes of all tensors alive, but for what a choice of one token more takes."""
+    def alive():
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                    for t in tensors}.values())
+
+    cache, selector = tiny.new_cache(1, 1700), tiny_butler.selector(40, interval=interval)
+    tiny.prefill(torch.arange(600)[None] % 256, cache)
+    for step in range(1001):
+        tiny.decode(torch.tensor([[step % 256]]), cache, selector)
+        if step == 20:
+            before = alive()
+    assert alive() <= before + 1000
 
 
 def test_a_reuse_step_runs_neither_producer_nor_scores(tiny, tiny_butler, monkeypatch):

@@ -1,11 +1,13 @@
 """speed.py: bytes counted right, every candidate measured, the fastest dense one compared with."""
 
+import json
+
 import pytest
 import torch
 
 import bench
 import speed
-from weights import Config
+from weights import Config, ModelError
 
 TINY = Config(vocab_size=64, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
               context=512, tied=True)
@@ -80,6 +82,14 @@ def test_every_dense_form_is_attention():
         assert (form(q, k, v) - expected).abs().max() < 1e-5
 
 
-def test_an_unknown_shape_is_named(monkeypatch):
-    with pytest.raises(bench.UsageError, match="shape 'llama-9'; known: smollm2-135m"):
+def test_shapes_by_name_and_by_file(monkeypatch, tmp_path):
+    with pytest.raises(ModelError, match="shape 'llama-9' is none of smollm2-135m"):
         bench.check(config(monkeypatch, suite="speed", shape="llama-9"))
+    own = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3,
+           "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    shape = speed.shape_of(str(tmp_path / "config.json"))
+    assert (shape.layers, shape.head_dim, shape.context) == (3, 8, 2**20)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="no config.json"):
+        speed.shape_of(str(tmp_path / "config.json"))

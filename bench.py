@@ -61,7 +61,7 @@ class Config:
     contexts: tuple = flag(("512", "2048", "8000"), "attention, speed: tokens cached", names)
     batch: tuple = flag(("1",), "attention, speed: sequences", names)
     seed: int = flag(0, "seed of documents and sampling")
-    write: bool = flag(False, "write results/SUITE.json, tables and figure")
+    write: bool = flag(False, "write results/SUITE.json or SUITE_SHAPE.json, redraw tables")
     device: str = flag("cpu", "cpu or cuda")
 
 
@@ -259,7 +259,8 @@ def main(config: Config) -> dict:
 
 def write(config: Config, report: dict) -> dict:
     if config.write:
-        written = RESULTS / f"{config.suite}.json"
+        shape = Path(config.shape or "").name.removesuffix(".json")
+        written = RESULTS / f"{config.suite}{'_' * bool(shape)}{shape}.json"
         written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
         subprocess.run([sys.executable, RESULTS / "render.py"], check=True)
     return report

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from butler import Butler, ButlerConfig, load_for
 from kernel import sparse_attention
-from model import Llama, dense_attention, fast_dtype, resolve, rope_frequencies
+from model import Linear, Llama, dense_attention, fast_dtype, resolve, rope_frequencies
 from weights import Config, ModelError
 
 SHAPES = {
@@ -197,9 +197,9 @@ def filled(llama, batch: int, context: int, dtype=None):
 def moved(suite: str, llama, batch: int, context: int, kept, interval, number: int) -> int:
     """Bytes that a step reads at least: keys and values, importance keys (of `number` bytes each
     channel), and weights."""
-    c, size = llama.config, llama.embed_tokens.weight.element_size()
+    c = llama.config
     token = 2 * c.kv_heads * c.head_dim * number  # of one layer
-    weights = sum(p.numel() for p in llama.parameters()) * size + batch * context * token
+    weights = weight_bytes(llama)[batch <= Linear.ROWS] + batch * context * token
     layers = batch * (c.layers - 1)
     if kept is None:
         cache = context * token
@@ -213,10 +213,19 @@ def moved(suite: str, llama, batch: int, context: int, kept, interval, number: i
 
 def memory(llama, batch: int, context: int, kept, number: int) -> int:
     """Bytes held while decoding: weights, keys and values, importance keys."""
-    c, weight = llama.config, llama.embed_tokens.weight
+    c = llama.config
     channels = c.layers * 2 * c.head_dim + (c.layers - 1) * ButlerConfig.size * (kept is not None)
-    weights = sum(p.numel() for p in llama.parameters()) * weight.element_size()
-    return weights + batch * context * c.kv_heads * channels * number
+    packed = sum(m.packed.nbytes + m.scales.nbytes for m in llama.modules()
+                 if isinstance(m, Linear) and m.packed is not None)
+    return weight_bytes(llama)[0] + packed + batch * context * c.kv_heads * channels * number
+
+
+def weight_bytes(llama) -> tuple[int, int]:
+    """Bytes of the weights, and what a step of a few tokens reads: 4-bit ones where there are."""
+    plain = sum(p.nbytes for p in llama.parameters())
+    saved = sum(m.weight.nbytes - m.packed.nbytes - m.scales.nbytes for m in llama.modules()
+                if isinstance(m, Linear) and m.packed is not None)
+    return plain, plain - saved
 
 
 def break_even(rows: list[dict]) -> dict:

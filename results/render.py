@@ -128,8 +128,9 @@ def timed(report: dict) -> str:
 
 TABLES = {"results/train.json": train.table, "results/ablations.json": ablate.table,
           "results/perplexity.json": perplexity, "results/recall.json": recall,
-          "results/attention.json": timed, "results/speed.json": timed,
-          "results/attention_1b.json": timed, "results/compare.json": compare.table,
+          "results/attention_smollm2-135m.json": timed, "results/speed.json": timed,
+          "results/attention_llama-3.2-1b.json": timed, "results/compare.json": compare.table,
+          "results/speed_llama-3.2-1b.json": timed,
           "results/interval.json": interval, "results/interval_oracle.json": interval,
           "results/ruler.json": tasks,
           "results/ruler_long.json": tasks, "results/ruler_many.json": tasks,
@@ -160,18 +161,18 @@ def draw(path: Path) -> None:
                      "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey,
                      "ytick.color": grey, "legend.labelcolor": grey, "font.size": 9})
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, suite in zip(axes, ("attention", "speed"), strict=True):
-        report = json.loads((ROOT / "results" / f"{suite}.json").read_text())
+    for axis, name in zip(axes, ("attention_smollm2-135m", "speed"), strict=True):
+        report = json.loads((ROOT / "results" / f"{name}.json").read_text())
         lines = {}
         for row in report["rows"]:
-            name = "dense, the fastest" if row["kept"] is None else row["selector"]
-            by_context = lines.setdefault(name, {})
+            label = "dense, the fastest" if row["kept"] is None else row["selector"]
+            by_context = lines.setdefault(label, {})
             by_context[row["context"]] = min(row["ms"], by_context.get(row["context"], row["ms"]))
-        for name, by_context in lines.items():
+        for label, by_context in lines.items():
             axis.plot(*zip(*sorted(by_context.items()), strict=True), marker="o", markersize=3,
-                      label=name, linewidth=2.5 if name.startswith("dense") else 1.2)
+                      label=label, linewidth=2.5 if label.startswith("dense") else 1.2)
         axis.set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="ms a step",
-                 title={"attention": "attention of all layers", "speed": "whole step"}[suite])
+                 title="whole step" if name == "speed" else "attention of all layers")
         axis.legend(frameon=False, fontsize=7)
         for edge in ("top", "right"):
             axis.spines[edge].set_visible(False)

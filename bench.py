@@ -54,7 +54,8 @@ class Config:
     n: int = flag(12, "windows, documents or prompts; attention, speed: rounds")
     length: int = flag(512, "tokens of a window; of a generated text")
     task: tuple = flag(("coreference", "needle_noise", "copy"), "interval: tasks", names)
-    intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval: steps between choices", names)
+    intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval, attention, speed: steps between "
+                            "choices", names)
     neighbours: tuple = flag(("0", "1"), "interval: tokens on either side of a chosen one", names)
     shape: str = flag(None, "attention, speed: random weights in the shape of "
                             f"{', '.join(speed.SHAPES)} or a config.json")
@@ -259,7 +260,9 @@ def main(config: Config) -> dict:
 
 def write(config: Config, report: dict) -> dict:
     if config.write:
-        shape = Path(config.shape or "").name.removesuffix(".json")
+        shape = config.shape or ""
+        if shape.endswith(".json"):
+            shape = Path(shape).resolve().parent.name
         written = RESULTS / f"{config.suite}{'_' * bool(shape)}{shape}.json"
         written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
         subprocess.run([sys.executable, RESULTS / "render.py"], check=True)

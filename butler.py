@@ -230,10 +230,12 @@ class Selector:
             raise ButlerError("sinks and neighbours are >= 0, window and interval >= 1")
         self.budget, self.sinks, self.window = budget, sinks, window
         self.interval, self.neighbours, self.dense_below = interval, neighbours, dense_below
-        self.step, self.chosen, self.index = 0, {}, {}
+        self.step, self.end, self.chosen, self.index = 0, 0, {}, {}
 
     def watch(self, layer, x, q, keys, positions) -> None:
-        """Stands in the selector's place while a prompt is read densely; most need not look."""
+        """Stands in the selector's place while a prompt is read densely; the next step then makes
+        a choice of its own, whatever the interval."""
+        self.step = 0
 
     def look_ahead(self, layer: int, x, positions) -> None:
         """Sees the input x [B, T, C] of every layer, before the layer runs."""
@@ -250,7 +252,10 @@ class Selector:
     def __call__(self, layer, x, q, keys, positions):
         """See model.py: -> index [B, G, T, K] int32, or None for dense attention."""
         if layer == 0:
-            self.dense = int(positions.max()) + 1 < self.dense_below
+            if int(positions.min()) < self.end - 1:  # rewound by more than a token: choose anew
+                self.step = 0
+            self.end = int(positions.max()) + 1
+            self.dense = self.end < self.dense_below
         if self.dense:
             return None
         if layer == 0:
@@ -290,16 +295,20 @@ class Selector:
         return torch.cat([torch.where(sinks <= here, sinks, -1),
                           torch.where(recent >= self.sinks, recent, -1)], dim=-1)
 
+    def wanted(self, positions):
+        """How many tokens a query may choose beside sinks and window; below 0 in a short text."""
+        least = self.sinks + self.window
+        return allowance(self.budget, positions + 1, least) - least
+
     def choose(self, scores, positions):
         """The best between sinks and window: scores [B, G, T, S] -> [B, G, T, K'], -1 = empty.
 
         K' is what the longest row's budget leaves; indices are unique, by decreasing score.
         """
-        least = self.sinks + self.window
-        rest = allowance(self.budget, positions + 1, least) - least  # [B, T]
-        newest = int(positions.max()) - self.window  # that any query may choose
+        rest, last = self.wanted(positions), int(positions.max())
+        newest = last - self.window  # that any query may choose
         scores = scores[..., self.sinks : max(newest + 1, self.sinks)].float()
-        if int(positions.min()) < newest + self.window:  # some may choose less than others
+        if int(positions.min()) < last:  # some may choose from less than others
             s = torch.arange(scores.shape[-1], device=scores.device) + self.sinks
             taken = s > positions[:, None, :, None] - self.window  # [B, 1, T, S']
             scores = scores.masked_fill(taken, -torch.inf)
@@ -326,19 +335,30 @@ class ButlerSelector(Selector):
     def __init__(self, butler: Butler, budget, **rules):
         super().__init__(budget, **rules)
         self.butler, self.queries, self.ahead = butler, {}, {}
-        self.buffers, self.projected = {}, {}  # by first layer served; by layer: views of them
+        self.buffers = {}  # by the first layer that a producer serves
         self.home = {}  # per layer: first layer that its producer serves, and how many it serves
         self.seen, self.filled = {}, {}  # per layer: keys [B, G, S, D]; how many were projected
 
+    @property
+    def projected(self) -> dict:
+        """{layer: its importance keys [B, G, E, capacity]}"""
+        return {layer: self.buffers[first][layer - first]
+                for layer, (first, _) in self.home.items() if first in self.buffers}
+
     def __call__(self, layer, x, q, keys, positions):
-        if layer:
-            self.see(layer, keys, positions)
+        self.see(layer, keys, positions)
         return super().__call__(layer, x, q, keys, positions)
+
+    def watch(self, layer, x, q, keys, positions):
+        super().watch(layer, x, q, keys, positions)
+        self.see(layer, keys, positions)
 
     def see(self, layer, keys, positions):
         """Takes note of a layer's keys; those from the first new position on are to be projected
-        when they are needed, like any that a dense prefill or a reuse step left out."""
-        if layer == 1:
+        when they are needed, like any that a reuse step or a prompt read unseen left out."""
+        if layer == 0:
+            return
+        if layer == 1:  # once a step is enough: on a GPU it waits for the device
             self.start = int(positions.min())
         self.seen[layer] = keys
         self.filled[layer] = min(self.filled.get(layer, 0), self.start)
@@ -354,20 +374,19 @@ class ButlerSelector(Selector):
         known = [self.seen[s].shape[2] if s in self.seen else 0 for s in served]
         if x.shape[1] == 1 and min(known) >= longest > 0:
             keys = self.importance_keys(served, longest)
-            chosen = self.choose_ahead(torch.stack(list(queries.values())), keys, positions)
+            on_gpu = triton and keys.is_cuda and not self.neighbours
+            choose = self.choose_by_triton if on_gpu else self.choose_ahead
+            chosen = choose(torch.stack(list(queries.values())), keys, positions)
             self.ahead.update(zip(served, chosen, strict=True))
 
     def choose_ahead(self, queries, keys, positions):
         """q_imp [R, B, H, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""
-        if triton and keys.is_cuda and not self.neighbours:
-            return self.choose_by_triton(queries, keys, positions)
         scores = self.rate(queries, keys[..., : int(positions.max())], positions)
         chosen = self.choose(scores.flatten(0, 1), positions.repeat(len(queries), 1))
         return chosen.unflatten(0, (len(queries), -1))
 
     def choose_by_triton(self, queries, keys, positions):
-        least = self.sinks + self.window
-        wants = (allowance(self.budget, positions[:, 0] + 1, least) - least).clamp(min=0)
+        wants = self.wanted(positions[:, 0]).clamp(min=0)
         return triton_select(queries[:, :, :, 0], keys, positions[:, 0], wants, self.sinks,
                              self.window)[..., None, :]
 
@@ -377,7 +396,7 @@ class ButlerSelector(Selector):
 
     @torch.inference_mode()
     def scores(self, layer, q, keys, positions):
-        self.see(layer, keys, positions)
+        self.see(layer, keys, positions)  # who compares scores calls this alone
         projected = self.importance_keys([layer], keys.shape[2])[..., : keys.shape[2]]
         return self.rate(self.queries[layer][None], projected, positions)[0]
 
@@ -403,7 +422,6 @@ class ButlerSelector(Selector):
             if first in self.buffers:
                 grown[..., : self.buffers[first].shape[-1]] = self.buffers[first]
             self.buffers[first] = grown
-            self.projected.update(zip(range(first, first + count), grown, strict=True))
         buffer = self.buffers[first][layers[0] - first :][: len(layers)]
         start = min(self.filled[layer] for layer in layers)
         if start < S:

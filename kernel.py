@@ -14,8 +14,9 @@ A ladder of three forms, with the bytes they move for one query of one layer, e 
     Triton           fetch and attend in one kernel      B*G*K*2D*e read once, on CUDA
 
 K is a tenth of S or less. The price: the rows lie scattered in memory. Scoring reads B*G*S*E*e of
-importance keys, for all layers of a producer at once; Triton's `normalise`, `score` and `select`
-leave 2 bytes a token between them, PyTorch's products, softmax and two top-Ks 4 (H/G + 3) bytes.
+importance keys, for all layers of a producer at once. PyTorch then writes and reads a score for
+each head and token; Triton reads the keys twice, in `normalise` and in `score`, and writes 2 bytes
+a token.
 
     python kernel.py        compares the forms on random input (Triton's: TRITON_INTERPRET=1)
 """
@@ -33,7 +34,7 @@ except ImportError:  # not a system that Triton runs on: gather + SDPA serves ev
     from types import SimpleNamespace
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-CODE = 2**15 - 1  # the largest code of a score
+LOW = 2**15 - 1  # the bits of a score that its code leaves out
 BLOCK = 1024  # tokens scored by one program
 BINS = 2048  # of a histogram of codes: their upper 11 bits
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -112,12 +113,12 @@ def in_order(scores):
     """Scores between 0 and 1, [..., S] float32, as the 15-bit codes by which they are ranked: equal
     codes keep the order of the tokens, the earliest first (as far as 15 bits count them).
 
-    The code is the upper half of the number's bits, sign left out; below it stands what is left of
+    The code is the number's bits but for the lowest 15; in place of these stands what is left of
     32,767 after taking the token's index off. So any top-K of the result is the same, stable one.
     """
-    s = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).clamp(max=CODE)
-    bits = scores.contiguous().view(torch.int32).clamp(min=CODE + 1)  # code 0: not to be chosen
-    return ((bits | CODE) - s).view(torch.float32)
+    s = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).clamp(max=LOW)
+    bits = scores.contiguous().view(torch.int32).clamp(min=LOW + 1)  # code 0: not to be chosen
+    return ((bits | LOW) - s).view(torch.float32)
 
 
 def top(scores, K: int):
@@ -142,7 +143,7 @@ def top_with_neighbours(scores, reach: int, K: int):
     """Neighbour fetch as a max-filter: every token gets the best score within `reach` of it.
 
     The first K by (that, own score) are the best tokens, each followed by its neighbours: every
-    index once, K in all, none whose score is -inf. -> values and indices [B, G, T, K]
+    index once, K in all, those whose score is -inf last. -> values and indices [B, G, T, K]
     """
     widest = F.max_pool1d(scores.flatten(0, -2)[:, None], 2 * reach + 1, stride=1, padding=reach)
     widest = widest.view_as(scores).masked_fill(scores == -torch.inf, -torch.inf)

@@ -125,9 +125,8 @@ def dense_attention(q, k, v, positions, ragged: bool):
     G, S = k.shape[1:3]
     if T == 1 and not ragged:  # one query sees everything: fold the group into the query axis
         return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).reshape(q.shape)
-    if T == S and not ragged:
+    if T == S and not ragged:  # is_causal aligns top-left: right when nothing is cached yet
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # is_causal aligns top-left: right only when nothing is cached yet
     if not ragged and q.device.type == "cpu":
         return attention_behind(q, k, v)
     mask = torch.arange(S, device=q.device) <= positions[:, None, :, None]
@@ -157,16 +156,18 @@ class Linear(nn.Linear):
 
     def pack(self) -> None:
         """Packs bfloat16 weights [N, C] if every 32 in a row are 16 evenly spaced values from the
-        least to the largest, as in GGUF's Q4_1; others stay as they are."""
+        least to the largest, as in GGUF's Q4_1; others stay as they are, and so do sizes that the
+        4-bit product does not take. After this the weights may neither change nor move."""
         if self.in_features % 32 or self.out_features % 64:
             return
-        w = self.weight.float().unflatten(1, (-1, 32))
-        low, high = w.aminmax(dim=-1)
-        step = ((high - low) / 15).clamp(min=1e-12)
-        code = ((w - low[..., None]) / step[..., None]).round()
-        error = code * step[..., None] + low[..., None] - w
-        if (error.abs() > 2**-7 * w.abs().amax(-1, keepdim=True)).any():
-            return
+        for rows in (slice(64), slice(None)):  # most that are not so show it at once
+            w = self.weight[rows].float().unflatten(1, (-1, 32))
+            low, high = w.aminmax(dim=-1)
+            step = ((high - low) / 15).clamp(min=1e-12)
+            code = ((w - low[..., None]) / step[..., None]).round()
+            error = code * step[..., None] + low[..., None] - w
+            if (error.abs() > 2**-7 * w.abs().amax(-1, keepdim=True)).any():
+                return
         self.scales = torch.stack([step, low + 8 * step], dim=-1).transpose(0, 1).to(
             torch.bfloat16).contiguous()  # [C/32, N, 2]: weight = (code - 8) * step + offset
         self.packed = torch._convert_weight_to_int4pack_for_cpu(code.flatten(1).int(), 1)
@@ -264,7 +265,7 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, capacity: int, dtype=None) -> Cache:
         """Room for `capacity` tokens a row, by default in the weights' format on a GPU and float32
-        on a CPU, which attends to bfloat16 only half as fast (results/attention.json)."""
+        on a CPU, which attends to bfloat16 only half as fast (results/README.md, Speed)."""
         if dtype is None:
             on_cpu = self.device.type == "cpu"
             dtype = torch.float32 if on_cpu else self.embed_tokens.weight.dtype
@@ -321,17 +322,14 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Llama":
         """A Hugging Face folder or a GGUF file -> a frozen Llama. Raises ModelError in one line."""
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError):
-            raise ModelError(f"device {device!r} cannot be used here") from None
+        check_device(device)
         config, tensors, factors = read(path)
         with torch.device("meta"):  # shapes only: nothing is allocated before it has been checked
             model = cls(config)
         places, state, read_already = model.places(), {}, set()
         for name, tensor in tensors:
             whole, rows, shape = places.get(name, (None, None, ()))
-            if tensor.shape != shape or not tensor.is_floating_point():
+            if whole is None or tensor.shape != shape or not tensor.is_floating_point():
                 raise ModelError(f"{path}: tensor {name!r} {tuple(tensor.shape)} {tensor.dtype} "
                                  f"does not belong there, expected {tuple(shape)}")
             if whole not in state:
@@ -348,6 +346,13 @@ class Llama(nn.Module):
                 if isinstance(module, Linear):
                     module.pack()
         return model.eval().requires_grad_(False)
+
+
+def check_device(device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ModelError(f"device {device!r} cannot be used here") from None
 
 
 def fast_dtype(device="cpu") -> torch.dtype:

@@ -85,7 +85,13 @@ class Tally:
         self.kept = torch.zeros(capacity, dtype=torch.long)
         self.choices, self.attended = 0, 0
 
-    def add(self, selector) -> None:
+    def add(self, selector, cached: int, heads: int) -> None:
+        """One step's choice; of a dense step all `cached` tokens, for as many layers and heads."""
+        if selector.dense:
+            self.kept[:cached] += heads
+            self.attended += heads * cached
+            self.choices += heads
+            return
         for index in selector.index.values():  # [1, G, 1, K] of each layer
             used = index[index >= 0].cpu()
             self.kept += torch.bincount(used, minlength=len(self.kept))
@@ -148,7 +154,8 @@ def main(config: Config) -> dict:
         first = first or time.perf_counter()
         new.append(token)
         if selector:
-            tally.add(selector)
+            tally.add(selector, len(ids) + len(new) - 1,
+                      (llama.config.layers - 1) * llama.config.kv_heads)
         print(utf8.decode(tok.decode_bytes([token])), end="", flush=True)
     decoding = time.perf_counter() - (first or start)
     print("\n")
@@ -169,7 +176,7 @@ def main(config: Config) -> dict:
     print(f"{len(new)} tokens at {report['tokens_per_s']} a second; each query attended "
           f"to {report['attended_per_step']} of up to {cached} cached tokens ({config.selector}); "
           f"keys and values: {report['cache_bytes'] / 1e6:.1f} MB")
-    if selector and config.dense_below < cached < BREAK_EVEN and config.device == "cpu":
+    if config.selector == "butler" and config.dense_below < cached < BREAK_EVEN:
         print(f"below about {BREAK_EVEN:,} tokens a dense step is the faster one on a CPU: "
               "--dense-below", file=sys.stderr)
     return report | provenance()

@@ -33,7 +33,15 @@ from tqdm import tqdm
 
 from butler import Butler, ButlerConfig, load_for
 from kernel import sparse_attention
-from model import Linear, Llama, dense_attention, fast_dtype, resolve, rope_frequencies
+from model import (
+    Linear,
+    Llama,
+    check_device,
+    dense_attention,
+    fast_dtype,
+    resolve,
+    rope_frequencies,
+)
 from weights import Config, ModelError
 
 SHAPES = {
@@ -137,7 +145,8 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
     for kept in map(float, config.budgets):
         selector = butler.selector(kept)
         step(selector)
-        candidates |= {f"choosing {kept:g} alone": (partial(choose, selector), 1, kept, 1),
+        candidates |= {f"choosing {kept:g} alone": (partial(repeat, 1, choose, selector), 1, 0.0,
+                                                    1),
                        f"attend to {kept:g} alone": (partial(attend, selector.index[1]), 1, kept,
                                                      None)}
     return candidates
@@ -180,9 +189,12 @@ def butlers(butler, step, config) -> dict:
     return candidates
 
 
-def repeat(times: int, function, *arguments) -> None:
+def repeat(times: int, function, selector) -> None:
+    """As many steps as an interval has; the text would have grown by as many tokens since the last
+    choice, so that their keys are taken for new ones."""
+    selector.filled = {layer: n - times for layer, n in selector.filled.items()}
     for _ in range(times):
-        function(*arguments)
+        function(selector)
 
 
 def filled(llama, batch: int, context: int, dtype=None):
@@ -194,9 +206,9 @@ def filled(llama, batch: int, context: int, dtype=None):
     return cache
 
 
-def moved(suite: str, llama, batch: int, context: int, kept, interval, number: int) -> int:
-    """Bytes that a step reads at least: keys and values, importance keys (of `number` bytes each
-    channel), and weights."""
+def moved(suite, llama, batch: int, context: int, kept, interval, number: int, size: int) -> int:
+    """Bytes that a step reads at least: keys and values and importance keys, of `size` channels,
+    `number` bytes each; and weights."""
     c = llama.config
     token = 2 * c.kv_heads * c.head_dim * number  # of one layer
     weights = weight_bytes(llama)[batch <= Linear.ROWS] + batch * context * token
@@ -207,25 +219,24 @@ def moved(suite: str, llama, batch: int, context: int, kept, interval, number: i
         kept = context * kept if kept <= 1 else kept
         cache = kept * token
         if interval:
-            cache += context * c.kv_heads * ButlerConfig.size * number / interval
+            cache += context * c.kv_heads * size * number / interval
     return int(layers * cache + weights * (suite == "speed"))
 
 
-def memory(llama, batch: int, context: int, kept, number: int) -> int:
-    """Bytes held while decoding: weights, keys and values, importance keys."""
-    c = llama.config
-    channels = c.layers * 2 * c.head_dim + (c.layers - 1) * ButlerConfig.size * (kept is not None)
-    packed = sum(m.packed.nbytes + m.scales.nbytes for m in llama.modules()
-                 if isinstance(m, Linear) and m.packed is not None)
-    return weight_bytes(llama)[0] + packed + batch * context * c.kv_heads * channels * number
+def memory(llama, batch: int, context: int, kept, number: int, size: int) -> int:
+    """Bytes held while decoding: weights, keys and values, importance keys; no room to grow."""
+    c, held = llama.config, weight_bytes(llama)[2]
+    channels = c.layers * 2 * c.head_dim + (c.layers - 1) * size * (kept is not None)
+    return held + batch * context * c.kv_heads * channels * number
 
 
-def weight_bytes(llama) -> tuple[int, int]:
-    """Bytes of the weights, and what a step of a few tokens reads: 4-bit ones where there are."""
+def weight_bytes(llama) -> tuple[int, int, int]:
+    """Bytes of weights that a long block of tokens reads; a few tokens, 4-bit ones where there are;
+    and that are held for both."""
     plain = sum(p.nbytes for p in llama.parameters())
-    saved = sum(m.weight.nbytes - m.packed.nbytes - m.scales.nbytes for m in llama.modules()
-                if isinstance(m, Linear) and m.packed is not None)
-    return plain, plain - saved
+    matrices = [m for m in llama.modules() if isinstance(m, Linear) and m.packed is not None]
+    packed = sum(m.packed.nbytes + m.scales.nbytes for m in matrices)
+    return plain, plain + packed - sum(m.weight.nbytes for m in matrices), plain + packed
 
 
 def break_even(rows: list[dict]) -> dict:
@@ -253,6 +264,7 @@ def break_even(rows: list[dict]) -> dict:
 def measure(config) -> dict:
     """All contexts and batches of one suite -> {"rows": [...], "copy_bytes_per_s": ...}."""
     device = config.device
+    check_device(device)
     rate, rows = copy_bandwidth(device), []
     llama, butler = model_of(config)
     element = llama.new_cache(1, 1).k[0].element_size()
@@ -263,14 +275,16 @@ def measure(config) -> dict:
                 seconds = by_turns({n: c[:2] for n, c in candidates.items()}, config.n, device)
             dense = min(t for name, t in seconds.items() if name.startswith("dense"))
             for name, (_, _, kept, interval) in candidates.items():
-                number = 2 if name.endswith("bfloat16") else element
-                read = moved(config.suite, llama, batch, context, kept, interval, number)
+                number = {"bfloat16": 2, "float32": 4}.get(name.split()[-1], element)
+                read = moved(config.suite, llama, batch, context, kept, interval, number,
+                             butler.config.size)
                 rows.append({
                     "suite": config.suite, "device": device, "shape": config.shape, "batch": batch,
                     "context": context, "selector": name, "interval": interval, "kept": kept,
                     "ms": 1e3 * seconds[name], "predicted_ms": 1e3 * read / rate, "bytes": read,
                     "tokens_per_s": batch / seconds[name], "speedup": dense / seconds[name],
-                    "memory_bytes": memory(llama, batch, context, kept, number)})
+                    "memory_bytes": memory(llama, batch, context, kept, number,
+                                           butler.config.size)})
     return {"rows": rows, "copy_bytes_per_s": rate, "break_even": break_even(rows)}
 
 

@@ -95,6 +95,8 @@ class GroupMax(ButlerSelector):
     def rate(self, queries, keys, positions):
         return self.butler.scores(queries, keys.transpose(-1, -2)).amax(3)
 
+    choose_by_triton = ButlerSelector.choose_ahead  # Triton knows the mean of softmaxes only
+
 
 class Int8Keys(ButlerSelector):
     """Importance keys rounded to 8 bits with a scale per token."""

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +22,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from butler import load_for  # noqa: E402
+from butler import Selector, load_for  # noqa: E402
 from cli import UsageError, flag, names, provenance, run  # noqa: E402
 from model import Llama, fast_dtype, resolve  # noqa: E402
-from speed import by_turns  # noqa: E402
+from speed import by_turns, repeat  # noqa: E402
 
 try:
     from cyllama.llama import llama_cpp
@@ -137,11 +138,8 @@ def measure(config: Config) -> dict:
         for interval in map(int, config.intervals):
             selector = ours.butler.selector(config.budget, interval=interval)
 
-            def steps(selector=selector, interval=interval):
-                for _ in range(interval):
-                    ours.step(selector)
-
-            candidates[f"butler {config.budget:g}, interval {interval}"] = steps, interval
+            candidates[f"butler {config.budget:g}, interval {interval}"] = (
+                partial(repeat, interval, ours.step, selector), interval)
         seconds = by_turns(candidates, config.n, "cpu")
         rows += [{"context": context, "candidate": name, "ms": 1e3 * s,
                   "first_token_s": reading.get(name)} for name, s in seconds.items()]
@@ -158,8 +156,11 @@ def table(report: dict) -> str:
 
 
 def main(config: Config) -> dict:
-    if not all(c.isdecimal() and 0 < int(c) < 8192 for c in config.contexts):
-        raise UsageError("--contexts takes whole numbers from 1 to 8191, the model's context")
+    if not all(c.isdecimal() and 32 <= int(c) < 8192 for c in config.contexts):
+        raise UsageError("--contexts takes whole numbers from 32 to 8191, the model's context")
+    if config.n < 1 or not all(i.isdecimal() and 0 < int(i) <= 32 for i in config.intervals):
+        raise UsageError("--n is at least 1, --intervals are whole numbers from 1 to 32")
+    Selector(config.budget)
     report = measure(config) | provenance()
     print(table(report))
     if config.write:

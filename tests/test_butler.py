@@ -202,6 +202,25 @@ def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
         assert (projected[..., :89].transpose(-1, -2) - again).abs().max() < 1e-5
 
 
+def test_a_second_question_behind_a_rewound_prompt(pair):
+    """Read densely under the selector's eyes, or with an interval: as a fresh selector has it."""
+    model, butler, ids = pair
+    for rules in ({}, {"interval": 8}):
+        runs = []
+        for again in (True, False):
+            cache, selector = model.new_cache(1, 90), butler.selector(30, **rules)
+            model.prefill(ids[:, :40], cache, selector.watch)
+            if again:
+                model.prefill(ids[:, 60:70], cache, selector.watch)
+                for token in ids[:, 70:75].split(1, dim=1):
+                    model.decode(token, cache, selector)
+                cache.truncate(40)
+            model.prefill(ids[:, 40:55], cache, selector.watch)
+            runs.append(torch.cat([model.decode(t, cache, selector)
+                                   for t in ids[:, 55:60].split(1, dim=1)], dim=1))
+        assert (runs[0] - runs[1]).abs().max() < 1e-4
+
+
 def test_training_and_decoding_read_the_same_inputs(pair):
     """Queries and scores as the trainer computes them are those of a token-by-token dense run."""
     model, butler, ids = pair

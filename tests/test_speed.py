@@ -39,16 +39,17 @@ def test_bytes(monkeypatch):
     size = llama.embed_tokens.weight.element_size()
     token = 2 * 2 * 8 * 4  # keys and values of two KV heads of size 8, in float32
     weights = sum(p.numel() for p in llama.parameters()) * size
-    assert speed.moved("attention", llama, 3, 100, None, 1, 4) == 3 * 2 * 100 * token
-    assert speed.moved("speed", llama, 3, 100, None, 1, 4) == weights + 3 * 3 * 100 * token
+    assert speed.moved("attention", llama, 3, 100, None, 1, 4, 16) == 3 * 2 * 100 * token
+    assert speed.moved("speed", llama, 3, 100, None, 1, 4, 16) == weights + 3 * 3 * 100 * token
     scored = 100 * 2 * 16 * 4
     for kept, k in ((20.0, 20), (0.1, 10)):
-        assert speed.moved("attention", llama, 1, 100, kept, 4, 4) == 2 * (k * token + scored / 4)
-    assert speed.moved("attention", llama, 1, 100, 20.0, None, 4) == 2 * 20 * token
+        read = speed.moved("attention", llama, 1, 100, kept, 4, 4, 16)
+        assert read == 2 * (k * token + scored / 4)
+    assert speed.moved("attention", llama, 1, 100, 20.0, None, 4, 16) == 2 * 20 * token
 
 
-    assert speed.memory(llama, 1, 100, None, 4) == weights + 100 * 3 * token
-    assert speed.memory(llama, 3, 100, 0.1, 4) == weights + 300 * (3 * token + 2 * 2 * 16 * 4)
+    assert speed.memory(llama, 1, 100, None, 4, 16) == weights + 100 * 3 * token
+    assert speed.memory(llama, 3, 100, 0.1, 4, 16) == weights + 300 * (3 * token + 2 * 2 * 16 * 4)
 
 
 def test_importance_keys_cost_a_sixteenth_of_keys_and_values_at_head_size_128(monkeypatch):

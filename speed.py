@@ -8,11 +8,12 @@
 Dense is whatever is fastest here. In `attention` that is `scaled_dot_product_attention` with the
 group's heads as queries of one KV head or as PyTorch groups them, or two matrix products, each on
 the weights' format and on float32, keys and values each in one piece; in `speed` the model's own
-dense step with a cache of either format, K and V side by side or apart. A choice for nothing, made once and then kept, is the bound of every selector, the oracle
-among them. Every candidate runs once a round, in turn, so that a slow moment of the machine hits
-all; a row holds the median. `predicted_ms` is bytes moved over this machine's copy bandwidth,
-measured too: what the step would cost if memory were all that counts. `memory_bytes` counts
-weights, keys and values, and importance keys.
+dense step with a cache of either format, K and V side by side or apart. A choice for nothing, made
+once and then kept, is the bound of every selector, the oracle among them. Every candidate runs
+once a round, in turn, so that a slow moment of the machine hits all; a row holds the median.
+`predicted_ms` is bytes moved over this machine's copy bandwidth, measured too: what the step would
+cost if memory were all that counts. `memory_bytes` counts weights, keys and values, and importance
+keys.
 
     python bench.py --suite attention --shape smollm2-135m --contexts 2048,8192
     python bench.py --suite speed --contexts 8000

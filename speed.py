@@ -310,9 +310,9 @@ def model_of(config):
 
 
 def table(report: dict) -> str:
-    lines = [f"{'context':>8s} {'batch':>5s}  {'':34s} {'ms a step':>10s} {'by bytes':>9s} "
+    lines = [f"{'context':>8s} {'batch':>5s}  {'':41s} {'ms a step':>10s} {'by bytes':>9s} "
              f"{'tokens/s':>9s} {'x dense':>8s} {'memory, MB':>11s}"]
-    lines += [f"{r['context']:8,} {r['batch']:5}  {r['selector']:34s} {r['ms']:10.2f} "
+    lines += [f"{r['context']:8,} {r['batch']:5}  {r['selector']:41s} {r['ms']:10.2f} "
               f"{r['predicted_ms']:9.2f} {r['tokens_per_s']:9.1f} {r['speedup']:8.2f} "
               f"{r['memory_bytes'] / 1e6:11,.0f}" for r in report["rows"]]
     faster = [f"{name}: {f'{context:,} tokens' if context else 'nowhere here'}"

@@ -64,10 +64,11 @@ def sparse_decode(q, k, v, idx):
         return triton_decode(q, k, v, idx)
     B, H, D = q.shape
     G = k.shape[1]
-    k, v = fetch(k, v, idx)  # [B, G, K, D]
     q = q.reshape(B, G, H // G, D)
     empty = idx < 0
-    if not empty.any():
+    hollow = bool(empty.any())
+    k, v = fetch(k, v, idx.clamp(min=0) if hollow else idx)  # [B, G, K, D]
+    if not hollow:
         return F.scaled_dot_product_attention(q, k, v).reshape(B, H, D)
     empty = empty[:, :, None]  # [B, G, 1, K]
     scores = q @ k.transpose(-1, -2) * D**-0.5  # [B, G, H/G, K]
@@ -78,7 +79,7 @@ def sparse_decode(q, k, v, idx):
 
 
 def fetch(k, v, idx):
-    """Rows of k and v [B, G, S, D] that idx [B, G, K] names (-1: any row) -> two [B, G, K, D].
+    """Rows of k and v [B, G, S, D] that idx [B, G, K] names, none below 0 -> two [B, G, K, D].
 
     One index_select over the table of all rows, which is much faster than k[b, g, idx]. A
     slice of a longer buffer is such a table too, with gaps between its rows.
@@ -89,7 +90,7 @@ def fetch(k, v, idx):
         k, v = torch.stack([k, v])  # contiguous
         batch, head, row, one = k.stride()
     first = torch.arange(0, B * G * (head // row), head // row, dtype=idx.dtype, device=k.device)
-    at = (idx.clamp(min=0).view(B * G, -1) + first[:, None]).flatten()
+    at = (idx.reshape(B * G, -1) + first[:, None]).flatten()
     size = ((B * G - 1) * (head // row) + S, D)
     return [x.as_strided(size, (row, 1), x.storage_offset()).index_select(0, at).view(B, G, -1, D)
             for x in (k, v)]

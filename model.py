@@ -349,6 +349,7 @@ class Llama(nn.Module):
 
 
 def check_device(device) -> None:
+    """Raises ModelError, one line, if PyTorch cannot compute there."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):

@@ -54,17 +54,17 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 class Cache:
     """Keys (already rotated) and values of every layer, preallocated for `capacity` tokens a row.
 
-    A token's key and value lie side by side, [B, G, capacity, 2, D]: who fetches a few tokens finds
-    both in one place. `k[layer]` and `v[layer]` [B, G, capacity, D] are views of it.
+    `k[layer]` and `v[layer]` [B, G, capacity, D] are apart: rows side by side, one for a token's
+    key and value, are fetched no faster and read whole much slower.
 
     Rows may have different lengths: new tokens of row b are written behind its own `lengths[b]`.
     Layers `append`; only `Llama.forward` advances, once, when all layers have written.
     """
 
     def __init__(self, config: Config, batch, capacity, dtype=torch.float32, device="cpu"):
-        shape = (batch, config.kv_heads, capacity, 2, config.head_dim)
-        kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
-        self.k, self.v = [t[:, :, :, 0] for t in kv], [t[:, :, :, 1] for t in kv]
+        shape = (batch, config.kv_heads, capacity, config.head_dim)
+        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device)
+                           for _ in range(config.layers)] for _ in range(2))
         self.capacity, self.size = capacity, 0  # size: tokens in the longest row
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.ragged = False
@@ -148,36 +148,59 @@ def attention_behind(q, k, v):
 
 
 class Linear(nn.Linear):
-    """A matrix. One whose weights were 4-bit numbers in their file can be kept in that form too:
-    a product with a token or two takes as long as reading the weights, and these are a quarter."""
+    """A matrix. One whose weights were 4-bit or 8-bit numbers in their file can be kept in that
+    form too: a product with a token or two takes as long as reading the weights, and these are a
+    quarter or half of bfloat16."""
 
-    ROWS = 4  # tokens up to which the 4-bit product is the faster one
-    packed = None
+    ROWS = 4  # tokens up to which the product with packed weights is the faster one
+    packed = ()  # (codes, scales) whose products add up to this matrix's
 
     def pack(self) -> None:
-        """Packs bfloat16 weights [N, C] if every 32 in a row are 16 evenly spaced values from the
-        least to the largest, as in GGUF's Q4_1; others stay as they are, and so do sizes that the
+        """Packs bfloat16 weights [N, C] if every 32 in a row are what GGUF's Q4_1 or Q8_0 can say:
+        16 evenly spaced values from the least to the largest, or whole multiples up to 127 of one
+        number. An 8-bit code is two of 4 bits. Others stay as they are, and so do sizes that the
         4-bit product does not take. After this the weights may neither change nor move."""
         if self.in_features % 32 or self.out_features % 64:
             return
-        for rows in (slice(64), slice(None)):  # most that are not so show it at once
-            w = self.weight[rows].float().unflatten(1, (-1, 32))
-            low, high = w.aminmax(dim=-1)
-            step = ((high - low) / 15).clamp(min=1e-12)
-            code = ((w - low[..., None]) / step[..., None]).round()
-            error = code * step[..., None] + low[..., None] - w
-            if (error.abs() > 2**-7 * w.abs().amax(-1, keepdim=True)).any():
+        for bits in (4, 8):
+            if quantised(self.weight[:64], bits) and (parts := quantised(self.weight, bits)):
+                self.packed = [(torch._convert_weight_to_int4pack_for_cpu(code, 1), scales)
+                               for code, scales in parts]
                 return
-        self.scales = torch.stack([step, low + 8 * step], dim=-1).transpose(0, 1).to(
-            torch.bfloat16).contiguous()  # [C/32, N, 2]: weight = (code - 8) * step + offset
-        self.packed = torch._convert_weight_to_int4pack_for_cpu(code.flatten(1).int(), 1)
 
     def forward(self, x):
-        if self.packed is None or x[..., 0].numel() > self.ROWS:
+        if not self.packed or x[..., 0].numel() > self.ROWS:
             return super().forward(x)
-        out = torch._weight_int4pack_mm_for_cpu(x.flatten(0, -2), self.packed, 32, self.scales)
-        out = out.view(*x.shape[:-1], -1)
+        rows = x.flatten(0, -2)
+        out = sum(torch._weight_int4pack_mm_for_cpu(rows, codes, 32, scales)
+                  for codes, scales in self.packed).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
+
+
+def quantised(weight, bits: int):
+    """Weights [N, C] as Q4_1 or Q8_0 have them -> parts (codes [N, C] int32 below 16, scales
+    [C/32, N, 2]) whose sum over (code - 8) * step + offset they are; None if they are no such."""
+    w = weight.float().unflatten(1, (-1, 32))
+    largest = w.abs().amax(-1, keepdim=True)
+    if bits == 4:
+        low, high = w.aminmax(dim=-1, keepdim=True)
+        step = ((high - low) / 15).clamp(min=1e-12)
+        code, tolerance = ((w - low) / step).round(), 2**-7 * largest
+    else:
+        step = (largest / 127).clamp(min=1e-12)
+        low = -128 * step
+        code, tolerance = (w / step).round() + 128, 2**-7 * w.abs()
+    if ((code * step + low - w).abs() > tolerance).any():
+        return None
+    code = code.flatten(1).int()
+    if bits == 4:
+        return [(code, scales_of(step, low + 8 * step))]
+    return [(code // 16, scales_of(16 * step, 0 * step)), (code % 16, scales_of(step, 8 * step))]
+
+
+def scales_of(step, offset):
+    """[N, C/32, 1] each -> [C/32, N, 2], in the order of PyTorch's 4-bit product"""
+    return torch.cat([step, offset], dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
 class Attention(nn.Module):
@@ -240,9 +263,14 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        if not config.tied:
-            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.width, config.vocab_size, bias=False)
+        self.tie()
         self.frequencies = rope_frequencies(config)
+
+    def tie(self) -> None:
+        """One matrix for embedding and logits, where the model has but one."""
+        if self.config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def places(self) -> dict:
         """{name in Hugging Face's files: (name of the parameter here, rows of it, their shape)}"""
@@ -293,8 +321,7 @@ class Llama(nn.Module):
         if last:
             at = torch.as_tensor([T] * B if lengths is None else lengths, device=x.device) - 1
             x = x[torch.arange(B, device=x.device), at][:, None]
-        x = self.norm(x)
-        return F.linear(x, self.embed_tokens.weight) if self.config.tied else self.lm_head(x)
+        return self.lm_head(self.norm(x))
 
     @torch.inference_mode()
     def prefill(self, tokens, cache, selector=None, lengths=None, chunk=512):
@@ -339,7 +366,8 @@ class Llama(nn.Module):
             read_already.add(name)
         if missing := sorted(places.keys() - read_already):
             raise ModelError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(state, assign=True, strict=False)  # a tied matrix is there once
+        model.tie()
         model.frequencies = rope_frequencies(config) / factors  # rebuilt: it was born on meta
         if dtype == torch.bfloat16 and torch.device(device).type == "cpu":
             for module in model.modules():

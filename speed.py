@@ -7,13 +7,12 @@
 
 Dense is whatever is fastest here. In `attention` that is `scaled_dot_product_attention` with the
 group's heads as queries of one KV head or as PyTorch groups them, or two matrix products, each on
-the weights' format and on float32, keys and values each in one piece; in `speed` the model's own
-dense step with a cache of either format, K and V side by side or apart. A choice for nothing, made
-once and then kept, is the bound of every selector, the oracle among them. Every candidate runs
-once a round, in turn, so that a slow moment of the machine hits all; a row holds the median.
-`predicted_ms` is bytes moved over this machine's copy bandwidth, measured too: what the step would
-cost if memory were all that counts. `memory_bytes` counts weights, keys and values, and importance
-keys.
+the weights' format and on float32; in `speed` the model's own dense step with a cache of either
+format. A choice for nothing, made once and then kept, is the bound of every selector, the oracle
+among them. Every candidate runs once a round, in turn, so that a slow moment of the machine hits
+all; a row holds the median. `predicted_ms` is bytes moved over this machine's copy bandwidth,
+measured too: what the step would cost if memory were all that counts. `memory_bytes` counts
+weights, keys and values, and importance keys.
 
     python bench.py --suite attention --shape smollm2-135m --contexts 2048,8192
     python bench.py --suite speed --contexts 8000
@@ -122,7 +121,7 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
             form(q[layer], k[layer], v[layer])
 
     for kind in formats(llama):
-        k, v = ([t[:, :, :context].to(kind).contiguous() for t in ts] for ts in (cache.k, cache.v))
+        k, v = ([t[:, :, :context].to(kind) for t in ts] for ts in (cache.k, cache.v))
         for name, form in DENSE.items():
             candidates[f"dense, {name}, {str(kind).split('.')[1]}"] = (
                 partial(dense, form, q.to(kind), k, v), 1, None, 1)
@@ -168,10 +167,8 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
 
     candidates = {}
     for kind in formats(llama):
-        name = str(kind).split(".")[1]
-        for apart in (False, True):
-            candidates[f"dense, K and V {'apart' if apart else 'side by side'}, {name}"] = (
-                partial(step, filled(llama, batch, context, kind, apart)), 1, None, 1)
+        candidates[f"dense, {str(kind).split('.')[1]}"] = (
+            partial(step, filled(llama, batch, context, kind)), 1, None, 1)
     cache = filled(llama, batch, context)
     candidates |= butlers(butler, partial(step, cache), config)
     for kept in map(float, config.budgets):
@@ -200,12 +197,9 @@ def repeat(times: int, function, selector) -> None:
         function(selector)
 
 
-def filled(llama, batch: int, context: int, dtype=None, apart=False):
-    """A cache of random keys and values, with room for the last of `context` tokens; with K and V
-    each in one piece, which is faster to read whole, if they are to be `apart`."""
+def filled(llama, batch: int, context: int, dtype=None):
+    """A cache of random keys and values, with room for the last of `context` tokens."""
     cache = llama.new_cache(batch, context, dtype)
-    if apart:
-        cache.k, cache.v = ([t.contiguous() for t in ts] for ts in (cache.k, cache.v))
     for t in cache.k + cache.v:
         t.normal_()
     cache.advance(context - 1)
@@ -240,8 +234,8 @@ def weight_bytes(llama) -> tuple[int, int, int]:
     """Bytes of weights that a long block of tokens reads; a few tokens, 4-bit ones where there are;
     and that are held for both."""
     plain = sum(p.nbytes for p in llama.parameters())
-    matrices = [m for m in llama.modules() if isinstance(m, Linear) and m.packed is not None]
-    packed = sum(m.packed.nbytes + m.scales.nbytes for m in matrices)
+    matrices = [m for m in llama.modules() if isinstance(m, Linear) and m.packed]
+    packed = sum(part.nbytes for m in matrices for parts in m.packed for part in parts)
     return plain, plain + packed - sum(m.weight.nbytes for m in matrices), plain + packed
 
 

@@ -17,17 +17,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there: the interprete
 
 
 def example(B, H, G, S, D, K, dtype=torch.float32, holes=True):
-    """Keys and values side by side as in the cache, NaN behind the last token and in every row that
-    is not chosen; with holes some slots are empty, and in a batch a head has none at all."""
+    """Keys and values as in the cache, NaN behind the last token and in every row that is not
+    chosen; with holes some slots are empty, and in a batch a head has none at all."""
     rng = torch.Generator().manual_seed(B + H + S + D + K)
     q = torch.randn(B, H, D, generator=rng).to(dtype)
-    kv = torch.randn(B, G, S + 5, 2, D, generator=rng).to(dtype)
+    kv = torch.randn(2, B, G, S + 5, D, generator=rng).to(dtype)
     idx = torch.rand(B, G, S, generator=rng).topk(K).indices.int()
     if holes:
         idx[:, :, K // 2 : K // 2 + 3] = -1
         idx[1:, 0] = -1
-    kv = kv.masked_fill(~kernel.mark(idx, S + 5)[..., None, None], torch.nan)
-    return q, kv[:, :, :S, 0], kv[:, :, :S, 1], idx
+    kv = kv.masked_fill(~kernel.mark(idx, S + 5)[..., None], torch.nan)
+    return q, *kv[:, :, :, :S], idx
 
 
 def triton_decode(q, k, v, idx, chunk=None):

@@ -74,15 +74,15 @@ def test_default_model_from_safetensors(llama, reference, prompts, tmp_path):
             assert torch.equal(a, b), f"{name} differs between GGUF and safetensors"
 
 
-def test_four_bit_weights_stay_so_for_single_tokens(llama, model_path, prompts):
-    """All matrices of the blocks are 4-bit in the file; the packed form is the same model."""
+def test_four_and_eight_bit_weights_stay_so_for_single_tokens(llama, model_path, prompts):
+    """All matrices of the blocks are 4-bit in the file, the embedding, tied to the head, is 8-bit;
+    the packed form is the same model."""
     fast = Llama.from_pretrained(model_path, torch.bfloat16)
     matrices = [m for m in fast.modules() if isinstance(m, Linear)]
-    assert len(matrices) == 4 * 30 and all(m.packed is not None for m in matrices)
+    assert [len(m.packed) for m in matrices] == [1] * 4 * 30 + [2]  # the last has 8 bits
     x = torch.randn(3, 1, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for mine, exact in zip(matrices[:3], (m for m in llama.modules() if isinstance(m, Linear)),
-                           strict=False):
-        expected = exact(x.float())
+    exact = [m for m in llama.modules() if isinstance(m, Linear)]
+    for mine, expected in ((matrices[i], exact[i](x.float())) for i in (0, 1, 2, 40, -1)):
         assert (mine(x) - expected).norm() < 0.01 * expected.norm()
     prompts = prompts[: Linear.ROWS]
     cache = fast.new_cache(len(prompts), 14)
@@ -99,7 +99,7 @@ def test_other_weights_are_not_packed():
     for weight in (torch.randn(128, 64), torch.randint(0, 5, (128, 64)) * 0.1):
         matrix.weight.data = weight.bfloat16()
         matrix.pack()
-        assert matrix.packed is None
+        assert not matrix.packed
     matrix.weight.data = (torch.arange(64).expand(128, 64) % 16 * 0.25 - 1).bfloat16()
     matrix.pack()
     x = torch.eye(64)[:4].bfloat16()

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from kernel import BLOCK, in_order, top, top_with_neighbours, triton, triton_select
+from kernel import BLOCK, in_order, top_with_neighbours, triton, triton_select
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
 
@@ -316,7 +316,7 @@ class Selector:
         if self.neighbours and K:
             values, indices = top_with_neighbours(scores, self.neighbours, K)
         else:
-            values, indices = top(scores, K)
+            values, indices = scores.topk(K)
         rank = torch.arange(K, device=scores.device)
         real = (rank < rest[:, None, :, None]) & (values > -torch.inf)
         return torch.where(real, indices + self.sinks, -1)

@@ -1,6 +1,6 @@
 """kernel.py - choosing a few tokens, and attending to them: from scores to indices to outputs.
 
-    top               the K best scores   [..., S]                         -> [..., K]
+    in_order          scores in the order that a top-K takes them in        [..., S] -> [..., S]
     triton_select     the same on a GPU, from importance queries and keys  -> [R, B, G, K]
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
     sparse_attention  T queries a head    q [B, H, T, D], idx [B, G, T, K] -> [B, H, T, D]
@@ -21,7 +21,6 @@ a token.
     python kernel.py        compares the forms on random input (Triton's: TRITON_INTERPRET=1)
 """
 
-import math
 import os
 
 import torch
@@ -120,24 +119,6 @@ def in_order(scores):
     s = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).clamp(max=LOW)
     bits = scores.contiguous().view(torch.int32).clamp(min=LOW + 1)  # code 0: not to be chosen
     return ((bits | LOW) - s).view(torch.float32)
-
-
-def top(scores, K: int):
-    """scores.topk(K), in two rounds where few of many are wanted: compare every n-th token, and the
-    K groups with the largest maxima hold the K largest scores. -> values and indices [..., K], by
-    decreasing score"""
-    S = scores.shape[-1]
-    # about as much work in either round, and enough in the first for topk to use two threads
-    size = min(math.isqrt(S // max(K, 1)), S // 3650)
-    if size < 2 or scores.is_cuda:
-        return scores.topk(K)
-    padded = F.pad(scores, (0, -S % size), value=-torch.inf)
-    groups = padded.unflatten(-1, (size, -1))
-    n = groups.shape[-1]
-    best = groups.amax(-2).topk(K, sorted=False).indices  # [..., K]
-    members = (best[..., None, :] + n * torch.arange(size)[:, None]).flatten(-2)
-    values, at = padded.gather(-1, members).topk(K)
-    return values, members.gather(-1, at)
 
 
 def top_with_neighbours(scores, reach: int, K: int):

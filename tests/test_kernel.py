@@ -105,15 +105,6 @@ def test_triton_selects_what_the_reference_does(case):
         assert (chosen[..., want:] == -1).all()
 
 
-@pytest.mark.parametrize("n,K", [(1, 1), (7, 7), (40, 3), (781, 78), (8001, 17), (9000, 900)])
-def test_top_is_topk(n, K):
-    scores = torch.rand(2, 3, n, generator=torch.Generator().manual_seed(n))
-    values, indices = kernel.top(scores, K)
-    assert torch.equal(values, scores.topk(K).values)
-    assert torch.equal(values, scores.gather(-1, indices))
-    assert all(len(set(row)) == K for row in indices.flatten(0, 1).tolist())
-
-
 def test_order_is_that_of_the_scores_and_then_of_the_text():
     scores = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     ordered = kernel.in_order(scores)

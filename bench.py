@@ -10,6 +10,7 @@
                 total budget; and accuracy by the number of steps since the last prediction
     generation  free text of --length tokens: which share of its 8-grams has been there before?
     attention, speed    milliseconds of a decode step, see speed.py
+    offload             the same with keys and values in a file, see speed_offload.py
 
     python bench.py --suite perplexity --text FILE --budgets 0.1,0.25,0.5
 """
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import speed
+import speed_offload
 import synth_task
 import tokenizer
 from baselines import NAMES, Probe, make_selector, mean
@@ -44,7 +46,7 @@ class Config:
     """Measures what a selection costs in quality, and what a decode step costs in time."""
 
     suite: str = flag("perplexity",
-                      "perplexity, recall, interval, generation, attention or speed")
+                      "perplexity, recall, interval, generation, attention, speed or offload")
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     butler: tuple = flag((), "comma-separated checkpoints (default: the shipped one)", names)
     selectors: tuple = flag(("dense", "oracle", "butler"),
@@ -61,6 +63,9 @@ class Config:
                             f"{', '.join(speed.SHAPES)} or a config.json")
     contexts: tuple = flag(("512", "2048", "8000"), "attention, speed: tokens cached", names)
     batch: tuple = flag(("1",), "attention, speed: sequences", names)
+    memory: float = flag(0.0, "offload: share of the keys and values that may be in memory, page "
+                              "cache included; 0: no limit")
+    offload_dir: str = flag(None, "offload: folder of the file (default: /var/tmp)")
     seed: int = flag(0, "seed of documents and sampling")
     write: bool = flag(False, "write results/SUITE.json or SUITE_SHAPE.json, redraw tables")
     device: str = flag("cpu", "cpu or cuda")
@@ -229,15 +234,19 @@ SUITES = {"perplexity": perplexity, "recall": recall, "interval": interval,
           "generation": generation}
 
 
+TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
+
+
 def timed(config: Config) -> dict:
-    report = speed.measure(config) | provenance()
-    print(speed.table(report))
+    suite = TIMED[config.suite]
+    report = suite.measure(config) | provenance()
+    print(suite.table(report))
     return report
 
 
 def main(config: Config) -> dict:
     check(config)
-    if config.suite in speed.SUITES:
+    if config.suite in TIMED:
         return write(config, timed(config))
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
@@ -270,7 +279,7 @@ def write(config: Config, report: dict) -> dict:
 
 
 def check(config: Config) -> None:
-    for given, known, what in (((config.suite,), SUITES | speed.SUITES, "suite"),
+    for given, known, what in (((config.suite,), SUITES | TIMED, "suite"),
                                (config.selectors, NAMES, "selector"),
                                (config.task, synth_task.TASKS, "task")):
         if unknown := sorted(set(given) - set(known)):
@@ -286,6 +295,8 @@ def check(config: Config) -> None:
     for name in ("contexts", "batch"):
         if not all(value.isdecimal() and int(value) > 0 for value in getattr(config, name)):
             raise UsageError(f"--{name} takes whole numbers above 0")
+    if not 0 <= config.memory <= 1:
+        raise UsageError("--memory is a share of the keys and values, up to 1")
     if config.shape and config.model:
         raise UsageError("--shape has random weights, --model its own: one of the two")
     if config.shape:

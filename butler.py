@@ -36,6 +36,7 @@ from torch import nn
 
 from kernel import BLOCK, in_order, top_with_neighbours, triton, triton_select
 
+AT_ONCE = 2**23  # numbers of importance keys scored at once: bounds the memory of a step
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
 
 
@@ -220,8 +221,11 @@ class Selector:
     Called by the model once per layer; layer 0 attends to everything, as the butler cannot predict
     it. Holds the state of one sequence or batch, so make a fresh one for each. A block of tokens
     in one call gets what the same tokens would get one by one. After a call `index[layer]` is the
-    choice that the layer used.
+    choice that the layer used. `read_ahead`, if set to a cache's, is told the layers of a producer
+    and their choice [R, B, G, 1, K'], -1 = empty, as soon as it is made.
     """
+
+    read_ahead = None
 
     def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0, dense_below=0):
         if not (0 < budget <= 1 or (budget > 1 and float(budget).is_integer())):
@@ -330,13 +334,20 @@ class ButlerSelector(Selector):
     decoding, all are scored and chosen together as soon as their producer has spoken; the keys of
     this very token are not there yet, and not needed, as it is in the window. In a block of tokens,
     and behind a prompt that was read without the selector, each layer is scored when it is reached.
+
+    key_dtype   format of the importance keys, None: that of the keys
     """
 
-    def __init__(self, butler: Butler, budget, **rules):
+    def __init__(self, butler: Butler, budget, key_dtype=None, **rules):
         super().__init__(budget, **rules)
         self.butler, self.queries, self.ahead = butler, {}, {}
+        self.key_dtype = key_dtype
         self.buffers = {}  # by the first layer that a producer serves
         self.home = {}  # per layer: first layer that its producer serves, and how many it serves
+        c = butler.config
+        for first in range(1, c.layers, c.stride):
+            served = range(first, min(first + c.stride, c.layers))
+            self.home.update(dict.fromkeys(served, (first, len(served))))
         self.seen, self.filled = {}, {}  # per layer: keys [B, G, S, D]; how many were projected
 
     @property
@@ -349,9 +360,12 @@ class ButlerSelector(Selector):
         self.see(layer, keys, positions)
         return super().__call__(layer, x, q, keys, positions)
 
+    @torch.inference_mode()
     def watch(self, layer, x, q, keys, positions):
         super().watch(layer, x, q, keys, positions)
         self.see(layer, keys, positions)
+        if layer:  # now, as long as the keys are at hand
+            self.importance_keys([layer], keys.shape[2])
 
     def see(self, layer, keys, positions):
         """Takes note of a layer's keys; those from the first new position on are to be projected
@@ -370,7 +384,6 @@ class ButlerSelector(Selector):
         self.queries.update(queries)
         served, longest = list(queries), int(positions.max())
         self.ahead.update(dict.fromkeys(served))
-        self.home.update(dict.fromkeys(served, (served[0], len(served))))
         known = [self.seen[s].shape[2] if s in self.seen else 0 for s in served]
         if x.shape[1] == 1 and min(known) >= longest > 0:
             keys = self.importance_keys(served, longest)
@@ -378,12 +391,18 @@ class ButlerSelector(Selector):
             choose = self.choose_by_triton if on_gpu else self.choose_ahead
             chosen = choose(torch.stack(list(queries.values())), keys, positions)
             self.ahead.update(zip(served, chosen, strict=True))
+            if self.read_ahead:
+                self.read_ahead(served, chosen)
 
     def choose_ahead(self, queries, keys, positions):
         """q_imp [R, B, H, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""
-        scores = self.rate(queries, keys[..., : int(positions.max())], positions)
-        chosen = self.choose(scores.flatten(0, 1), positions.repeat(len(queries), 1))
-        return chosen.unflatten(0, (len(queries), -1))
+        longest, chosen = int(positions.max()), []
+        few = max(1, AT_ONCE // (longest * keys[0, ..., 0].numel()))  # layers at once
+        for q, k in zip(queries.split(few), keys.split(few), strict=True):
+            scores = self.rate(q, k[..., :longest], positions).flatten(0, 1)
+            picked = self.choose(scores, positions.repeat(len(q), 1))
+            chosen.append(picked.unflatten(0, (len(q), -1)))
+        return torch.cat(chosen)
 
     def choose_by_triton(self, queries, keys, positions):
         wants = self.wanted(positions[:, 0]).clamp(min=0)
@@ -416,17 +435,22 @@ class ButlerSelector(Selector):
         first, count = self.home[layers[0]]
         seen = [self.seen[layer] for layer in layers]
         if first not in self.buffers or self.buffers[first].shape[-1] < S:
-            capacity = -(-2 * S // BLOCK) * BLOCK
+            head, row = seen[0].stride()[1:3]
+            room = max(head // row, S)  # of the buffer that the keys are the beginning of
+            capacity = -(-room // BLOCK) * BLOCK
             shape = count, *seen[0].shape[:2], self.butler.config.size, capacity
-            grown = seen[0].new_empty(shape)
+            device = self.butler.key_projection.device
+            grown = torch.empty(shape, dtype=self.key_dtype or seen[0].dtype, device=device)
             if first in self.buffers:
                 grown[..., : self.buffers[first].shape[-1]] = self.buffers[first]
             self.buffers[first] = grown
         buffer = self.buffers[first][layers[0] - first :][: len(layers)]
         start = min(self.filled[layer] for layer in layers)
+        for at in range(start, S, 4096):
+            new = torch.stack([keys[:, :, at : min(at + 4096, S)] for keys in seen])
+            new = self.butler.project(layers[0], new.to(buffer.device)).transpose(-1, -2)
+            buffer[..., at : at + new.shape[-1]] = new
         if start < S:
-            new = torch.stack([keys[:, :, start:S] for keys in seen])
-            buffer[..., start:S] = self.butler.project(layers[0], new).transpose(-1, -2)
             self.filled.update(dict.fromkeys(layers, S))
         return buffer
 

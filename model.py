@@ -63,11 +63,24 @@ class Cache:
 
     def __init__(self, config: Config, batch, capacity, dtype=torch.float32, device="cpu"):
         shape = (batch, config.kv_heads, capacity, config.head_dim)
-        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device)
-                           for _ in range(config.layers)] for _ in range(2))
         self.capacity, self.size = capacity, 0  # size: tokens in the longest row
+        self.k, self.v = self.allocate(config.layers, shape, dtype, device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.ragged = False
+
+    def allocate(self, layers: int, shape, dtype, device):
+        """-> keys, values: two lists of tensors [B, G, capacity, D]"""
+        return ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+                for _ in range(2))
+
+    def read_ahead(self, layers: list, tokens) -> None:
+        """A selector may call this when it knows what layers to come will fetch (offload.py): all
+        of it is here already."""
+
+    def at_hand(self, layer: int, keys, values, index):
+        """Keys, values and a selection [B, G, T, K] of them -> the same three, or other keys and
+        values that hold what was selected, with its indices there (offload.py)."""
+        return keys, values, index
 
     @property
     def bytes(self) -> int:
@@ -248,7 +261,7 @@ class Block(nn.Module):
         if index is None:
             out = dense_attention(q, keys, values, positions, cache.ragged)
         else:
-            out = sparse_attention(q, keys, values, index)
+            out = sparse_attention(q, *cache.at_hand(self.layer, keys, values, index))
         x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -291,13 +304,14 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def new_cache(self, batch: int, capacity: int, dtype=None) -> Cache:
+    def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
         """Room for `capacity` tokens a row, by default in the weights' format on a GPU and float32
-        on a CPU, which attends to bfloat16 only half as fast (results/README.md, Speed)."""
+        on a CPU, which attends to bfloat16 only half as fast (results/README.md, Speed); `kind`
+        says where it lives (offload.py)."""
         if dtype is None:
             on_cpu = self.device.type == "cpu"
             dtype = torch.float32 if on_cpu else self.embed_tokens.weight.dtype
-        return Cache(self.config, batch, capacity, dtype, self.device)
+        return kind(self.config, batch, capacity, dtype, self.device)
 
     def forward(self, tokens, cache=None, selector=None, lengths=None, last=False):
         """tokens [B, T] -> logits [B, T, V]; [B, 1, V] of each row's last real token if `last`.

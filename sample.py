@@ -26,7 +26,8 @@ from baselines import NAMES, make_selector
 from butler import Selector, load_for
 from cli import UsageError, flag, provenance, run
 from coreference import coreference, pools
-from model import Llama, fast_dtype, resolve
+from model import Cache, Llama, fast_dtype, resolve
+from offload import STORES, cache_kind
 
 BREAK_EVEN = 3000  # tokens cached from which on a step at 5 % was faster: results/speed.json
 
@@ -50,6 +51,9 @@ class Config:
     temperature: float = flag(0.7, "0 takes the likeliest token")
     top_p: float = flag(0.9, "sample from the likeliest tokens that together have this probability")
     seed: int = flag(0, "seed of the sampling")
+    offload: str = flag("none", f"where keys and values live, of {', '.join(STORES)}: disk is a "
+                                "file, pinned host memory beside a GPU")
+    offload_dir: str = flag(None, "disk: folder of the file (default: /var/tmp)")
     show: bool = flag(False, "print the prompt, the tokens kept most marked by colour")
     device: str = flag("cpu", "cpu or cuda")
     dtype: str = flag(None, "float32 or bfloat16 (default: what this processor is faster with)")
@@ -99,10 +103,13 @@ class Tally:
             self.choices += index.shape[1]
 
 
-def generate(llama, ids, selector, config, stop):
+def generate(llama, ids, selector, config, stop, kind=Cache):
     """Yields new token ids behind the prompt `ids`, up to a `stop` id or the context limit."""
     room = llama.config.context - len(ids) + 1  # the last token written need not be cached
-    cache = llama.new_cache(1, min(len(ids) + config.max_new_tokens - 1, llama.config.context))
+    capacity = min(len(ids) + config.max_new_tokens - 1, llama.config.context)
+    cache = llama.new_cache(1, capacity, kind=kind)
+    if selector:
+        selector.read_ahead = cache.read_ahead
     generator = torch.Generator().manual_seed(config.seed)
     prompt = torch.tensor([ids], device=llama.device)
     chunks = prompt[:, :-1].split(512, dim=1) if len(ids) > 1 else ()
@@ -146,11 +153,12 @@ def main(config: Config) -> dict:
     selector = make_selector(config.selector, config.budget, butler,
                              interval=config.interval, neighbours=config.neighbours,
                              dense_below=config.dense_below)
+    kind = cache_kind(config.offload, config.offload_dir, config.device)
     tally, new, first = Tally(len(ids) + config.max_new_tokens), [], None
     print(text if len(text) < 600 else "[...]" + text[-600:], end="", flush=True)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
-    for token in generate(llama, ids, selector, config, tok.eos_ids):
+    for token in generate(llama, ids, selector, config, tok.eos_ids, kind):
         first = first or time.perf_counter()
         new.append(token)
         if selector:
@@ -190,6 +198,7 @@ def check(config) -> None:
     if config.max_new_tokens < 1 or config.temperature < 0 or not 0 < config.top_p <= 1:
         raise UsageError("--max-new-tokens is at least 1, --temperature at least 0, "
                          "--top-p between 0 and 1")
+    cache_kind(config.offload, config.offload_dir, config.device)
     if config.dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")
 

@@ -1,0 +1,216 @@
+"""offload.py - a KV cache whose keys and values live elsewhere, behind the same interface.
+
+    none      all of it where the model computes: model.Cache
+    disk      a file mapped into memory; the operating system holds as much of it as there is room
+    pinned    host memory that a GPU reads itself, over the bus, a row at a time
+
+    layer 0              resident: it is dense, whatever the selector
+    layers 1 ... L-1     [L-1, B, G, capacity, 2, D]: key and value of a token are one row
+
+A selection names the few rows that a step needs, and most of them were needed by the steps before:
+those are held, as are sinks and the recent window, which every step uses. Each of the others is a
+page of 4 kB to read, and many such reads at once take little longer than one. So as soon as a
+producer has spoken, threads begin to fetch the rows of all the layers it serves (`read_ahead`),
+while these are being computed. Importance keys stay with the selector, in memory.
+
+A file without a name holds the rows: nobody else can open, shorten or remove it, and it is gone
+with its process, however that ends. Its room is allocated when it is made: a full disk shows then.
+
+    python sample.py --offload disk --prompt-file book.txt
+    python offload.py        how much of a cache a step touches
+"""
+
+import mmap
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+from model import Cache
+from weights import ModelError
+
+STORES = "none", "pinned", "disk"
+READERS = 16  # threads, which wait for the disk nearly all the time
+ROWS = 128  # that a reader fetches at a time
+PIECE = 2**20  # bytes that a reader of whole layers asks for at once
+
+
+def cache_kind(store: str, folder=None, device="cpu"):
+    """What `Llama.new_cache` makes: `store` is one of STORES, `folder` where a file goes (default:
+    /var/tmp, as /tmp may lie in memory). Raises ModelError, one line, for what cannot be had."""
+    if store not in STORES:
+        raise ModelError(f"--offload is one of {', '.join(STORES)}, not {store!r}")
+    if store == "none":
+        return Cache
+    if (store == "pinned") != str(device).startswith("cuda"):
+        raise ModelError(f"--offload {store} is for --device "
+                         f"{'cuda' if store == 'pinned' else 'cpu'}, not {device}")
+    if store == "pinned":
+        return PinnedCache
+    folder = folder or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ModelError(f"--offload-dir {folder}: no folder, or one that may not be written to")
+    return partial(DiskCache, folder=folder)
+
+
+class OffloadedCache(Cache):
+    """Rows of the layers above the first in one tensor, which `rows` of a subclass provides."""
+
+    def allocate(self, layers, shape, dtype, device):
+        k, v = super().allocate(1, shape, dtype, device)
+        self.store = self.rows((layers - 1, *shape[:-1], 2, shape[-1]), dtype)
+        return k + list(self.store[..., 0, :]), v + list(self.store[..., 1, :])
+
+    def rows(self, shape, dtype):
+        raise NotImplementedError
+
+
+class PinnedCache(OffloadedCache):
+    """Not measured yet. Kernels on the GPU read pinned host memory by its own address."""
+
+    def rows(self, shape, dtype):
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+
+class DiskCache(OffloadedCache):
+    """Rows in a nameless file in `folder`. While steps are dense, each layer's rows are read ahead
+    in large pieces as the layer before is computed; from the first choice on, row by row, and what
+    was read is held in `held[layer]`, twice as many rows as a step needs."""
+
+    def __init__(self, *shape, folder):
+        self.folder, self.held, self.coming, self.asked = folder, {}, {}, 0
+        super().__init__(*shape)
+
+    def rows(self, shape, dtype):
+        size = max(1, torch.Size(shape).numel() * dtype.itemsize)
+        try:
+            self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
+            os.posix_fallocate(self.file.fileno(), 0, size)
+            self.map = mmap.mmap(self.file.fileno(), size)
+        except (OSError, ValueError, OverflowError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise ModelError(f"no room for {size / 1e9:.3g} GB of keys and values in {self.folder} "
+                             f"({reason})") from None
+        self.readers, self.fetcher = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1)
+        self.streams = True  # whole layers are read, not rows
+        return torch.frombuffer(self.map, dtype=dtype).view(shape)
+
+    def append(self, layer, k, v):
+        if k.shape[2] > 1:  # a prompt is read densely
+            self.advise(streams=True)
+        if self.streams and layer < len(self.store):
+            self.stream(layer + 1)
+        return super().append(layer, k, v)
+
+    def truncate(self, length):
+        super().truncate(length)
+        self.held.clear()
+
+    def advise(self, streams: bool) -> None:
+        """Tells the kernel whether to read more than it is asked for."""
+        if streams != self.streams:
+            self.map.madvise(mmap.MADV_NORMAL if streams else mmap.MADV_RANDOM)
+            self.streams = streams
+
+    def stream(self, layer: int) -> None:
+        """Starts to read the rows of one layer, those of the tokens that are cached."""
+        for head in self.store[layer - 1].flatten(0, 1):  # [capacity, 2, D]
+            start = head.data_ptr() - self.store.data_ptr()
+            end = start + head[: self.size].nbytes
+            for at in range(start, end, PIECE):
+                self.readers.submit(os.pread, self.file.fileno(), min(PIECE, end - at), at)
+
+    def read_ahead(self, layers, tokens):
+        """Starts to fetch what these layers will need, in their order: tokens [R, B, G, 1, K]."""
+        for layer, chosen in zip(layers, tokens, strict=True):
+            self.coming[layer] = self.fetcher.submit(self.fetch, layer, chosen[:, :, 0])
+
+    def at_hand(self, layer, keys, values, index):
+        if index.shape[2] > 1:
+            return keys, values, index
+        if layer in self.coming:
+            self.coming.pop(layer).result()
+        self.asked += index.numel()
+        slots = self.fetch(layer, index[:, :, 0])
+        rows = self.held[layer].rows
+        return rows[..., 0, :], rows[..., 1, :], slots[:, :, None]
+
+    @torch.inference_mode()
+    def fetch(self, layer: int, tokens):
+        """tokens [B, G, K], -1 = empty -> the slots of `held[layer].rows` where they are now."""
+        self.advise(streams=False)
+        B, G, K = tokens.shape
+        if layer not in self.held or self.held[layer].rows.shape[2] < 2 * K:
+            self.held[layer] = Held(self.store[layer - 1], 2 * K)
+        slots = self.held[layer].fetch(tokens.flatten(0, 1).long(), self.size, self.read)
+        return slots.view(B, G, K)
+
+    def read(self, table, rows):
+        """table [N, 2 * D] in the file, rows [n] -> [n, 2 * D], many readers at once"""
+        return torch.cat(list(self.readers.map(partial(table.index_select, 0), rows.split(ROWS))))
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Rows that were asked for, and those of them that had to be read, so far."""
+        return self.asked, sum(held.missed for held in self.held.values())
+
+
+class Held:
+    """Rows of one layer that were read lately: C slots for each KV head, the least recently used
+    goes first.
+
+    rows [B, G, C, 2, D]; token [B * G, C] whose they are, -1 = nobody's; used [B * G, C] when they
+    were asked for last; slot [B * G, capacity] where a token's row is, -1 = not here.
+    """
+
+    def __init__(self, store, slots: int):
+        B, G, capacity = store.shape[:3]
+        self.store, self.missed = store.flatten(0, 2).flatten(1), 0
+        self.rows = store.new_zeros(B, G, slots, *store.shape[3:])
+        self.token = torch.full((B * G, slots), -1)
+        self.used = torch.full((B * G, slots), -1)
+        kind = torch.int16 if slots < 2**15 else torch.int32
+        self.slot = torch.full((B * G, capacity), -1, dtype=kind)
+
+    def fetch(self, tokens, now: int, read):
+        """tokens [B * G, K] -> slots [B * G, K] int32, -1 where there is no token."""
+        real = tokens >= 0
+        slots = self.slot.gather(1, tokens.clamp(min=0)).long().masked_fill_(~real, -1)
+        missing = real & (slots < 0)
+        heads, at = (slots >= 0).nonzero(as_tuple=True)
+        self.used[heads, slots[heads, at]] = now
+        heads, at = missing.nonzero(as_tuple=True)
+        if len(heads):
+            rank = missing.cumsum(1)[heads, at] - 1
+            oldest = self.used.topk(int(rank.max()) + 1, largest=False).indices
+            free, new = oldest[heads, rank], tokens[heads, at]
+            gone = self.token[heads, free]
+            self.slot[heads[gone >= 0], gone[gone >= 0]] = -1
+            self.slot[heads, new] = free.to(self.slot.dtype)
+            self.token[heads, free], self.used[heads, free] = new, now
+            slots[heads, at] = free
+            rows = read(self.store, heads * self.slot.shape[1] + new)
+            self.rows.flatten(0, 2).flatten(1)[heads * self.token.shape[1] + free] = rows
+            self.missed += len(heads)
+        return slots.int()
+
+
+if __name__ == "__main__":
+    from butler import load_for
+    from model import Llama, resolve
+
+    llama = Llama.from_pretrained(resolve())
+    ids = torch.arange(1000, 1600)[None]
+    cache = llama.new_cache(1, 700, kind=cache_kind("disk"))
+    selector = load_for(llama).selector(budget=0.1)
+    selector.read_ahead = cache.read_ahead
+    llama.prefill(ids, cache, selector.watch)
+    before = 0, 0
+    for step in range(1, 5):
+        llama.decode(ids[:, step : step + 1], cache, selector)
+        asked, missed = (a - b for a, b in zip(cache.traffic, before, strict=True))
+        before = cache.traffic
+        print(f"step {step}: {asked:,} rows asked for, {missed:,} of them read")
+    print(f"store {list(cache.store.shape)}, {cache.store.nbytes / 1e6:.0f} MB in {cache.folder}")

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from kernel import BLOCK, in_order, top_with_neighbours, triton, triton_select
+from kernel import BLOCK, in_order, on_gpu, top_with_neighbours, triton_select
 
 AT_ONCE = 2**23  # numbers of importance keys scored at once: bounds the memory of a step
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
@@ -206,6 +206,13 @@ def allowance(budget: float, cached, least: int):
     return total.clamp(min=least).minimum(cached)
 
 
+def first_position(keys, positions) -> int:
+    """Where the new tokens begin, in the row where that is earliest. One row alone ends where its
+    keys do; for several the device is asked."""
+    rows, T = positions.shape
+    return keys.shape[2] - T if rows == 1 else int(positions.min())
+
+
 class Selector:
     """Which cached tokens may each query attend to? Subclasses answer with `scores` alone.
 
@@ -221,11 +228,15 @@ class Selector:
     Called by the model once per layer; layer 0 attends to everything, as the butler cannot predict
     it. Holds the state of one sequence or batch, so make a fresh one for each. A block of tokens
     in one call gets what the same tokens would get one by one. After a call `index[layer]` is the
-    choice that the layer used. `read_ahead`, if set to a cache's, is told the layers of a producer
-    and their choice [R, B, G, 1, K'], -1 = empty, as soon as it is made.
+    choice that the layer used.
+
+    read_ahead   if set to a cache's: is told the layers of a producer and their choice
+                 [R, B, G, 1, K'], -1 = empty, as soon as it is made
+    capturable   can a decode step do without a number from the device? See graph.py, which says in
+                 `bound` for how many tokens the shapes of a step are to be made
     """
 
-    read_ahead = None
+    read_ahead, capturable, bound = None, False, None
 
     def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0, dense_below=0):
         if not (0 < budget <= 1 or (budget > 1 and float(budget).is_integer())):
@@ -234,7 +245,7 @@ class Selector:
             raise ButlerError("sinks and neighbours are >= 0, window and interval >= 1")
         self.budget, self.sinks, self.window = budget, sinks, window
         self.interval, self.neighbours, self.dense_below = interval, neighbours, dense_below
-        self.step, self.end, self.chosen, self.index = 0, 0, {}, {}
+        self.step, self.start, self.end, self.chosen, self.index = 0, 0, 0, {}, {}
 
     def watch(self, layer, x, q, keys, positions) -> None:
         """Stands in the selector's place while a prompt is read densely; the next step then makes
@@ -252,21 +263,27 @@ class Selector:
         """The chosen tokens [B, G, T, K'] of every query, beside sinks and window."""
         return self.choose(self.scores(layer, q, keys, positions), positions)
 
+    def arrive(self, T: int, start: int, end: int) -> None:
+        """T tokens a row have come, the first at `start` or behind it, the last before `end`: what
+        is decided without the device."""
+        if start < self.end - 1:  # rewound by more than a token: choose anew
+            self.step = 0
+        self.start, self.end = start, end
+        self.dense = end < self.dense_below
+        if not self.dense:
+            steps = self.step + torch.arange(T)
+            self.age = steps % self.interval  # [T] steps since the choice in use was made
+            self.fresh = bool((self.age == 0).any())
+            self.step += T
+
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
         """See model.py: -> index [B, G, T, K] int32, or None for dense attention."""
-        if layer == 0:
-            if int(positions.min()) < self.end - 1:  # rewound by more than a token: choose anew
-                self.step = 0
-            self.end = int(positions.max()) + 1
-            self.dense = self.end < self.dense_below
+        if layer == 0 and self.bound is None:
+            self.arrive(x.shape[1], first_position(keys, positions), keys.shape[2])
         if self.dense:
             return None
         if layer == 0:
-            steps = self.step + torch.arange(x.shape[1])
-            self.age = steps % self.interval  # [T] steps since the choice in use was made
-            self.fresh = bool((self.age == 0).any())
-            self.step += x.shape[1]
             self.kept = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
         if self.fresh:
             self.look_ahead(layer, x, positions)
@@ -276,7 +293,7 @@ class Selector:
             chosen = self.chosen[layer].expand(-1, -1, x.shape[1], -1)
         else:
             chosen = self.pick(layer, q, keys, positions)
-            if self.interval > 1:
+            if self.interval > 1 and x.shape[1] > 1:
                 chosen = self.reuse(self.chosen.get(layer, chosen[:, :, :1]), chosen)
         self.chosen[layer] = chosen[:, :, -1:]
         self.index[layer] = torch.cat([self.kept, chosen], dim=-1).int()
@@ -340,6 +357,7 @@ class ButlerSelector(Selector):
 
     def __init__(self, butler: Butler, budget, key_dtype=None, **rules):
         super().__init__(budget, **rules)
+        self.capturable = not self.neighbours
         self.butler, self.queries, self.ahead = butler, {}, {}
         self.key_dtype = key_dtype
         self.buffers = {}  # by the first layer that a producer serves
@@ -357,23 +375,22 @@ class ButlerSelector(Selector):
                 for layer, (first, _) in self.home.items() if first in self.buffers}
 
     def __call__(self, layer, x, q, keys, positions):
-        self.see(layer, keys, positions)
+        if layer:
+            self.see(layer, keys)
         return super().__call__(layer, x, q, keys, positions)
 
     @torch.inference_mode()
     def watch(self, layer, x, q, keys, positions):
         super().watch(layer, x, q, keys, positions)
-        self.see(layer, keys, positions)
-        if layer:  # now, as long as the keys are at hand
-            self.importance_keys([layer], keys.shape[2])
+        if layer == 0:
+            self.start = first_position(keys, positions)
+        else:
+            self.see(layer, keys)
+            self.importance_keys([layer], keys.shape[2])  # as long as the keys are at hand
 
-    def see(self, layer, keys, positions):
+    def see(self, layer, keys):
         """Takes note of a layer's keys; those from the first new position on are to be projected
         when they are needed, like any that a reuse step or a prompt read unseen left out."""
-        if layer == 0:
-            return
-        if layer == 1:  # once a step is enough: on a GPU it waits for the device
-            self.start = int(positions.min())
         self.seen[layer] = keys
         self.filled[layer] = min(self.filled.get(layer, 0), self.start)
 
@@ -382,13 +399,16 @@ class ButlerSelector(Selector):
         if not queries:
             return
         self.queries.update(queries)
-        served, longest = list(queries), int(positions.max())
+        served, longest = list(queries), (self.bound or self.end) - 1
         self.ahead.update(dict.fromkeys(served))
         known = [self.seen[s].shape[2] if s in self.seen else 0 for s in served]
-        if x.shape[1] == 1 and min(known) >= longest > 0:
-            keys = self.importance_keys(served, longest)
-            on_gpu = triton and keys.is_cuda and not self.neighbours
-            choose = self.choose_by_triton if on_gpu else self.choose_ahead
+        if self.bound or x.shape[1] == 1 and min(known) >= longest > 0:
+            if self.bound:
+                keys = self.latest_keys(served, positions)
+            else:
+                keys = self.importance_keys(served, longest)
+            by_triton = on_gpu(keys) and not self.neighbours
+            choose = self.choose_by_triton if by_triton else self.choose_ahead
             chosen = choose(torch.stack(list(queries.values())), keys, positions)
             self.ahead.update(zip(served, chosen, strict=True))
             if self.read_ahead:
@@ -396,7 +416,7 @@ class ButlerSelector(Selector):
 
     def choose_ahead(self, queries, keys, positions):
         """q_imp [R, B, H, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""
-        longest, chosen = int(positions.max()), []
+        longest, chosen = self.end - 1, []
         few = max(1, AT_ONCE // (longest * keys[0, ..., 0].numel()))  # layers at once
         for q, k in zip(queries.split(few), keys.split(few), strict=True):
             scores = self.rate(q, k[..., :longest], positions).flatten(0, 1)
@@ -406,8 +426,10 @@ class ButlerSelector(Selector):
 
     def choose_by_triton(self, queries, keys, positions):
         wants = self.wanted(positions[:, 0]).clamp(min=0)
-        return triton_select(queries[:, :, :, 0], keys, positions[:, 0], wants, self.sinks,
-                             self.window)[..., None, :]
+        longest = (self.bound or self.end) - 1
+        K = max(int(self.wanted(longest)), 0)
+        return triton_select(queries[:, :, :, 0], keys, positions[:, 0], wants, longest, K,
+                             self.sinks, self.window)[..., None, :]
 
     def pick(self, layer, q, keys, positions):
         chosen = self.ahead[layer]
@@ -415,14 +437,15 @@ class ButlerSelector(Selector):
 
     @torch.inference_mode()
     def scores(self, layer, q, keys, positions):
-        self.see(layer, keys, positions)  # who compares scores calls this alone
+        self.start = first_position(keys, positions)  # who compares scores calls this alone
+        self.see(layer, keys)
         projected = self.importance_keys([layer], keys.shape[2])[..., : keys.shape[2]]
         return self.rate(self.queries[layer][None], projected, positions)[0]
 
     def rate(self, queries, keys, positions):
         """q_imp [R, B, H, T, E], k_imp [R, B, G, E, S] -> mean of softmaxes [R, B, G, T, S].
         A query's own token and later ones do not count."""
-        start, S = int(positions.min()), keys.shape[-1]
+        start, S = self.start, keys.shape[-1]
         scores = self.butler.scores(queries, keys.transpose(-1, -2))  # [R, B, G, H/G, T, S]
         if start < S:
             future = torch.arange(start, S, device=scores.device) >= positions[..., None]
@@ -432,27 +455,43 @@ class ButlerSelector(Selector):
     def importance_keys(self, layers: list, S: int):
         """Importance keys [R, B, G, E, capacity] of all or one of a producer's layers, of which
         those of the first S tokens are there."""
-        first, count = self.home[layers[0]]
-        seen = [self.seen[layer] for layer in layers]
-        if first not in self.buffers or self.buffers[first].shape[-1] < S:
-            head, row = seen[0].stride()[1:3]
-            room = max(head // row, S)  # of the buffer that the keys are the beginning of
-            capacity = -(-room // BLOCK) * BLOCK
-            shape = count, *seen[0].shape[:2], self.butler.config.size, capacity
-            device = self.butler.key_projection.device
-            grown = torch.empty(shape, dtype=self.key_dtype or seen[0].dtype, device=device)
-            if first in self.buffers:
-                grown[..., : self.buffers[first].shape[-1]] = self.buffers[first]
-            self.buffers[first] = grown
-        buffer = self.buffers[first][layers[0] - first :][: len(layers)]
+        buffer = self.room(layers, S)
         start = min(self.filled[layer] for layer in layers)
         for at in range(start, S, 4096):
-            new = torch.stack([keys[:, :, at : min(at + 4096, S)] for keys in seen])
+            some = slice(at, min(at + 4096, S))
+            new = torch.stack([self.seen[layer][:, :, some] for layer in layers])
             new = self.butler.project(layers[0], new.to(buffer.device)).transpose(-1, -2)
-            buffer[..., at : at + new.shape[-1]] = new
+            buffer[..., some] = new
         if start < S:
             self.filled.update(dict.fromkeys(layers, S))
         return buffer
+
+    def latest_keys(self, layers: list, positions):
+        """importance_keys, in a decode step whose `positions` [B, 1] only the device knows: each
+        row's latest keys, as many as can be new since the last choice, are projected."""
+        buffer = self.room(layers, self.bound)
+        steps = torch.arange(min(self.interval, self.bound), device=positions.device)
+        at = (positions - 1 - steps).clamp(min=0)  # [B, I]
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        new = torch.stack([self.seen[layer][rows, :, at].transpose(1, 2) for layer in layers])
+        new = self.butler.project(layers[0], new).to(buffer.dtype)  # [R, B, G, I, E]
+        buffer[:, rows, :, :, at] = new.permute(1, 3, 0, 2, 4)
+        return buffer
+
+    def room(self, layers: list, S: int):
+        """The part [R, B, G, E, capacity] of a buffer that is these layers', for S tokens."""
+        first, count = self.home[layers[0]]
+        keys = self.seen[layers[0]]
+        if first not in self.buffers or self.buffers[first].shape[-1] < S:
+            head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room
+            capacity = -(-max(head // row, S) // BLOCK) * BLOCK
+            shape = count, *keys.shape[:2], self.butler.config.size, capacity
+            device = self.butler.key_projection.device
+            grown = torch.empty(shape, dtype=self.key_dtype or keys.dtype, device=device)
+            if first in self.buffers:
+                grown[..., : self.buffers[first].shape[-1]] = self.buffers[first]
+            self.buffers[first] = grown
+        return self.buffers[first][layers[0] - first :][: len(layers)]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     in_order          scores in the order that a top-K takes them in        [..., S] -> [..., S]
     triton_select     the same on a GPU, from importance queries and keys  -> [R, B, G, K]
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
+    dense_decode      the same, of all tokens up to its own, on a GPU      -> [B, H, D]
     sparse_attention  T queries a head    q [B, H, T, D], idx [B, G, T, K] -> [B, H, T, D]
 
     o = softmax(q . k[idx] / sqrt(D)) . v[idx]     with k, v [B, G, S, D]; idx -1 is an empty slot
@@ -40,6 +41,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 jit = triton.jit if triton else lambda function: function
 
 
+def on_gpu(x) -> bool:
+    """Do the Triton kernels serve this tensor?"""
+    return bool(triton) and x.device.type == "cuda"
+
+
 def reference(q, k, v, idx):
     """The definition, by masking: what every faster form must equal. Shapes as sparse_attention."""
     keep = mark(idx, k.shape[2]).repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, H, T, S]
@@ -59,7 +65,7 @@ def sparse_decode(q, k, v, idx):
     Head h reads KV head h // (H / G). A query without any token gets zeros. Indices must be unique
     (a repeated one would count twice in the softmax) and below S; rows not named never count.
     """
-    if q.device.type == "cuda" and triton:
+    if on_gpu(q):
         return triton_decode(q, k, v, idx)
     B, H, D = q.shape
     G = k.shape[1]
@@ -138,12 +144,13 @@ def top_with_neighbours(scores, reach: int, K: int):
 
 
 @jit
-def attend(q, k, v, idx, sums, tops, totals, K, scale, G, k_b, k_g, k_s, v_b, v_g, v_s,
+def attend(q, k, v, idx, positions, sums, tops, totals, K, scale, G, k_b, k_g, k_s, v_b, v_g, v_s,
            N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
            CHUNK: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     """One chunk of one KV head's tokens, for all N query heads of its group (padded to NP).
 
     A row of K and V is loaded once. What is left of a chunk: sum exp(s - top) v, top, sum exp.
+    Without idx (None) the tokens are all those up to the query's own position, one of K at most.
     """
     row, chunk = tl.program_id(0), tl.program_id(1)
     b, g = (row // G).to(tl.int64), (row % G).to(tl.int64)
@@ -155,9 +162,16 @@ def attend(q, k, v, idx, sums, tops, totals, K, scale, G, k_b, k_g, k_s, v_b, v_
     top = tl.full([NP], float("-inf"), tl.float32)
     total = tl.zeros([NP], tl.float32)
     out = tl.zeros([NP, DP], tl.float32)
-    for start in range(0, CHUNK, BLOCK):
+    stop = CHUNK
+    if idx is None:
+        end = (tl.load(positions + b) + 1).to(tl.int32)
+        stop = tl.minimum(end - chunk * CHUNK, CHUNK)
+    for start in range(0, stop, BLOCK):
         slot = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        token = tl.load(idx + row * K + slot, mask=slot < K, other=-1)
+        if idx is None:
+            token = tl.where(slot < end, slot, -1)
+        else:
+            token = tl.load(idx + row * K + slot, mask=slot < K, other=-1)
         live = token >= 0
         at = tl.where(live, token, 0).to(tl.int64)[:, None]
         inside = live[:, None] & (d < D)
@@ -199,13 +213,19 @@ def merge(sums, tops, totals, out, chunks, D: tl.constexpr, DP: tl.constexpr,
     tl.store(out + head * D + d, o.to(out.dtype.element_ty), mask=d < D)
 
 
-def triton_decode(q, k, v, idx, chunk=None):
+def dense_decode(q, k, v, positions, chunk=None):
+    """Attention of one query per head, at positions [B], to all tokens up to it; what lies behind,
+    up to k's and v's end, is not read. Shapes as sparse_decode."""
+    return triton_decode(q, k, v, None, chunk, positions)
+
+
+def triton_decode(q, k, v, idx, chunk=None, positions=None):
     """sparse_decode in two launches: `attend` for each chunk of indices, so that one sequence fills
     a GPU too, and `merge`. Everything but the shapes stays on the device: fit for a CUDA graph."""
     B, H, D = q.shape
-    G, K = k.shape[1], idx.shape[2]
+    G, K = k.shape[1], k.shape[2] if idx is None else idx.shape[2]
     N, DP = H // G, max(16, triton.next_power_of_2(D))  # 16: the least that tl.dot multiplies
-    q, idx = q.contiguous(), idx.contiguous()
+    q, idx = q.contiguous(), None if idx is None else idx.contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     block = 64
     chunk = chunk or max(block, triton.next_power_of_2(triton.cdiv(K * B * G, 256)))
@@ -215,7 +235,7 @@ def triton_decode(q, k, v, idx, chunk=None):
     out = torch.empty_like(q)
     exact = INTERPRETED or q.dtype == torch.float32
     attend[B * G, chunks](
-        q, k, v, idx, sums, tops, totals, K, D**-0.5, G,
+        q, k, v, idx, positions, sums, tops, totals, K, D**-0.5, G,
         *k.stride()[:3], *v.stride()[:3], N=N, NP=max(16, triton.next_power_of_2(N)),
         D=D, DP=DP, CHUNK=chunk, BLOCK=block, EXACT=exact)
     merge[(B * H,)](sums, tops, totals, out, chunks, D=D, DP=DP, CP=triton.next_power_of_2(chunks))
@@ -327,16 +347,17 @@ def select(codes, histogram, wants, idx, BG, G, S, K, BLOCK: tl.constexpr, BINS:
         tl.store(idx + row * K + start + here, -1, mask=(start + here >= end) & (start + here < K))
 
 
-def triton_select(q, k, positions, wants, sinks: int, window: int, block=BLOCK):
+def triton_select(q, k, positions, wants, S: int, K: int, sinks: int, window: int, block=BLOCK):
     """What `in_order` and a top-K choose between sinks and window, for all layers of one producer.
 
     q_imp [R, B, H, E]; k_imp [R, B, G, E, capacity, a multiple of `block`]; positions [B] of the
     queries, before which keys are there, behind which anything may stand; wants [B], how many
-    tokens each chooses. -> indices [R, B, G, K] int32, K the largest want, -1 = empty.
+    tokens each chooses; no position is above S, no want above K. Nothing waits for the device.
+    -> indices [R, B, G, K] int32, -1 = empty
     """
     R, B, H, E = q.shape
     G, N, rows = k.shape[2], H // k.shape[2], R * B * k.shape[2]
-    K, blocks = int(wants.max()), triton.cdiv(max(int(positions.max()), 1), block)
+    blocks = triton.cdiv(max(S, 1), block)
     S = blocks * block
     tops, totals = torch.empty(2, rows * N, blocks, dtype=torch.float32, device=q.device)
     codes = torch.empty(rows, S, dtype=torch.int16, device=q.device)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernel import sparse_attention
+from kernel import dense_decode, on_gpu, sparse_attention
 from weights import Config, ModelError, read, resolve
 
 
@@ -140,6 +140,8 @@ def dense_attention(q, k, v, positions, ragged: bool):
         return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).reshape(q.shape)
     if T == S and not ragged:  # is_causal aligns top-left: right when nothing is cached yet
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if T == 1 and on_gpu(q):
+        return dense_decode(q[:, :, 0], k, v, positions[:, 0])[:, :, None]
     if not ragged and q.device.type == "cpu":
         return attention_behind(q, k, v)
     mask = torch.arange(S, device=q.device) <= positions[:, None, :, None]
@@ -328,7 +330,8 @@ class Llama(nn.Module):
                              f"the model's context is {self.config.context}")
         x = self.embed_tokens(tokens)
         positions = cache.lengths[:, None] + torch.arange(T, device=x.device)  # [B, T]
-        rope = turns(positions[:, None, :, None] * self.frequencies.to(x.device))  # [B, 1, T, D]
+        self.frequencies = self.frequencies.to(x.device)  # moves once
+        rope = turns(positions[:, None, :, None] * self.frequencies)  # [B, 1, T, D]
         for block in self.layers:
             x = block(x, rope, positions, cache, selector)
         cache.advance(T, lengths)

@@ -1,7 +1,7 @@
 """Compiles a Triton kernel for sm_90, no GPU needed: python tests/compile_for_hopper.py NAME [D]
 
-Prints one JSON object: bytes of every wide load and asynchronous copy in the PTX, and what
-cuobjdump says of registers and stack.
+NAME is a kernel's, or `dense`, which is `attend` without indices. Prints one JSON object: bytes of
+every wide load and asynchronous copy in the PTX, and what cuobjdump says of registers and stack.
 """
 
 import json
@@ -22,6 +22,8 @@ import kernel
 
 name, D = sys.argv[1], int((sys.argv[2:] or ["64"])[0])
 sizes = {"N": 4, "E": 16, "D": D, "DP": D, "EXACT": False, "BINS": kernel.BINS, "CHUNK": 128}
+if name == "dense":
+    name, sizes["idx"] = "attend", None
 sizes |= {"attend": {"NP": 16, "BLOCK": 64}, "merge": {"CP": 16},
           "score": {"NP": 4, "BLOCK": kernel.BLOCK, "CP": 128},
           "normalise": {"NP": 4, "BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096}}[name]

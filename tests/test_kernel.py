@@ -52,6 +52,19 @@ def test_triton_equals_the_reference(shape, holes):
     assert_close("gather + SDPA", kernel.sparse_decode(q, k, v, idx), expected, 1e-5)
 
 
+@pytest.mark.parametrize("B,H,G,S,D", [(1, 9, 3, 781, 64), (3, 4, 1, 200, 64), (2, 3, 1, 31, 80)])
+def test_dense_decode_ends_where_the_device_says(B, H, G, S, D):
+    q, k, v, idx = example(B, H, G, S, D, S, holes=False)
+    positions = torch.tensor([S - 1, 64, 0][:B]).clamp(max=S - 1)
+    behind = torch.arange(S) > positions[:, None]
+    expected = kernel.reference(q[:, :, None], k, v, torch.arange(S).masked_fill(
+        behind, -1).expand(G, 1, B, S).permute(2, 0, 1, 3))[:, :, 0]
+    k, v = (x.masked_fill(behind[:, None, :, None], torch.nan) for x in (k, v))
+    for chunk in (64, 128, None):
+        actual = kernel.dense_decode(*(x.to(DEVICE) for x in (q, k, v, positions)), chunk).cpu()
+        assert_close(f"dense, chunks of {chunk}", actual, expected, 1e-5)
+
+
 def test_triton_takes_any_strides():
     q, k, v, idx = example(2, 4, 2, 60, 64, 20)
     expected = triton_decode(q, k, v, idx)
@@ -94,7 +107,8 @@ def test_triton_selects_what_the_reference_does(case):
         k[:, b, :, :, position:] = torch.nan
     sinks, window = 4, 16
     idx = kernel.triton_select(*(x.to(DEVICE) for x in (
-        q, k, torch.tensor(positions), torch.tensor(wants))), sinks, window, block=128).cpu()
+        q, k, torch.tensor(positions), torch.tensor(wants))), max(positions), max(wants), sinks,
+        window, block=128).cpu()
     assert idx.shape == (R, B, G, max(wants)) and idx.dtype == torch.int32
     for b, (position, want) in enumerate(zip(positions, wants, strict=True)):
         raw = (q[:, b].view(R, G, H // G, E) * E**-0.5) @ k[:, b, :, :, :position]
@@ -115,8 +129,9 @@ def test_order_is_that_of_the_scores_and_then_of_the_text():
     assert kernel.in_order(torch.zeros(3)).tolist() == sorted(kernel.in_order(torch.zeros(3)))[::-1]
 
 
-@pytest.mark.parametrize("name,wide", [("attend 64", 16), ("attend 128", 16), ("merge", 0),
-                                       ("normalise", 16), ("score", 16), ("select", 4)])
+@pytest.mark.parametrize("name,wide", [("attend 64", 16), ("attend 128", 16), ("dense 64", 16),
+                                       ("dense 128", 16), ("merge", 0), ("normalise", 16),
+                                       ("score", 16), ("select", 4)])
 def test_compiles_for_hopper_without_spills_and_with_16_byte_loads(name, wide):
     """Offline, for sm_90: no GPU is needed to see what the compiler makes of it. Rows of K and V
     and channels of importance keys come 16 bytes at a time."""

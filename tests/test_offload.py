@@ -154,7 +154,7 @@ def test_no_room_is_one_line_before_anything_is_written(tmp_path):
                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert out.startswith("no room for 0.00 of keys and values in ") and out.count("\n") == 1
+    assert out.startswith("no room for 0.00205 GB of keys and values in ") and out.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

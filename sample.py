@@ -26,6 +26,7 @@ from baselines import NAMES, make_selector
 from butler import Selector, load_for
 from cli import UsageError, flag, provenance, run
 from coreference import coreference, pools
+from graph import stepper
 from model import Cache, Llama, fast_dtype, resolve
 from offload import STORES, cache_kind
 
@@ -115,9 +116,9 @@ def generate(llama, ids, selector, config, stop, kind=Cache):
     chunks = prompt[:, :-1].split(512, dim=1) if len(ids) > 1 else ()
     for chunk in tqdm(chunks, desc="reading", unit="chunk", file=sys.stderr, leave=False):
         llama.prefill(chunk, cache, selector and selector.watch)
-    token = prompt[:, -1:]
+    token, step = prompt[:, -1:], stepper(llama, cache, selector)
     for _ in range(min(config.max_new_tokens, room)):
-        logits = llama.decode(token, cache, selector)
+        logits = step(token)
         new = pick(logits[0, -1], config.temperature, config.top_p, generator)
         if new in stop:
             return

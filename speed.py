@@ -8,11 +8,12 @@
 Dense is whatever is fastest here. In `attention` that is `scaled_dot_product_attention` with the
 group's heads as queries of one KV head or as PyTorch groups them, or two matrix products, each on
 the weights' format and on float32; in `speed` the model's own dense step with a cache of either
-format. A choice for nothing, made once and then kept, is the bound of every selector, the oracle
-among them. Every candidate runs once a round, in turn, so that a slow moment of the machine hits
-all; a row holds the median. `predicted_ms` is bytes moved over this machine's copy bandwidth,
-measured too: what the step would cost if memory were all that counts. `memory_bytes` counts
-weights, keys and values, and importance keys.
+format, on a GPU replayed from a CUDA graph too (graph.py; not measured yet). A choice for nothing,
+made once and then kept, is the bound of every selector, the oracle among them. Every candidate runs
+once a round, in turn, so that a slow moment of the machine hits all; a row holds the median.
+`predicted_ms` is bytes moved over this machine's copy bandwidth, measured too: what the step would
+cost if memory were all that counts. `memory_bytes` counts weights, keys and values, and importance
+keys.
 
     python bench.py --suite attention --shape smollm2-135m --contexts 2048,8192
     python bench.py --suite speed --contexts 8000
@@ -32,7 +33,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from butler import Butler, ButlerConfig, load_for
-from kernel import sparse_attention
+from graph import stepper
+from kernel import on_gpu, sparse_attention
 from model import (
     Linear,
     Llama,
@@ -159,10 +161,16 @@ def formats(llama) -> dict:
 
 def speed(llama, butler, batch: int, context: int, config) -> dict:
     """Whole decode steps behind `context` cached tokens -> candidates, as `attention`."""
-    token = torch.full((batch, 1), 5, device=llama.device)
+    token, replays = torch.full((batch, 1), 5, device=llama.device), {}
 
     def step(cache, selector=None):
         llama.decode(token, cache, selector)
+        cache.truncate(context - 1)
+
+    def replayed(selector=None):
+        if selector not in replays:
+            replays[selector] = stepper(llama, cache, selector)
+        replays[selector](token)
         cache.truncate(context - 1)
 
     candidates = {}
@@ -175,6 +183,11 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
         kept_for_good = butler.selector(kept, interval=2**31)
         candidates[f"choice for nothing, {kept:g}"] = (
             partial(step, cache, kept_for_good), 1, kept, None)
+    if on_gpu(cache.lengths):
+        graphs = {"dense": (replayed, 1, None, 1)} | butlers(butler, replayed, config)
+        for function, *_ in graphs.values():  # plain steps; the round that warms up captures
+            function()
+        candidates |= {f"{name}, CUDA graph": graph for name, graph in graphs.items()}
     return candidates
 
 

@@ -34,6 +34,15 @@ def test_rows(monkeypatch, suite):
             assert r["ms"] > 0 and r["tokens_per_s"] == pytest.approx(1e3 * batch / r["ms"])
 
 
+def test_on_a_gpu_steps_are_replayed_too(monkeypatch):
+    monkeypatch.setattr(speed, "on_gpu", lambda x: True)
+    rows = speed.measure(config(monkeypatch, suite="speed", contexts=("70",)))["rows"]
+    for name in ("dense", "butler 32, interval 1", "butler 32, interval 4"):
+        (replayed,) = (r for r in rows if r["selector"] == f"{name}, CUDA graph")
+        alike = [r for r in rows if r["selector"].startswith(name)]
+        assert replayed["bytes"] in {r["bytes"] for r in alike if r is not replayed}
+
+
 def test_bytes(monkeypatch):
     llama, _ = speed.model_of(config(monkeypatch, suite="speed"))
     size = llama.embed_tokens.weight.element_size()

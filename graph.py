@@ -1,0 +1,101 @@
+"""graph.py - one decode step, captured once, replayed for every token.
+
+    token [B, 1] -> a CUDA graph: the whole Llama, selection included -> logits [B, 1, V]
+                       ^ cache.lengths lies on the device, and is advanced there
+
+A decode step is some thousand small kernels, and a CPU takes longer to launch them one by one than
+a GPU to run them. A CUDA graph launches them all at once, but runs them exactly as they were: same
+addresses, same shapes, nothing in between that the CPU decides. So a step has a second form, in
+which every number that depends on the text's length is a tensor, and every shape is made for
+`bound` tokens, the length rounded up to a block of 1,024: keys are written at `cache.lengths`,
+attention ends there, and a choice has as many slots as the bound's budget, the last ones empty.
+
+The CPU counts along, which is how it knows when a choice is due (a step that makes one and a step
+that reuses one are two graphs), when the text outgrows the bound (a new graph), and when a text
+was rewound or read: the step behind that is a plain one, as are all steps where there is no GPU.
+
+Right on the CPU, in Triton's interpreter; on a GPU not measured yet.
+"""
+
+import copy
+
+import torch
+
+from kernel import BLOCK, on_gpu
+
+
+def stepper(llama, cache, selector=None):
+    """-> a function token [B, 1] -> logits [B, 1, V]: `llama.decode` with this cache and selector,
+    replayed from a graph where there can be one. Logits are overwritten by the next step."""
+    capturable = selector is None or selector.capturable
+    if capturable and on_gpu(cache.lengths):
+        return Graph(llama, cache, selector).step
+    return lambda token: llama.decode(token, cache, selector)
+
+
+class Graph:
+    """The decode steps of one cache under one selector (None, or one that is `capturable`)."""
+
+    def __init__(self, llama, cache, selector=None):
+        self.llama, self.cache, self.selector = llama, cache, selector
+        self.room = min(cache.capacity, llama.config.context)
+        self.token = torch.zeros_like(cache.lengths)[:, None]
+        self.view = copy.copy(cache)  # the same tensors, seen `bound` tokens long
+        self.view.ragged = True
+        self.graphs = {}  # by bound and whether a choice is made: the graph and what it leaves
+        self.end, self.sparse, self.ready = 0, False, False
+
+    @torch.inference_mode()
+    def step(self, token):
+        """token [B, 1] -> logits [B, 1, V], overwritten by the next step; errors as llama.decode"""
+        cache, selector = self.cache, self.selector
+        size = cache.size
+        sparse = selector is not None and size + 1 >= selector.dense_below
+        follows = self.end - 1 <= size <= self.end and sparse == self.sparse and size < self.room
+        self.end, self.sparse = size + 1, sparse
+        if not (self.ready and follows):
+            self.graphs.clear()
+            logits = self.llama.decode(token, cache, selector)
+            self.ready = not sparse or selector.fresh  # every key that came before is projected
+            return logits
+        if selector:
+            selector.arrive(1, selector.start + self.end - selector.end, self.end)
+        fresh = sparse and selector.fresh
+        bound = min(-(-self.end // BLOCK) * BLOCK, self.room)
+        self.token.copy_(token)
+        if (bound, fresh) not in self.graphs:
+            if fresh:  # steps that reuse its choice will find it at another address
+                self.graphs.clear()
+            self.graphs[bound, fresh] = self.capture(bound)
+        replay, logits, index = self.graphs[bound, fresh]
+        replay()
+        cache.size += 1
+        if selector:
+            selector.index.update(index)
+        return logits
+
+    def capture(self, bound: int):
+        """-> a function that runs the step, the logits and the indices that it leaves behind."""
+        self.run(bound)  # compiles kernels and grows buffers; what it wrote is written again
+        self.cache.lengths -= 1
+        replay, logits = record(lambda: self.run(bound))
+        return replay, logits, dict(self.selector.index) if self.selector else {}
+
+    def run(self, bound: int):
+        """The step in its second form -> logits"""
+        self.view.size = bound - 1
+        if self.selector is None:
+            return self.llama(self.token, self.view)
+        self.selector.bound = bound
+        try:
+            return self.llama(self.token, self.view, self.selector)
+        finally:
+            self.selector.bound = None
+
+
+def record(function):
+    """Records what a function of no arguments launches -> (function that launches it, result)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result

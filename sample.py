@@ -12,10 +12,11 @@ from a selected cache. `--selector dense` is the model as its authors made it.
 """
 
 import codecs
+import os
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from coreference import coreference, pools
 from graph import stepper
 from model import Cache, Llama, fast_dtype, resolve
 from offload import STORES, cache_kind
+from page import Beside
 
 BREAK_EVEN = 3000  # tokens cached from which on a step at 5 % was faster: results/speed.json
 
@@ -56,6 +58,8 @@ class Config:
                                 "file, pinned host memory beside a GPU")
     offload_dir: str = flag(None, "disk: folder of the file (default: /var/tmp)")
     show: bool = flag(False, "print the prompt, the tokens kept most marked by colour")
+    html: str = flag(None, "file for a page that shows what each step kept, beside the oracle's "
+                           "choice; needs no network, HELP kB a token")
     device: str = flag("cpu", "cpu or cuda")
     dtype: str = flag(None, "float32 or bfloat16 (default: what this processor is faster with)")
 
@@ -155,16 +159,19 @@ def main(config: Config) -> dict:
                              interval=config.interval, neighbours=config.neighbours,
                              dense_below=config.dense_below)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
+    page = Beside(selector, config.budget) if config.html else None
     tally, new, first = Tally(len(ids) + config.max_new_tokens), [], None
     print(text if len(text) < 600 else "[...]" + text[-600:], end="", flush=True)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
-    for token in generate(llama, ids, selector, config, tok.eos_ids, kind):
+    for token in generate(llama, ids, page or selector, config, tok.eos_ids, kind):
         first = first or time.perf_counter()
         new.append(token)
         if selector:
             tally.add(selector, len(ids) + len(new) - 1,
                       (llama.config.layers - 1) * llama.config.kv_heads)
+        if page:
+            page.add(token)
         print(utf8.decode(tok.decode_bytes([token])), end="", flush=True)
     decoding = time.perf_counter() - (first or start)
     print("\n")
@@ -188,7 +195,11 @@ def main(config: Config) -> dict:
     if config.selector == "butler" and config.dense_below < cached < BREAK_EVEN:
         print(f"below about {BREAK_EVEN:,} tokens a dense step is the faster one on a CPU: "
               "--dense-below", file=sys.stderr)
-    return report | provenance()
+    report |= provenance()
+    if page:
+        size = page.write(config.html, tok, ids, config.selector, asdict(config) | report)
+        print(f"{config.html}: {size / 1e6:.2f} MB")
+    return report
 
 
 def check(config) -> None:
@@ -200,6 +211,9 @@ def check(config) -> None:
         raise UsageError("--max-new-tokens is at least 1, --temperature at least 0, "
                          "--top-p between 0 and 1")
     cache_kind(config.offload, config.offload_dir, config.device)
+    out = Path(config.html or "page.html")
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise UsageError(f"cannot write {out}: a folder, or in one that may not be written to")
     if config.dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")
 

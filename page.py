@@ -115,18 +115,18 @@ h1 { font-size: 1.3rem; margin: .8rem 0 0 } h2 { font-size: 1rem }
 header { position: sticky; top: 0; background: var(--paper); border-bottom: 1px solid var(--line);
          padding: .5rem 0 }
 header p { margin: .4rem 0 } button { font: inherit; padding: 0 .5rem }
-#layers button { min-width: 2.3rem; border: 1px solid var(--line); border-radius: 3px;
-  background: linear-gradient(0deg, rgb(var(--kept)) var(--same, 0%), transparent 0);
-  color: inherit; margin: 1px; padding: .1rem .2rem }
+#layers button { min-width: 2rem; font-size: .85rem; margin: 1px; padding: .1rem .2rem;
+  border: 1px solid var(--line); border-radius: 3px; color: inherit;
+  background: linear-gradient(0deg, rgb(var(--kept)) var(--same, 0%), transparent 0) }
 [aria-pressed=true] { outline: 2px solid var(--mark); outline-offset: 1px }
 :focus-visible { outline: 3px solid var(--mark); outline-offset: 1px }
 main { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4 }
-.text span, .key { background: rgb(var(--kept) / var(--k, 0)) }
+.text span { background: rgb(var(--kept) / var(--k, 0)) }
 .text [role=button] { border-bottom: 2px solid var(--line); cursor: pointer }
 .text .later { opacity: .55 }
 .line::before, .part::before { content: "\21b5"; opacity: .6 } .part::before { content: "\25cc" }
-.key { padding: 0 .4rem } pre { white-space: pre-wrap; overflow-wrap: anywhere }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
 </style>
 <h1>Which cached tokens were kept?</h1>
 <p id="about"></p>
@@ -149,18 +149,18 @@ main { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem }
 <script>
 const find = id => document.getElementById(id), data = JSON.parse(find('data').textContent)
 const layers = data.same.length ? data.same[0].length : 0
-const at = {step: 0, layer: 0, side: 0}  // layer 0: all of them
+const at = {step: 0, layer: 0}  // layer 0: all of them
 
 const element = (parent, tag, text, set) =>
   parent.appendChild(Object.assign(document.createElement(tag), {textContent: text}, set))
-const panes = [...document.querySelectorAll('.text')].map((pane, side) =>
+const panes = [...document.querySelectorAll('.text')].map(pane =>
   data.texts.map((text, i) => {
     const sign = text === '' ? 'part' : text.includes('\n') ? 'line' : ''
     const span = element(pane, 'span', text, {className: sign}), step = i - data.prompt
     if (step >= 0) {
       span.setAttribute('role', 'button')
       span.setAttribute('aria-label', `token ${step + 1}: ${JSON.stringify(text)}`)
-      span.onclick = () => go({step, side})
+      span.onclick = () => go({step})
     }
     return span
   }))
@@ -180,6 +180,7 @@ async function unpack(step) {  // -> bytes [2, layers, cached tokens]
 }
 
 async function go(change) {
+  if (!data.steps.length) return
   Object.assign(at, change)
   at.step = Math.max(0, Math.min(at.step, data.steps.length - 1))
   at.layer = Math.max(0, Math.min(at.layer, layers))
@@ -189,7 +190,7 @@ async function go(change) {
   panes.forEach((spans, side) => spans.forEach((span, s) => {
     let count = 0, rows = side * layers
     for (let l = first; s < cached && l < last; l++) count += bytes[(rows + l) * cached + s]
-    span.style.setProperty('--k', count ? (.1 + .9 * count / all).toFixed(3) : 0)
+    span.style.setProperty('--k', Math.sqrt(count / all).toFixed(3))
     span.title = s < cached ? `kept by ${count} of ${all}` : 'not yet there'
     span.classList.toggle('later', s > cached)
     if (s >= data.prompt) {
@@ -211,14 +212,14 @@ async function go(change) {
 }
 
 document.onkeydown = e => {
-  const focus = document.activeElement, token = focus.matches('.text [role=button]')
+  const focus = document.activeElement, pane = panes.find(spans => spans.includes(focus))
   if (e.ctrlKey || e.altKey || e.metaKey) return
-  if (token && (e.key === 'Enter' || e.key === ' ')) focus.click()
+  if (pane && (e.key === 'Enter' || e.key === ' ')) focus.click()
   else if (e.key === 'ArrowLeft' || e.key === 'ArrowRight') {
     const move = e.key === 'ArrowLeft' ? -1 : 1
     if (buttons.includes(focus)) go({layer: at.layer + move}), buttons[at.layer].focus()
     else go({step: at.step + move})
-    if (token) panes[at.side][data.prompt + at.step].focus()
+    if (pane) pane[data.prompt + at.step].focus()
   } else return
   e.preventDefault()
 }
@@ -228,7 +229,7 @@ find('next').onclick = () => go({step: at.step + 1})
 find('left').textContent = data.name
 find('about').textContent = data.about
 find('facts').textContent = data.facts
-if (data.steps.length) go({})
+go({})
 </script>
 </html>
 """

@@ -1,7 +1,7 @@
 """A real browser for tests: headless Chromium, spoken to through a pipe in its own protocol.
 
 Needs no package: a Chromium on PATH (Debian: apt-get install chromium-headless-shell) or named by
-the environment variable BROWSER.
+the environment variable CHROMIUM.
 """
 
 import base64
@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def find() -> str | None:
-    return next(filter(None, map(shutil.which, (os.environ.get("BROWSER", ""), *NAMES))), None)
+    return next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", ""), *NAMES))), None)
 
 
 class Browser:
@@ -74,6 +75,12 @@ class Browser:
                          returnByValue=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
+
+    def wait(self, script: str, seconds=10) -> None:
+        """Until the expression is true."""
+        end = time.monotonic() + seconds
+        while not self.run(script):
+            assert time.monotonic() < end, f"never true: {script}"
 
     def click(self, element: str) -> None:
         """With the mouse, where the element that the expression names can be seen."""

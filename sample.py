@@ -9,10 +9,10 @@ from a selected cache. `--selector dense` is the model as its authors made it.
     python sample.py                                            a question whose answer is far back
     python sample.py --prompt-file book.txt --budget 0.1 --show continue a long text
     python sample.py --chat --prompt "Name three rivers."       talk to it
+    python sample.py --html page.html                           look at what each step kept
 """
 
 import codecs
-import os
 import random
 import sys
 import time
@@ -159,7 +159,7 @@ def main(config: Config) -> dict:
                              interval=config.interval, neighbours=config.neighbours,
                              dense_below=config.dense_below)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
-    page = Beside(selector, config.budget) if config.html else None
+    page = Beside(selector, config.budget) if config.html is not None else None
     tally, new, first = Tally(len(ids) + config.max_new_tokens), [], None
     print(text if len(text) < 600 else "[...]" + text[-600:], end="", flush=True)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -211,11 +211,13 @@ def check(config) -> None:
         raise UsageError("--max-new-tokens is at least 1, --temperature at least 0, "
                          "--top-p between 0 and 1")
     cache_kind(config.offload, config.offload_dir, config.device)
-    out = Path(config.html or "page.html")
-    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise UsageError(f"cannot write {out}: a folder, or in one that may not be written to")
     if config.dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")
+    if config.html is not None:
+        try:
+            open(config.html, "a").close()  # before minutes are spent on what stands in it
+        except OSError as e:
+            raise UsageError(f"cannot write {config.html} ({e.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -174,10 +174,11 @@ def test_keys_step_through_tokens_and_layers(browser, shown):
     check_shades(browser, shown, 4, LAYERS)
 
 
-def test_the_text_is_whole_and_nothing_is_loaded(browser, shown):
+def test_the_text_is_whole_and_nothing_is_loaded(browser, shown, tok):
     """What looks like markup is text; half characters wait for their other half."""
     path, _, pieces, prompt = shown
     assert "".join(pieces) == PROMPT + WRITTEN and "" in pieces[prompt:]
+    assert texts(tok, tok.encode(" \U0001f9a9")[:-1])[-1] == "\ufffd"  # cut off by the end
     browser.open(path)
     check_shades(browser, shown, 0, 0)
     assert browser.run("[...document.querySelectorAll('.text')].map(pane => pane.textContent)") == [

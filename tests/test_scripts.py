@@ -1,6 +1,7 @@
 """The scripts as a user meets them: real processes, real files, one line for what is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ WRONG = [
     ("sample.py", "--top-p", "2"),
     ("sample.py", "--prompt", ""),
     ("sample.py", "--device", "abacus"),
+    ("sample.py", "--html", "/nowhere/at/all.html"),
     ("synth_task.py", "--task", "magic"),
     ("synth_task.py", "--selectors", "dense,magic"),
     ("synth_task.py", "--question", "never"),
@@ -81,13 +83,17 @@ def test_sample_writes_text_and_reports(tmp_path):
     long = tmp_path / "long.txt"
     long.write_text("The harbour was quiet that morning, and the boats lay still. " * 30)
     done = script("sample.py", "--prompt-file", long, "--max-new-tokens", "8", "--budget", "0.1",
-                  "--temperature", "0", "--show")
+                  "--temperature", "0", "--show", "--html", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["new_tokens"] == 8 and result["text"].strip()
     cached = result["cached_tokens"]
     assert 0.1 * (cached - 8) - 1 <= result["attended_per_step"] <= 0.1 * cached
     assert "\033[48;5;" in done.stdout
+    page = (tmp_path / "page.html").read_text()
+    data = json.loads(re.search(r'<script type="application/json".*?>(.*)</script>', page)[1])
+    assert len(data["steps"]) == 8 and "".join(data["texts"]) == long.read_text() + result["text"]
+    assert json.loads(data["facts"])["commit"] == result["commit"]
     assert result["config"]["budget"] == 0.1 and result["commit"]
 
 

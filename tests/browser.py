@@ -8,6 +8,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -32,7 +33,7 @@ class Browser:
             pass_fds=(read, write), stderr=subprocess.DEVNULL)
         for fd in (ends[0][0], ends[1][1], read, write):
             os.close(fd)
-        self.to, self.answers = os.fdopen(ends[0][1], "wb"), os.fdopen(ends[1][0], "rb")
+        self.to, self.answers = os.fdopen(ends[0][1], "wb"), ends[1][0]
         self.buffer, self.number, self.session, self.events = b"", 0, None, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -42,7 +43,8 @@ class Browser:
 
     def receive(self) -> dict:
         while b"\0" not in self.buffer:
-            more = self.answers.read1(1 << 16)
+            assert select.select([self.answers], [], [], 120)[0], "the browser is silent"
+            more = os.read(self.answers, 1 << 20)
             assert more, "the browser has gone"
             self.buffer += more
         message, self.buffer = self.buffer.split(b"\0", 1)
@@ -104,4 +106,4 @@ class Browser:
         self.to.close()
         self.process.terminate()
         self.process.wait(10)
-        self.answers.close()
+        os.close(self.answers)

@@ -174,6 +174,20 @@ def test_keys_step_through_tokens_and_layers(browser, shown):
     check_shades(browser, shown, 4, LAYERS)
 
 
+def test_the_last_choice_wins(browser, shown):
+    """A step that takes longer to unpack does not overwrite what was asked for after it."""
+    browser.open(shown[0])
+    browser.run("""(() => {
+        const at_once = unpack
+        unpack = async step => {
+            await new Promise(done => setTimeout(done, step === 5 ? 300 : 0))
+            return at_once(step)
+        }
+        return Promise.all([go({step: 5}), go({step: 1})])
+    })()""")
+    check_shades(browser, shown, 1, 0)
+
+
 def test_the_text_is_whole_and_nothing_is_loaded(browser, shown, tok):
     """What looks like markup is text; half characters wait for their other half."""
     path, _, pieces, prompt = shown

@@ -1,7 +1,9 @@
 """A real browser for tests: headless Chromium, spoken to through a pipe in its own protocol.
 
 Needs no package: a Chromium on PATH (Debian: apt-get install chromium-headless-shell) or named by
-the environment variable CHROMIUM.
+the environment variable CHROMIUM. The picture in README.md:
+
+    python sample.py --html out/page.html && python tests/browser.py out/page.html results/page.png
 """
 
 import base64
@@ -11,7 +13,10 @@ import os
 import select
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -107,3 +112,12 @@ class Browser:
         self.process.terminate()
         self.process.wait(10)
         os.close(self.answers)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(find(), profile)
+        browser.open(Path(sys.argv[1]), width=1180, height=600)
+        browser.wait("document.getElementById('now').textContent")
+        browser.picture(Path(sys.argv[2]))
+        browser.close()

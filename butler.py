@@ -35,13 +35,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kernel import BLOCK, in_order, on_gpu, top_with_neighbours, triton_select
+from weights import Refusal
 
 AT_ONCE = 2**23  # numbers of importance keys scored at once: bounds the memory of a step
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
 
 
-class ButlerError(ValueError):
-    """A butler that cannot be read, or that belongs to another model; one line for the user."""
+class ButlerError(Refusal):
+    """A butler that cannot be read, or that belongs to another model."""
 
 
 # ---------------------------------------------------------------------------- the predictor
@@ -180,7 +181,7 @@ class Butler(nn.Module):
         except KeyError:
             raise ButlerError(f"{path}: not a butler, its metadata lacks a configuration") from None
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as e:
-            raise ButlerError(f"{path}: unreadable butler ({' '.join(str(e).split())})") from None
+            raise ButlerError(f"{path}: unreadable butler ({e})") from None
         return butler.eval().requires_grad_(False)
 
 

@@ -17,13 +17,11 @@ from pathlib import Path
 
 import torch
 
-from butler import ButlerError
-from tokenizer import TokenizerError
-from weights import ModelError
+from weights import Refusal
 
 
-class UsageError(ValueError):
-    """A flag, a combination of flags or an input file that makes no sense; one line."""
+class UsageError(Refusal):
+    """A flag, a combination of flags or an input file that makes no sense."""
 
 
 def flag(default, help: str, kind=None):
@@ -93,7 +91,7 @@ def run(main, config_class) -> None:
     config = parse(config_class)
     try:
         result = main(config)
-    except (UsageError, ModelError, ButlerError, TokenizerError) as e:
+    except Refusal as e:
         print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

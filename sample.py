@@ -28,7 +28,7 @@ from butler import Selector, load_for
 from cli import UsageError, flag, provenance, run
 from coreference import coreference, pools
 from graph import stepper
-from model import Cache, Llama, fast_dtype, resolve
+from model import Cache, Llama, ModelError, fast_dtype, resolve
 from offload import STORES, cache_kind
 from page import Beside
 
@@ -79,7 +79,10 @@ def read_prompt(config) -> str:
 
 
 def pick(logits, temperature: float, top_p: float, generator) -> int:
-    """Nucleus sampling (arXiv 1904.09751) from logits [V]; the likeliest token at temperature 0."""
+    """Nucleus sampling (arXiv 1904.09751) from logits [V]; the likeliest token at temperature 0.
+    Raises ModelError if the logits are no numbers, which is what broken weights come to."""
+    if not logits.isfinite().all():
+        raise ModelError("the model's logits are not finite: its weights are damaged")
     if temperature == 0:
         return int(logits.argmax())
     p, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)

@@ -138,10 +138,13 @@ class Scores:
             if lines[0] != header if lines else not header.startswith(text):
                 raise UsageError(f"{path} is of a run with other settings, or no file of scores")
             self.known = {key: score for key, score in map(json.loads, lines[1:])}
+            if not all(type(k) is str and type(s) in (int, float) and 0 <= s <= 1
+                       for k, s in self.known.items()):
+                raise UsageError(f"{path}: a line is no name with a score from 0 to 1")
             self.file = path.open("r+" if lines else "w")
             self.file.seek(len("".join(line + "\n" for line in lines).encode()))
             self.file.truncate()
-        except (OSError, ValueError, TypeError) as e:
+        except (OSError, ValueError, TypeError, RecursionError) as e:
             raise e if isinstance(e, UsageError) else UsageError(f"{path}: {e}") from None
         if not lines:
             self.file.write(header + "\n")

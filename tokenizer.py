@@ -24,7 +24,7 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 
-from weights import open_gguf
+from weights import Refusal, open_gguf
 
 # How each family cuts text. GPT-2 takes words, numbers and punctuation with the space before them;
 # SmolLM first sets every numeric character alone, so white space before one stays in one piece;
@@ -55,7 +55,7 @@ MAX_IDS = 1 << 21  # several times the largest vocabulary in use: beyond it a fi
 LONG_RUN = 900_000  # tiktoken's regex engine overflows its stack on a million spaces in a row
 
 
-class TokenizerError(ValueError):
+class TokenizerError(Refusal):
     """A tokenizer file is missing, damaged or not of a kind served: one line naming the file."""
 
 
@@ -488,10 +488,10 @@ def load(path: str | Path) -> Tokenizer:
     except OSError as error:
         problem = error.strerror or repr(error)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        problem = f"damaged or not a tokenizer ({error!r})"
+        problem = f"damaged or not a tokenizer ({type(error).__name__}: {error})"
     except (RecursionError, MemoryError) as error:
         problem = f"damaged: its sizes are absurd ({error!r})"
-    raise TokenizerError(" ".join(f"{path}: {problem}".split()))
+    raise TokenizerError(f"{path}: {problem}")
 
 
 def main(path=None, text="In 2024 a café sold 1234 naïve 🦙🦙."):

@@ -185,6 +185,10 @@ def sample_rows(rng: random.Random, rows: int, length: int):
 # ---------------------------------------------------------------------------- surviving
 
 
+MOMENTS = {torch.optim.Muon: ("momentum_buffer",),
+           torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}  # what each keeps of a parameter
+
+
 def save_state(butler, optimizers, config, log: list) -> None:
     """Everything that the next step depends on, in one safetensors file, whole or not at all.
 
@@ -204,26 +208,33 @@ def save_state(butler, optimizers, config, log: list) -> None:
 
 
 def load_state(butler, optimizers, config, log: list) -> int:
-    """The other way round -> the step to go on with; a state of another run is refused."""
+    """The other way round -> the step to go on with; a state of another run is refused. Nothing is
+    changed unless all is there, each tensor in the shape of its parameter."""
     path = Path(config.out + ".state")
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     parameters = dict(butler.named_parameters())
     try:
         with safe_open(path, framework="pt", device=config.device) as f:
-            if f.metadata()["run"] != run_identity(butler, config):
+            if (f.metadata() or {}).get("run") != run_identity(butler, config):
                 raise UsageError(f"{path} belongs to a run with other settings or another model")
-            for entry in f.keys():
-                key, name = entry.split(" ")
-                value = f.get_tensor(entry)
-                if key == "log":
-                    log[:] = value.tolist()
-                elif key == "weight":
-                    parameters[name].data.copy_(value)
-                else:
-                    owners[parameters[name]].state[parameters[name]][key] = value
-        return len(log)
-    except (SafetensorError, OSError, KeyError) as e:
+            state = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, OSError, RuntimeError) as e:
         raise UsageError(f"{path}: unreadable state ({e})") from None
+    shapes = {"log loss": state.get("log loss", torch.empty(0)).shape[:1]}
+    for name, p in parameters.items():
+        moments = MOMENTS[type(owners[p])]
+        shapes |= {f"{key} {name}": p.shape for key in ("weight", *moments)}
+        shapes |= {f"step {name}": torch.Size()} if "step" in moments else {}
+    if {name: value.shape for name, value in state.items()} != shapes:
+        raise UsageError(f"{path}: not all of a state, or not of this butler")
+    log[:] = state.pop("log loss").double().tolist()
+    for entry, value in state.items():
+        key, name = entry.split(" ")
+        if key == "weight":
+            parameters[name].data.copy_(value)
+        else:
+            owners[parameters[name]].state[parameters[name]][key] = value
+    return len(log)
 
 
 def run_identity(butler, config) -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from safetensors import SafetensorError, safe_open
@@ -34,11 +35,28 @@ DEFAULT = {
 }
 
 
-class ModelError(ValueError):
-    """A model that cannot be found, read or run here; the message is one line for the user."""
+class Refusal(ValueError):
+    """Something that the user can put right; the message is one line, whatever a file had in it."""
+
+    def __init__(self, message: str):
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= 500 else f"{line[:300]} ... {line[-190:]}")
+
+
+class ModelError(Refusal):
+    """A model that cannot be found, read or run here."""
 
 
 # ---------------------------------------------------------------------------- configuration
+
+
+LIMITS = {  # least and largest: models in use stay far inside, and what is beyond is damaged
+    "vocab_size": (1, 2**21), "width": (1, 2**17), "layers": (1, 1024), "heads": (1, 4096),
+    "kv_heads": (1, 4096), "head_dim": (2, 4096), "mlp_width": (1, 2**20), "context": (1, 2**24),
+    "norm_eps": (1e-12, 0.1), "rope_theta": (1.0, 1e12), "factor": (0.01, 1e4),
+    "low_freq_factor": (0.01, 1e4), "high_freq_factor": (0.01, 1e4),
+    "original_max_position_embeddings": (1.0, 2.0**24),
+}
 
 
 @dataclass(frozen=True)
@@ -61,17 +79,19 @@ class Config:
     mlp_bias: bool = False
 
     def __post_init__(self):
-        entries = [(f.name, f.type, getattr(self, f.name)) for f in fields(self)]
-        entries += [(k, float, v) for k, v in (self.rope_scaling or {}).items() if k != "type"]
-        for name, kind, value in entries:  # files are not trusted: checked before any allocation
-            fits = {int: type(value) is int and 0 < value <= 2**24, bool: type(value) is bool,
-                    float: type(value) in (int, float) and 0 < value < 1e12}
-            if not fits.get(kind, True):
-                raise ModelError(f"config: {name} is {value!r}, not a sensible {kind.__name__}")
-        if (self.layers > 1024 or self.heads % self.kv_heads or self.head_dim % 2
-                or self.heads * self.head_dim > 2**24):
-            raise ModelError(f"config: {self.layers} layers, {self.heads} query heads over "
-                             f"{self.kv_heads} KV heads of size {self.head_dim} are not a Llama")
+        entries = {f.name: getattr(self, f.name) for f in fields(self)} | (self.rope_scaling or {})
+        for name, (low, high) in LIMITS.items():  # files are not trusted: before any allocation
+            value, kinds = entries.get(name, low), (int,) if type(low) is int else (int, float)
+            if type(value) not in kinds or not low <= value <= high:
+                raise ModelError(f"config: {name} is {value!r}, not a number from {low} to {high}")
+        for name in ("tied", "attention_bias", "mlp_bias"):
+            if type(entries[name]) is not bool:
+                raise ModelError(f"config: {name} is {entries[name]!r}, not true or false")
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ModelError(f"config: {self.heads} query heads over {self.kv_heads} KV heads of "
+                             f"size {self.head_dim} are not a Llama")
+        if not entries.get("low_freq_factor", 0) < entries.get("high_freq_factor", 1):
+            raise ModelError("config: low_freq_factor is not below high_freq_factor")
 
     @classmethod
     def from_hugging_face(cls, c: dict) -> "Config":
@@ -161,6 +181,10 @@ def read_folder(folder: Path):
         index = folder / "model.safetensors.index.json"
         shards = (sorted(set(json.loads(index.read_text())["weight_map"].values()))
                   if index.exists() else ["model.safetensors"])
+        pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        if pickled and not any((folder / shard).exists() for shard in shards):
+            raise ModelError(f"{pickled[0]} is a pickle, which can run anything when it is read: "
+                             "save the model as safetensors, or take a copy that has them")
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise ModelError(f"{shard!r} is missing, or not a file name")
@@ -220,7 +244,7 @@ def read_gguf(path: Path):
     with 2i + 1; here they come back to i with i + D/2.
     """
     unreadable = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
-                  NotImplementedError)
+                  NotImplementedError, RecursionError)
     try:
         reader = open_gguf(path)
         wanted = {k: f.contents() for k, f in reader.fields.items()
@@ -234,7 +258,8 @@ def read_gguf(path: Path):
 
     def read(t):
         try:
-            return torch.tensor(dequantize(t.data, t.tensor_type).reshape(shapes[t.name]))
+            with np.errstate(all="ignore"):  # damaged scales are noticed later
+                return torch.tensor(dequantize(t.data, t.tensor_type).reshape(shapes[t.name]))
         except unreadable as e:
             raise ModelError(f"{path}: tensor {t.name!r} cannot be read ({e})") from None
 

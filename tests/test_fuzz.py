@@ -1,0 +1,104 @@
+"""Damaged files by the thousand (fuzz.py): each loads and works, or ends in one clear line."""
+
+import base64
+import json
+import subprocess
+import sys
+
+import fuzz
+import pytest
+from gguf import GGMLQuantizationType
+from test_model import LLAMA3, small, write_gguf
+from test_tokenizer import GGUF_ALPHABET, llama_split
+from test_tokenizer import write_gguf as write_vocabulary
+from tokenizers import Tokenizer, decoders, models, normalizers
+
+import train
+from butler import Butler, ButlerConfig
+from weights import ModelError, read
+
+
+def write_models(folder):
+    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                 num_attention_heads=2, num_key_value_heads=1)
+    for kind, largest in (("config", "1MB"), ("safetensors", "1MB"), ("shards", "4KB")):
+        model = small(**sizes, rope_parameters=LLAMA3)
+        model.save_pretrained(folder / kind, max_shard_size=largest)
+    write_gguf(folder / "gguf" / "model.gguf", small(**sizes))
+    wide = small(**sizes | dict(hidden_size=64, intermediate_size=64))
+    write_gguf(folder / "quantised" / "model.gguf", wide, GGMLQuantizationType.Q4_1)
+
+
+def write_tokenizers(folder):
+    tokens = [*GGUF_ALPHABET, "ab", "aba"]
+    merges = [("a", "b"), ("ab", "a")]
+    built = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    built.pre_tokenizer, built.decoder = llama_split(), decoders.ByteLevel()
+    built.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    built.add_tokens(["<tool>"])
+    built.save(str(folder / "tokenizer" / "tokenizer.json"))
+    template = "<|im_start|>system\nBe brief.<|im_end|>"
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": True,
+        "chat_template": [{"name": "default", "template": template}]}))
+    (folder / "tokenizer" / "generation_config.json").write_text(
+        '{"bos_token_id": 0, "eos_token_id": [0, 1]}')
+    pieces = {"<unk>": 0} | {f"<0x{b:02X}>": 1 + b for b in range(256)} | {"▁": 257, "a": 258}
+    built = Tokenizer(models.BPE(pieces, [], byte_fallback=True, unk_token="<unk>"))
+    built.normalizer = normalizers.Replace(" ", "▁")
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    built.add_special_tokens(["<unk>"])
+    built.save(str(folder / "library" / "tokenizer.json"))
+    parts = [*(bytes([b]) for b in range(256)), b"ab", b"aba"]
+    (folder / "meta" / "tokenizer.model").write_bytes(
+        b"\n".join(base64.b64encode(part) + b" %d" % i for i, part in enumerate(parts)))
+    holed = [token if token != "\u0104" else "ab" for token in GGUF_ALPHABET]  # byte 4 has no token
+    write_vocabulary(folder / "vocabulary" / "vocabulary.gguf", merges=["a b", "ab a"],
+                     tokens=[*holed, "aba", "<|im_end|>"])
+
+
+def write_others(folder):
+    shape = ButlerConfig(layers=3, width=8, heads=2, kv_heads=1, head_dim=4, stride=1, size=2,
+                         hidden=4, fingerprint="0" * 16)
+    Butler(shape).save(folder / "butler" / "butler.safetensors")
+    run = fuzz.a_run(folder / "state" / "run")
+    fuzz.step(*run[:2])
+    train.save_state(*run, [0.5])
+    lines = [{"context": "a lake " * 5, "question": "what? ", "answer": answer}
+             for answer in ("lake", ["lake", "sea"])]
+    (folder / "lines" / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    scores = ["a run", ["copy 0 butler 0.1 0", 0.5], ["copy 1 butler 0.1 0", 1.0]]
+    (folder / "scores" / "scores.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in scores))
+    (folder / "text" / "text.txt").write_text("The harbour was quiet that morning. é\n" * 500)
+
+
+@pytest.mark.parametrize("cases, seed", [(80, 0), pytest.param(800, 1, marks=pytest.mark.slow)])
+def test_damaged_files_work_or_end_in_one_line(tmp_path, cases, seed):
+    """1,000 cases and more, or 10,000; what a process that died was reading stays there."""
+    for kind in fuzz.KINDS:
+        (tmp_path / kind).mkdir()
+    write_models(tmp_path)
+    write_tokenizers(tmp_path)
+    write_others(tmp_path)
+    command = [sys.executable, fuzz.__file__, str(tmp_path), str(cases), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reports = json.loads(done.stdout)
+    print(json.dumps(reports, indent=1))
+    problems = {kind: r["problems"] for kind, r in reports.items() if r["problems"]}
+    assert not problems, f"{json.dumps(problems, indent=1)}\nfiles: {tmp_path}\n{done.stderr}"
+    assert reports.keys() == fuzz.KINDS.keys()
+    assert all(report["cases"] >= cases for report in reports.values())
+    for outcome in ("worked", "refused"):  # damage is neither harmless nor always the same
+        assert sum(report.get(outcome, 0) for report in reports.values()) > 2 * cases
+
+
+def test_a_pickle_is_refused_unread(tmp_path):
+    small(num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle.*safetensors"):
+        read(tmp_path)
+    with pytest.raises(ModelError, match="not a readable GGUF"):
+        read(tmp_path / "pytorch_model.bin")

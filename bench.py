@@ -32,10 +32,11 @@ import speed_offload
 import synth_task
 import tokenizer
 from baselines import NAMES, Probe, make_selector, mean
-from butler import Selector, load_for
-from cli import UsageError, flag, names, provenance, run
+from butler import Butler, Selector, load_for
+from cli import UsageError, flag, names, numbers, provenance, run
 from corpus import hold_out
-from model import Llama, fast_dtype, resolve
+from model import Llama, check_device, fast_dtype, resolve
+from offload import cache_kind
 from synth_task import Prompts, accuracy, bootstrap
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,18 +54,20 @@ class Config:
                             f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
     text: str = flag(None, "text file (default: Python's reference, the part not trained on)")
-    n: int = flag(12, "windows, documents or prompts; attention, speed: rounds")
-    length: int = flag(512, "tokens of a window; of a generated text")
+    n: int = flag(12, "windows, documents or prompts; attention, speed: rounds", least=1)
+    length: int = flag(512, "tokens of a window; of a generated text", least=64)
     task: tuple = flag(("coreference", "needle_noise", "copy"), "interval: tasks", names)
     intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval, attention, speed: steps between "
-                            "choices", names)
-    neighbours: tuple = flag(("0", "1"), "interval: tokens on either side of a chosen one", names)
+                            "choices", numbers(1, 2**20))
+    neighbours: tuple = flag(("0", "1"), "interval: tokens on either side of a chosen one",
+                             numbers(0, 1024))
     shape: str = flag(None, "attention, speed: random weights in the shape of "
                             f"{', '.join(speed.SHAPES)} or a config.json")
-    contexts: tuple = flag(("512", "2048", "8000"), "attention, speed: tokens cached", names)
-    batch: tuple = flag(("1",), "attention, speed: sequences", names)
+    contexts: tuple = flag(("512", "2048", "8000"), "attention, speed: tokens cached",
+                           numbers(1, 2**20))
+    batch: tuple = flag(("1",), "attention, speed: sequences", numbers(1, 2**16))
     memory: float = flag(0.0, "offload: share of the keys and values that may be in memory, page "
-                              "cache included; 0: no limit")
+                              "cache included; 0: no limit", most=1)
     offload_dir: str = flag(None, "offload: folder of the file (default: /var/tmp)")
     seed: int = flag(0, "seed of documents and sampling")
     write: bool = flag(False, "write results/SUITE.json or SUITE_SHAPE.json, redraw tables")
@@ -284,19 +287,12 @@ def check(config: Config) -> None:
                                (config.task, synth_task.TASKS, "task")):
         if unknown := sorted(set(given) - set(known)):
             raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
-    if config.n < 1 or config.length < 64:
-        raise UsageError("--n is at least 1, --length at least 64")
     if "snapkv" in config.selectors and config.suite in ("perplexity", "recall"):
         raise UsageError(f"snapkv evicts at the end of a prompt, and the text of --suite "
                          f"{config.suite} has none")
     evicting = sorted(set(config.selectors) & set(synth_task.EVICTING))
     if evicting and config.suite == "interval":
         raise UsageError(f"{evicting[0]} evicts at every step: no --suite interval")
-    for name in ("contexts", "batch"):
-        if not all(value.isdecimal() and int(value) > 0 for value in getattr(config, name)):
-            raise UsageError(f"--{name} takes whole numbers above 0")
-    if not 0 <= config.memory <= 1:
-        raise UsageError("--memory is a share of the keys and values, up to 1")
     if config.shape and config.model:
         raise UsageError("--shape has random weights, --model its own: one of the two")
     if config.shape:
@@ -308,8 +304,12 @@ def check(config: Config) -> None:
                     Selector(float(budget), interval=int(i), neighbours=int(k))
     except ValueError as e:
         raise UsageError(str(e)) from None
-    if config.text:
-        read_text(config.text)
+    read_text(config.text)
+    check_device(config.device)
+    if config.suite == "offload":
+        cache_kind("disk", config.offload_dir, config.device)
+    for path in config.butler:
+        Butler.load(path)
 
 
 if __name__ == "__main__":

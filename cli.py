@@ -8,6 +8,7 @@ Progress and errors go to stderr. Whatever the user can put right ends with one 
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -24,11 +25,13 @@ class UsageError(Refusal):
     """A flag, a combination of flags or an input file that makes no sense."""
 
 
-def flag(default, help: str, kind=None):
-    """A field that is a flag. A default of False makes a switch, a list takes several words."""
-    meta = {"help": help, "kind": kind or (str if default is None else type(default))}
+def flag(default, help: str, kind=None, least=0, most=2**31):
+    """A field that is a flag. A default of False makes a switch, a list takes several words, and
+    `least` and `most` bound a number."""
+    kind = kind or (str if default is None else type(default))
+    meta = {"help": help, "kind": bounded(kind, least, most) if kind in (int, float) else kind}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=meta | {"kind": kind or str})
+        return field(default_factory=lambda: list(default), metadata=meta | {"kind": str})
     return field(default=default, metadata=meta)
 
 
@@ -40,30 +43,71 @@ def names(text: str) -> tuple[str, ...]:
     return parts
 
 
+def bounded(kind, least=0, most=2**31):
+    """-> a function: text -> a number of this kind (int or float) from least to most."""
+    def number(text: str):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least:,} to {most:,}")
+        return value
+
+    number.__name__ = {int: "whole number", float: "number"}[kind]  # argparse: "invalid ... value"
+    return number
+
+
+def numbers(least=0, most=2**31):
+    """-> a function: `1,2,3` -> ("1", "2", "3"), whole numbers from least to most as they stand."""
+    def whole_numbers(text: str) -> tuple[str, ...]:
+        parts = names(text)
+        for part in parts:
+            bounded(int, least, most)(part)
+        return parts
+
+    whole_numbers.__name__ = "list of whole numbers"
+    return whole_numbers
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage block
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {UsageError(message)} (see --help)\n")
 
 
 def parse(config_class, arguments=None):
     """Command line -> an instance of the dataclass; flags are its field names in kebab-case."""
     text = (config_class.__doc__ or "").strip()
-    parser = Parser(description=text, allow_abbrev=False)
+    parser = Parser(description=text, allow_abbrev=False, formatter_class=lambda prog:
+                    argparse.HelpFormatter(prog, max_help_position=30))
     for f in fields(config_class):
         default = f.default_factory() if f.default is MISSING else f.default
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if "(default: " not in help:
+            help += f" (default: {show(default)})"
         if default is False:
             parser.add_argument(name, action="store_true", help=help)
             continue
         several = {"nargs": "+"} if isinstance(default, list) else {}
-        shown = "" if default is None or default == [] else f" (default: {show(default)})"
-        parser.add_argument(name, type=f.metadata["kind"], default=default, help=help + shown,
+        parser.add_argument(name, type=f.metadata["kind"], default=default, help=help,
                             metavar=f.name.split("_")[-1].upper(), **several)
     return config_class(**vars(parser.parse_args(arguments)))
 
 
 def show(value) -> str:
+    if value is False:
+        return "off"
+    if value in (None, (), []):
+        return "none"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def writable(path) -> None:
+    """Raises UsageError if no file can be written at `path`; makes the folder that it is in."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"cannot write {path} ({e.strerror})") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: a folder, or in one that may not be written to")
 
 
 def provenance() -> dict:
@@ -87,13 +131,22 @@ def _lines(path: str) -> list[str]:
 
 
 def run(main, config_class) -> None:
-    """What stands under `__main__` of every script."""
-    config = parse(config_class)
+    """What stands under `__main__` of every script. Exit codes: 2 for what the user can put right,
+    130 after Ctrl-C, 141 if nobody reads on (`| head`)."""
+    sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot show
     try:
-        result = main(config)
-    except Refusal as e:
-        print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            config = parse(config_class)
+            print(json.dumps({"config": asdict(config)} | main(config)))
+        except Refusal as e:
+            print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
+            sys.exit(2)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    print(json.dumps({"config": asdict(config)} | result), flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # Python flushes both once more as it ends
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stderr.fileno())
+        sys.exit(141)

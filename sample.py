@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import tokenizer
 from baselines import NAMES, make_selector
-from butler import Selector, load_for
+from butler import Butler, Selector, load_for
 from cli import UsageError, flag, provenance, run
 from coreference import coreference, pools
 from graph import stepper
-from model import Cache, Llama, ModelError, fast_dtype, resolve
+from model import Cache, Llama, ModelError, check_device, fast_dtype, resolve
 from offload import STORES, cache_kind
 from page import Beside
 
@@ -43,16 +43,18 @@ class Config:
     butler: str = flag(None, "butler checkpoint (default: the shipped one)")
     selector: str = flag("butler", f"what chooses the tokens: {', '.join(NAMES)}")
     budget: float = flag(0.1, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
-    interval: int = flag(1, "score and choose at every I-th step only")
-    neighbours: int = flag(0, "tokens fetched on either side of a chosen one, within the budget")
+    interval: int = flag(1, "score and choose at every I-th step only", least=1)
+    neighbours: int = flag(0, "tokens fetched on either side of a chosen one, within the budget",
+                           most=1024)
     dense_below: int = flag(0, "tokens cached below which steps are dense; a selection begins to "
                                f"pay at about {BREAK_EVEN:,} on a CPU")
     prompt: str = flag(None, "text to continue (default: a generated document and its question)")
     prompt_file: str = flag(None, "file with the text to continue, UTF-8")
     chat: bool = flag(False, "the prompt is a message to the model, in its own chat format")
-    max_new_tokens: int = flag(100, "tokens to write at most")
-    temperature: float = flag(0.7, "0 takes the likeliest token")
-    top_p: float = flag(0.9, "sample from the likeliest tokens that together have this probability")
+    max_new_tokens: int = flag(100, "tokens to write at most", least=1)
+    temperature: float = flag(0.7, "0 takes the likeliest token", most=100)
+    top_p: float = flag(0.9, "sample from the likeliest tokens that together have this probability",
+                        least=1e-6, most=1)
     seed: int = flag(0, "seed of the sampling")
     offload: str = flag("none", f"where keys and values live, of {', '.join(STORES)}: disk is a "
                                 "file, pinned host memory beside a GPU")
@@ -148,12 +150,12 @@ def main(config: Config) -> dict:
     text = read_prompt(config)
     path = resolve(config.model)
     dtype = getattr(torch, config.dtype) if config.dtype else fast_dtype(config.device)
-    llama = Llama.from_pretrained(path, dtype, config.device)
     tok = tokenizer.load(path)
     if config.chat:
         ids = tok.chat([{"role": "user", "content": text}])
     else:
         ids = [tok.bos_id] * tok.add_bos + tok.encode(text)
+    llama = Llama.from_pretrained(path, dtype, config.device)
     if not 0 < len(ids) <= llama.config.context:
         raise UsageError(f"the prompt has {len(ids)} tokens, the model's context "
                          f"is {llama.config.context}")
@@ -163,7 +165,8 @@ def main(config: Config) -> dict:
                              dense_below=config.dense_below)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
     page = Beside(selector, config.budget) if config.html is not None else None
-    tally, new, first = Tally(len(ids) + config.max_new_tokens), [], None
+    tally, new, first = Tally(min(len(ids) + config.max_new_tokens,
+                                  llama.config.context + 1)), [], None
     print(text if len(text) < 600 else "[...]" + text[-600:], end="", flush=True)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
@@ -210,12 +213,12 @@ def check(config) -> None:
         raise UsageError(f"unknown selector {config.selector!r}; known: {', '.join(NAMES)}")
     Selector(config.budget, interval=config.interval, neighbours=config.neighbours,
              dense_below=config.dense_below)
-    if config.max_new_tokens < 1 or config.temperature < 0 or not 0 < config.top_p <= 1:
-        raise UsageError("--max-new-tokens is at least 1, --temperature at least 0, "
-                         "--top-p between 0 and 1")
     cache_kind(config.offload, config.offload_dir, config.device)
     if config.dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")
+    check_device(config.device)
+    if config.butler is not None:
+        Butler.load(config.butler)
     if config.html is not None:
         try:
             open(config.html, "a").close()  # before minutes are spent on what stands in it

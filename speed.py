@@ -38,7 +38,6 @@ from kernel import on_gpu, sparse_attention
 from model import (
     Linear,
     Llama,
-    check_device,
     dense_attention,
     fast_dtype,
     resolve,
@@ -277,9 +276,11 @@ def break_even(rows: list[dict]) -> dict:
 def measure(config) -> dict:
     """All contexts and batches of one suite -> {"rows": [...], "copy_bytes_per_s": ...}."""
     device = config.device
-    check_device(device)
-    rate, rows = copy_bandwidth(device), []
     llama, butler = model_of(config)
+    if config.suite == "speed" and max(map(int, config.contexts)) > llama.config.context:
+        raise ModelError(f"the model's context is {llama.config.context} tokens, --contexts go "
+                         "beyond it")
+    rate, rows = copy_bandwidth(device), []
     element = llama.new_cache(1, 1).k[0].element_size()
     for batch in map(int, config.batch):
         for context in map(int, config.contexts):

@@ -39,8 +39,6 @@ WARM = 8  # steps before those that count
 def measure(config) -> dict:
     """All contexts -> {"rows": [...], "copy_bytes_per_s": ...}, rows as speed.measure's, with bytes
     read from the disk, hits of the page cache, and the memory held beside it."""
-    if config.device != "cpu":
-        raise UsageError("--suite offload measures the disk store, on a CPU")
     llama, butler = model_of(config)
     if config.shape:
         drift(llama.embed_tokens.weight)

@@ -34,10 +34,10 @@ from tqdm import tqdm
 import ruler
 import tokenizer
 from baselines import BASELINES, NAMES, Evicting, make_selector
-from butler import SHIPPED, Selector, fingerprint, load_for
-from cli import UsageError, flag, names, provenance, run
+from butler import SHIPPED, Butler, Selector, fingerprint, load_for
+from cli import UsageError, flag, names, numbers, provenance, run, writable
 from coreference import Document, coreference_documents
-from model import Llama, fast_dtype, resolve
+from model import Llama, check_device, fast_dtype, resolve
 from weights import digest
 
 TASKS = ("coreference", *ruler.TASKS)
@@ -55,16 +55,17 @@ class Config:
     data: str = flag(None, "instead of a task: JSONL file of context, question, answer")
     selectors: tuple = flag(NAMES, f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
-    interval: int = flag(1, "score and choose at every I-th token only")
-    neighbours: int = flag(0, "tokens fetched on either side of a chosen one, within the budget")
-    n: int = flag(100, "documents for each seed")
-    seeds: tuple = flag(("0",), "comma-separated seeds of the documents", names)
-    referents: int = flag(1, "coreference: places introduced in a document")
+    interval: int = flag(1, "score and choose at every I-th token only", least=1)
+    neighbours: int = flag(0, "tokens fetched on either side of a chosen one, within the budget",
+                           most=1024)
+    n: int = flag(100, "documents for each seed", least=1)
+    seeds: tuple = flag(("0",), "comma-separated seeds of the documents", numbers())
+    referents: int = flag(1, "coreference: places introduced in a document", least=1, most=8)
     context: tuple = flag((), "comma-separated tokens of context, question and answer "
-                              "(default: about 355 for coreference, else 1024)", names)
+                              "(default: about 355 for coreference, else 1024)", numbers(1))
     question: str = flag("sparse", "sparse: question and answer go through the selection; "
                                    "prefill: only the answer does")
-    batch: int = flag(4, "documents at a time")
+    batch: int = flag(4, "documents at a time", least=1)
     out: str = flag(None, "JSONL file of single scores; an interrupted run goes on from it")
     device: str = flag("cpu", "cpu or cuda")
 
@@ -383,16 +384,20 @@ def check(config: Config) -> dict:
             raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     if config.question not in ("sparse", "prefill"):
         raise UsageError(f"--question is sparse or prefill, not {config.question!r}")
-    if config.n < 1 or config.batch < 1:
-        raise UsageError("--n and --batch are at least 1")
     try:
-        contexts = [int(c) for c in config.context] or [None]
-        [int(seed) for seed in config.seeds]
         for budget in config.budgets:
             Selector(float(budget), interval=config.interval, neighbours=config.neighbours)
     except ValueError as e:  # not a number, or out of range
         raise UsageError(str(e)) from None
+    check_device(config.device)
+    for path in config.butler:
+        Butler.load(path)
+    if config.out is not None:
+        writable(config.out)
+    contexts = [int(c) for c in config.context] or [None]
     if config.data is not None:
+        if config.context:
+            raise UsageError("--context is the length of a task, --data has its own")
         documents = read_data(config.data)
         return {"data": lambda count: documents}
     return {task if len(contexts) == 1 else f"{task}@{context}":

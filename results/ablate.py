@@ -33,7 +33,7 @@ from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
 from cli import UsageError, flag, names, provenance, run  # noqa: E402
 from coreference import pools  # noqa: E402
 from corpus import Mixture, default_texts, hold_out  # noqa: E402
-from model import Llama, fast_dtype, resolve, rotate, turns  # noqa: E402
+from model import Llama, check_device, fast_dtype, resolve, rotate, turns  # noqa: E402
 from synth_task import accuracy, bootstrap, evaluate, task_documents  # noqa: E402
 
 
@@ -43,10 +43,10 @@ class Config:
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     only: tuple = flag((), "comma-separated rows (default: all)", names)
-    steps: int = flag(160, "optimiser steps of the default row")
+    steps: int = flag(160, "optimiser steps of the default row", least=1)
     text: str = flag(None, "text file to measure on (default: Python's reference, held-out part)")
-    windows: int = flag(6, "windows of 512 tokens to measure on")
-    documents: int = flag(40, "co-reference documents to answer")
+    windows: int = flag(6, "windows of 512 tokens to measure on", least=1)
+    documents: int = flag(40, "co-reference documents to answer", least=1)
     write: bool = flag(False, "write results/ablations.json")
     device: str = flag("cpu", "cpu or cuda")
 
@@ -213,10 +213,9 @@ def train_all(variants: dict, llama, tok, config) -> dict:
     return butlers
 
 
-def measure(butlers: dict, llama, tok, config) -> dict:
+def measure(butlers: dict, windows, llama, tok, config) -> dict:
     """-> {row: {"kept", "kept_over_default", "over_oracle", "answers", ...}}"""
-    setting = bench.Bench(llama, tok, [], bench.Config(n=config.windows, text=config.text))
-    windows, loss, kept = setting.windows(512), {}, {}
+    loss, kept = {}, {}
 
     def look(name, make):
         for budget in (0.1, 0.25):
@@ -281,8 +280,8 @@ def table(report: dict) -> str:
 def main(config: Config) -> dict:
     if unknown := sorted(set(config.only) - set(VARIANTS)):
         raise UsageError(f"unknown row {unknown[0]!r}; known: {', '.join(VARIANTS)}")
-    if min(config.steps, config.windows, config.documents) < 1:
-        raise UsageError("--steps, --windows and --documents are at least 1")
+    bench.read_text(config.text)
+    check_device(config.device)
     wanted = {n: v for n, v in VARIANTS.items() if not config.only or n in config.only}
     trained = {n: v for n, v in wanted.items() if not v.selection}
     if len(trained) < len(wanted):
@@ -290,11 +289,13 @@ def main(config: Config) -> dict:
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
     tok = tokenizer.load(path)
+    setting = bench.Bench(llama, tok, [], bench.Config(n=config.windows, text=config.text))
+    windows = setting.windows(512)
     butlers = train_all(trained, llama, tok, config)
     for name, v in wanted.items():
         if v.selection:
             butlers[name] = Tweaked(butlers["default"], v.selection[0], **v.selection[1])
-    rows = measure(butlers, llama, tok, config)
+    rows = measure(butlers, windows, llama, tok, config)
     for name, butler in butlers.items():
         if isinstance(butler, Butler):
             rows[name]["parameters"] = train.parameters(butler)

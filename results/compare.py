@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from butler import Selector, load_for  # noqa: E402
-from cli import UsageError, flag, names, provenance, run  # noqa: E402
+from cli import UsageError, flag, numbers, provenance, run  # noqa: E402
 from model import Llama, fast_dtype, resolve  # noqa: E402
 from speed import by_turns, repeat  # noqa: E402
 
@@ -37,10 +38,12 @@ except ImportError:
 class Config:
     """Times this repository, transformers and llama.cpp on the default model, by turns."""
 
-    contexts: tuple = flag(("512", "2048", "7900"), "comma-separated: tokens cached", names)
+    contexts: tuple = flag(("512", "2048", "7900"), "comma-separated: tokens cached",
+                           numbers(32, 8191))
     budget: float = flag(0.05, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
-    intervals: tuple = flag(("1", "4", "16"), "comma-separated: steps between choices", names)
-    n: int = flag(15, "rounds")
+    intervals: tuple = flag(("1", "4", "16"), "comma-separated: steps between choices",
+                            numbers(1, 32))
+    n: int = flag(15, "rounds", least=1)
     write: bool = flag(False, "write results/compare.json")
 
 
@@ -156,11 +159,9 @@ def table(report: dict) -> str:
 
 
 def main(config: Config) -> dict:
-    if not all(c.isdecimal() and 32 <= int(c) < 8192 for c in config.contexts):
-        raise UsageError("--contexts takes whole numbers from 32 to 8191, the model's context")
-    if config.n < 1 or not all(i.isdecimal() and 0 < int(i) <= 32 for i in config.intervals):
-        raise UsageError("--n is at least 1, --intervals are whole numbers from 1 to 32")
     Selector(config.budget)
+    if find_spec("transformers") is None:
+        raise UsageError("transformers is missing: pip install -r requirements-dev.txt")
     report = measure(config) | provenance()
     print(table(report))
     if config.write:

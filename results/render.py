@@ -10,6 +10,7 @@ and draws results/speed.svg, if matplotlib is installed.
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ import torch  # noqa: E402
 import speed  # noqa: E402
 import train  # noqa: E402
 from butler import allowance  # noqa: E402
+from cli import parse  # noqa: E402
 
 
 def cell(m: dict, form=".2f") -> str:
@@ -183,7 +185,13 @@ def draw(path: Path) -> None:
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
+@dataclass
+class Config:
+    """Writes the tables of the two READMEs and results/speed.svg; it has no flags."""
+
+
 if __name__ == "__main__":
+    parse(Config)
     draw(ROOT / "results" / "speed.svg")
     for readme in (ROOT / "README.md", ROOT / "results" / "README.md"):
         readme.write_text(render(readme.read_text()))

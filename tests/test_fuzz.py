@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 import train
 from butler import Butler, ButlerConfig
-from weights import ModelError, read
+from weights import ModelError, Reader, read
 
 
 def write_models(folder):
@@ -102,3 +102,22 @@ def test_a_pickle_is_refused_unread(tmp_path):
         read(tmp_path)
     with pytest.raises(ModelError, match="not a readable GGUF"):
         read(tmp_path / "pytorch_model.bin")
+
+
+def test_a_gguf_header_of_too_many_entries_is_refused(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "x.gguf", small(), metadata={"list": list(range(2000))})
+    monkeypatch.setattr(Reader, "most", 2500)
+    read(path)
+    monkeypatch.setattr(Reader, "most", 2000)
+    (tmp_path / "x.gguf").rename(tmp_path / "y.gguf")  # the last file read is kept
+    with pytest.raises(ModelError, match="more than 2,000 entries"):
+        read(tmp_path / "y.gguf")
+
+
+def test_nested_lists_in_a_gguf_are_refused(tmp_path):
+    key, deep = b"llama.x", (9).to_bytes(4, "little") + (1).to_bytes(8, "little")
+    (tmp_path / "x.gguf").write_bytes(
+        b"GGUF\3\0\0\0" + bytes(8) + (1).to_bytes(8, "little") + len(key).to_bytes(8, "little")
+        + key + (9).to_bytes(4, "little") + deep * 5000)
+    with pytest.raises(ModelError, match="not a readable GGUF"):
+        read(tmp_path / "x.gguf")

@@ -1,17 +1,22 @@
 """The scripts as a user meets them: real processes, real files, one line for what is wrong."""
 
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
+import cli
 import train
 from butler import Butler, ButlerConfig
 from coreference import coreference_documents
+from model import Llama
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,53 +26,183 @@ def script(*arguments, timeout=300, cwd=ROOT):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
 
 
-WRONG = [
-    ("train.py", "--stepz", "3"),
-    ("train.py", "--steps", "many"),
-    ("train.py", "--steps", "0"),
-    ("train.py", "--model", "/nowhere/at/all"),
-    ("train.py", "--data", "/nowhere/at/all.txt"),
-    ("train.py", "--resume", "--out", "/tmp/nothing/to/resume.safetensors"),
-    ("train.py", "--out", "/proc/nowhere/out.safetensors"),
-    ("train.py", "--out", "tests"),
-    ("sample.py", "--model", "/nowhere/at/all"),
-    ("sample.py", "--butler", "/nowhere/at/all"),
-    ("sample.py", "--selector", "magic"),
-    ("sample.py", "--budget", "0"),
-    ("sample.py", "--budget", "1.5"),
-    ("sample.py", "--prompt-file", "/nowhere/at/all"),
-    ("sample.py", "--prompt", "a", "--prompt-file", "b"),
-    ("sample.py", "--top-p", "2"),
-    ("sample.py", "--prompt", ""),
-    ("sample.py", "--device", "abacus"),
-    ("sample.py", "--html", "/nowhere/at/all.html"),
-    ("synth_task.py", "--task", "magic"),
-    ("synth_task.py", "--selectors", "dense,magic"),
-    ("synth_task.py", "--question", "never"),
-    ("synth_task.py", "--budgets", "a"),
-    ("synth_task.py", "--context", "long"),
-    ("synth_task.py", "--task", "needle_noise", "--context", "20"),
-    ("synth_task.py", "--data", "/nowhere/at/all.jsonl"),
-    ("bench.py", "--suite", "magic"),
-    ("bench.py", "--selectors", "snapkv"),
-    ("bench.py", "--suite", "interval", "--selectors", "h2o"),
-    ("bench.py", "--text", "/nowhere/at/all.txt"),
-]
+SCRIPTS = ["train.py", "sample.py", "synth_task.py", "bench.py", "results/ablate.py",
+           "results/compare.py", "results/make.py", "results/render.py"]
+WRONG = """
+train.py --stepz 3
+train.py --steps many
+train.py --steps 0
+train.py --steps -1
+train.py --model /nowhere/at/all
+train.py --data /nowhere/at/all.txt
+train.py --resume --out /tmp/nothing/to/resume.safetensors
+train.py --out /proc/nowhere/out.safetensors
+train.py --out tests
+sample.py --model /nowhere/at/all
+sample.py --model README.md
+sample.py --model tests
+sample.py --butler /nowhere/at/all
+sample.py --butler README.md
+sample.py --selector magic
+sample.py --budget 0
+sample.py --budget 1.5
+sample.py --budget nan
+sample.py --budget inf
+sample.py --budget -1
+sample.py --interval 0
+sample.py --interval 99999999999999999999
+sample.py --neighbours -1
+sample.py --neighbours 99999999
+sample.py --dense-below -1
+sample.py --prompt-file /nowhere/at/all
+sample.py --prompt-file tests
+sample.py --prompt a --prompt-file b
+sample.py --max-new-tokens 0
+sample.py --max-new-tokens 1e3
+sample.py --top-p 2
+sample.py --top-p 0
+sample.py --top-p nan
+sample.py --temperature -1
+sample.py --temperature nan
+sample.py --temperature inf
+sample.py --seed -1
+sample.py --seed 99999999999999999999
+sample.py --device abacus
+sample.py --dtype float16
+sample.py --show yes
+sample.py --html /nowhere/at/all.html
+sample.py --offload tape
+sample.py --offload pinned
+sample.py --offload disk --offload-dir /nowhere/at/all
+sample.py extra
+synth_task.py --model /nowhere/at/all
+synth_task.py --butler checkpoints/smollm2-135m-instruct.safetensors,/nowhere
+synth_task.py --task magic
+synth_task.py --task ,
+synth_task.py --selectors dense,magic
+synth_task.py --question never
+synth_task.py --budgets a
+synth_task.py --budgets 0.1,7.5
+synth_task.py --budgets 0.1,nan
+synth_task.py --interval 0
+synth_task.py --neighbours -1
+synth_task.py --n 0
+synth_task.py --batch 0
+synth_task.py --seeds a
+synth_task.py --seeds -1
+synth_task.py --referents 0
+synth_task.py --referents 9
+synth_task.py --context long
+synth_task.py --context 0
+synth_task.py --task needle_noise --context 20
+synth_task.py --data /nowhere/at/all.jsonl
+synth_task.py --data README.md
+synth_task.py --data README.md --context 100
+synth_task.py --out tests
+synth_task.py --out /proc/nowhere/scores.jsonl
+synth_task.py --device abacus
+bench.py --suite magic
+bench.py --selectors snapkv
+bench.py --selectors magic
+bench.py --suite interval --selectors h2o
+bench.py --suite interval --task magic
+bench.py --text /nowhere/at/all.txt
+bench.py --budgets 0
+bench.py --n 0
+bench.py --length 63
+bench.py --intervals 0
+bench.py --neighbours a
+bench.py --suite attention --contexts 0
+bench.py --suite attention --contexts 99999999999
+bench.py --suite attention --batch 1,-1
+bench.py --suite speed --shape magic
+bench.py --suite speed --shape README.md
+bench.py --suite speed --shape llama-3.2-1b --model somewhere
+bench.py --butler /nowhere/at/all
+bench.py --model /nowhere/at/all
+bench.py --device abacus
+bench.py --suite offload --memory 2
+bench.py --suite offload --offload-dir /nowhere
+results/ablate.py --only magic
+results/ablate.py --steps 0
+results/ablate.py --windows 0
+results/ablate.py --documents 0
+results/ablate.py --text /nowhere/at/all.txt
+results/ablate.py --model /nowhere/at/all
+results/ablate.py --device abacus
+results/compare.py --contexts 8192
+results/compare.py --contexts 512,a
+results/compare.py --budget 0
+results/compare.py --intervals 64
+results/compare.py --n 0
+results/make.py --only magic
+results/make.py --quick yes
+results/render.py --anything
+""".strip().splitlines()
 
 
-@pytest.mark.parametrize("arguments", WRONG, ids=lambda a: " ".join(a))
-def test_what_is_wrong_ends_with_one_line_and_exit_code_2(arguments):
-    done = script(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and "error:" in lines[0], done.stderr
+@pytest.fixture(scope="module")
+def scripts():
+    """name -> what the script defines."""
+    return {name: runpy.run_path(str(ROOT / name)) for name in SCRIPTS}
 
 
-@pytest.mark.parametrize("name", ["train.py", "sample.py", "synth_task.py", "bench.py"])
-def test_help_names_every_flag(name):
-    done = script(name, "--help")
-    assert done.returncode == 0 and "--model" in done.stdout and "default" in done.stdout
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_is_said_in_one_line_before_anything_slow(line, scripts, capsys, monkeypatch):
+    def too_late(*_, **__):
+        raise AssertionError("a model's weights are being read")
+
+    monkeypatch.setattr(Llama, "from_pretrained", too_late)
+    monkeypatch.setattr(sys, "argv", line.split())
+    monkeypatch.chdir(ROOT)
+    inside = scripts[sys.argv[0]]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(inside.get("main"), inside["Config"])
+    out, err = capsys.readouterr()
+    lines = [part for part in err.splitlines() if part.strip()]
+    assert ended.value.code == 2 and not out and len(lines) == 1 and "error: " in lines[0], err
+
+
+@pytest.mark.parametrize("line", ["train.py --steps 0", "sample.py --budget 0",
+                                  "results/render.py --anything"])
+def test_a_process_ends_with_exit_code_2(line):
+    done = script(*line.split())
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_names_every_flag_and_its_default(name, scripts, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    config = scripts[name]["Config"]
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(config, ["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and config.__doc__.strip() in shown
+    for f in fields(config):
+        flag = "--" + f.name.replace("_", "-")
+        (line,) = [part for part in shown.splitlines() if part.split()[:1] == [flag]]
+        assert "(default: " in line and len(line.split()) > 4, line
+
+
+PRINTS = """import cli, dataclasses
+cli.run(lambda config: {"printed": [print(i) for i in range(%s)]},
+        dataclasses.make_dataclass("Config", []))"""
+
+
+@pytest.mark.parametrize("both, command", [
+    (True, ["-c", PRINTS % "10**5"]), (False, ["-c", PRINTS % "0"]),
+    (False, ["-c", PRINTS % "0", "--help"]), (False, ["sample.py", "--max-new-tokens", "2"])],
+    ids=["printing", "last line", "help", "sample.py"])
+def test_a_pipe_closed_early_ends_quietly(both, command):
+    """As in `| head`, or `2>&1 | head` if both, where head has ended already."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, *command], stdout=write, cwd=ROOT, text=True,
+                          stderr=write if both else subprocess.PIPE,
+                          env=os.environ | {"PYTHONUNBUFFERED": ""})
+    os.close(write)
+    assert done.returncode == 141, done.stderr
+    assert not re.search("Error|Exception|Traceback", done.stderr or ""), done.stderr
 
 
 @pytest.mark.parametrize("name", ["model.py", "kernel.py", "butler.py", "baselines.py",

@@ -259,7 +259,7 @@ def main(config: Config) -> dict:
     if config.suite == "generation" and 64 + config.length > llama.config.context:
         raise UsageError(f"a prompt of 64 and --length {config.length} exceed the model's context "
                          f"of {llama.config.context}")
-    bench = Bench(llama, tokenizer.load(path), butlers, config)
+    bench = Bench(llama, tokenizer.load(path).check(llama), butlers, config)
     report = SUITES[config.suite](bench) | provenance()
     report["dtype"] = str(llama.embed_tokens.weight.dtype)
     for what, table in report["results"].items():

@@ -156,6 +156,7 @@ def main(config: Config) -> dict:
     else:
         ids = [tok.bos_id] * tok.add_bos + tok.encode(text)
     llama = Llama.from_pretrained(path, dtype, config.device)
+    tok.check(llama)
     if not 0 < len(ids) <= llama.config.context:
         raise UsageError(f"the prompt has {len(ids)} tokens, the model's context "
                          f"is {llama.config.context}")

@@ -337,6 +337,7 @@ def main(config: Config) -> dict:
     except ValueError as e:  # a dial out of range
         raise UsageError(str(e)) from None
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
+    tok.check(llama)
     butlers, dtype = [], str(llama.embed_tokens.weight.dtype)
     if "butler" in config.selectors:
         butlers = [load_for(llama, p) for p in config.butler or (SHIPPED,)]

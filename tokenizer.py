@@ -171,7 +171,7 @@ class ByteLevel:
     def _ordinary(self, text):
         longest = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > LONG_RUN else 0
         if longest <= LONG_RUN:
-            ids = self.ids[self.encoding.encode_ordinary(text)] if text else np.array([], int)
+            ids = self.ids[self._ranks(text)] if text else np.array([], int)
             if not (ids < 0).any():
                 return ids.tolist()
         # The slow way, almost never taken: cut here, drop bytes without an id, then merge. Dropping
@@ -181,6 +181,15 @@ class ByteLevel:
         )
         ranks = chain.from_iterable(self.encoding._encode_single_piece(p) for p in pieces if p)
         return self.ids[list(ranks)].tolist()
+
+    def _ranks(self, text):
+        try:
+            return self.encoding.encode_ordinary(text)
+        except BaseException as error:  # where its regex engine gives up, tiktoken panics
+            if type(error).__name__ != "PanicException":
+                raise
+            reason = f"the pattern {self.pattern.pattern!r} takes too long on this text"
+            raise TokenizerError(reason) from None
 
 
 class Library:
@@ -225,6 +234,19 @@ class Tokenizer:
         self.chat_format = next((f for f in known if CHAT_MARKS[f][1] in (template or "")), None)
         found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^{}]*?)<\|im_end\|>", template or "")
         self._system = found and found[1].replace("\\n", "\n").replace("\\'", "'")
+
+    def check(self, model) -> "Tokenizer":
+        """Returns self if the model has a row for every id that text can become, or that this
+        vocabulary puts around it; else raises TokenizerError. Control tokens may lie beyond, as
+        padding that was added later often does."""
+        marks = {self.special[m] for m in CHAT_MARKS.get(self.chat_format, ())}
+        beyond = set(self.special.values()) - marks - {self.bos_id}
+        rows = model.config.vocab_size
+        if missing := [i for i in range(rows, self.vocab_size)
+                       if self._table[i] is not None and i not in beyond]:
+            raise TokenizerError(f"this tokenizer is not the model's: id {missing[0]}, "
+                                 f"{self._table[missing[0]]!r}, is beyond its {rows} rows")
+        return self
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """str -> list of ids, without BOS. Where special is False, '<|im_end|>' in the text is a

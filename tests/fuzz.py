@@ -44,14 +44,14 @@ from weights import Config, ModelError
 
 MEMORY, SECONDS = 2 * 2**30, 10
 CLEAR = (ModelError, tokenizer.TokenizerError, ButlerError, UsageError)
-TEXTS = ("ab 12 <|im_end|><tool>\n\n\x04\u00e9\ud83d\ude00", " ", "")
+TEXTS = ("ab 12 <|im_end|><tool>\n\n\x04\u00e9\ud83d\ude00", "a" * 40 + "!", "")
 
 # ---------------------------------------------------------------------------- damage
 
 RAW = {"@deep@": "[" * 100_000 + "]" * 100_000, "@long@": "9" * 5000, "@huge@": "1e999"}
 NUMBERS = (-1, 0, 1, 2, 3, 7, 255, 2**16, 2**24, 2**31 - 1, 2**31, 2**32, 2**40, 2**60, 2**63 - 1,
            2**63, 2**64 - 1, 2**64, 10**30)
-PATTERNS = ("(", "(?=)", r"\p{Foo}", "(a|a)*(?!a)b", "((a{999}){999}){999}", "a*", "^")
+PATTERNS = ("(", "(?=)", r"\p{Foo}", "(?:a|a)+(?=c)", "((a{999}){999}){999}", "a*", "^")
 TYPES = ("I32", "U32", "F64", "BOOL", "F8_E4M3", "C64", "F4")
 OTHERS = (*RAW, *PATTERNS, *TYPES, 0.5, 1e-320, -1e308, 1e308, float("nan"), float("inf"), True,
           False, None, "", "a", "\ud800", "\0", "a\nb", "5", "../x", "x" * 5000, [], {}, [[]],

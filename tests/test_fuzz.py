@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 import train
 from butler import Butler, ButlerConfig
+from tokenizer import LLAMA3 as LLAMA3_PATTERN
+from tokenizer import TokenizerError, load
 from weights import ModelError, Reader, read
 
 
@@ -121,3 +123,26 @@ def test_nested_lists_in_a_gguf_are_refused(tmp_path):
         + key + (9).to_bytes(4, "little") + deep * 5000)
     with pytest.raises(ModelError, match="not a readable GGUF"):
         read(tmp_path / "x.gguf")
+
+
+def test_a_pattern_that_takes_for_ever_ends_in_one_line(tmp_path):
+    for kind in ("tokenizer", "library", "meta", "vocabulary"):
+        (tmp_path / kind).mkdir()
+    write_tokenizers(tmp_path)
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    text = path.read_text().replace(json.dumps(LLAMA3_PATTERN)[1:-1], "(?:a|a)+(?=c)")
+    path.write_text(text)
+    tok = load(path)
+    assert tok.encode("ab c")
+    with pytest.raises(TokenizerError, match="takes too long"):
+        tok.encode("a" * 40 + "!")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
+    """The tiny model has 256 rows; control tokens may lie beyond."""
+    path = write_vocabulary(tmp_path / "x.gguf", tokens=[*GGUF_ALPHABET, "ab", "<|im_end|>"])
+    with pytest.raises(TokenizerError, match=r"id 256, b'ab', is beyond its 256 rows"):
+        load(path).check(tiny)
+    path = write_vocabulary(tmp_path / "y.gguf", tokens=[*GGUF_ALPHABET, "<|im_end|>"], merges=[],
+                            token_type=[1] * 256 + [3], bos=None)
+    assert load(path).check(tiny).vocab_size == 257

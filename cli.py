@@ -141,6 +141,11 @@ def run(main, config_class) -> None:
         except Refusal as e:
             print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
             sys.exit(2)
+        except RuntimeError as e:  # PyTorch has a type of its own for a full GPU only
+            if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+                raise
+            print(f"{sys.argv[0]}: error: {Refusal(f'not enough memory: {e}')}", file=sys.stderr)
+            sys.exit(2)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import pytest
@@ -168,6 +168,20 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_slow(line, scripts, c
 def test_a_process_ends_with_exit_code_2(line):
     done = script(*line.split())
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_too_little_memory_is_said_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    for error in (torch.OutOfMemoryError("CUDA out of memory.\nTried"), None):
+        def main(config, error=error):
+            if error:
+                raise error
+            torch.empty(2**60)
+
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main, make_dataclass("Config", []))
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.count("\n") == 1 and "not enough memory" in err
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

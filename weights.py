@@ -40,7 +40,7 @@ class Refusal(ValueError):
 
     def __init__(self, message: str):
         line = " ".join(message.split())
-        super().__init__(line if len(line) <= 500 else f"{line[:300]} ... {line[-190:]}")
+        super().__init__(line if len(line) < 500 else f"{line[:180]} ... {line[-310:]}")
 
 
 class ModelError(Refusal):

@@ -106,6 +106,9 @@ class DiskCache(OffloadedCache):
 
     def truncate(self, length):
         super().truncate(length)
+        for fetch in self.coming.values():
+            fetch.result()
+        self.coming.clear()
         self.held.clear()
 
     def advise(self, streams: bool) -> None:

@@ -37,7 +37,8 @@ from baselines import BASELINES, NAMES, Evicting, make_selector
 from butler import SHIPPED, Butler, Selector, fingerprint, load_for
 from cli import UsageError, flag, names, numbers, provenance, run, writable
 from coreference import Document, coreference_documents
-from model import Llama, check_device, fast_dtype, resolve
+from model import Cache, Llama, check_device, fast_dtype, resolve
+from offload import STORES, cache_kind
 from weights import digest
 
 TASKS = ("coreference", *ruler.TASKS)
@@ -67,6 +68,8 @@ class Config:
                                    "prefill: only the answer does")
     batch: int = flag(4, "documents at a time", least=1)
     out: str = flag(None, "JSONL file of single scores; an interrupted run goes on from it")
+    offload: str = flag("none", f"where keys and values live, of {', '.join(STORES)}")
+    offload_dir: str = flag(None, "disk: folder of the file (default: /var/tmp)")
     device: str = flag("cpu", "cpu or cuda")
 
 
@@ -158,11 +161,12 @@ class Scores:
 
 
 def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sparse", batch=4,
-             scores=None, task="", **rules) -> dict:
+             scores=None, task="", kind=Cache, **rules) -> dict:
     """-> {selector: {budget: [[score of each document] of each butler]}}; one list if not butler.
 
     Budgets are given as text and come back as keys; dense stands under "1.0". `rules` (interval,
-    neighbours) hold for all but those that evict. `scores` may know some already.
+    neighbours) hold for all but those that evict. `scores` may know some already. `kind` says where
+    keys and values live (offload.py).
     """
     scores = scores or Scores()
     makers = {}
@@ -183,7 +187,7 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
     order = [d for d in todo if todo[d]]
     groups = [order[i : i + batch] for i in range(0, len(order), batch)]
     for group in tqdm(groups, desc=task or "answering", unit="batch", file=sys.stderr):
-        prompts = Prompts(llama, tok, [documents[d] for d in group], question, evicting)
+        prompts = Prompts(llama, tok, [documents[d] for d in group], question, evicting, kind)
         for key in dict.fromkeys(key for d in group for key in todo[d]):
             for d, score in zip(group, prompts.answer(makers[key]()), strict=True):
                 scores.add(entry(d, key), score)
@@ -200,8 +204,8 @@ class Prompts:
     `evicting` kinds of selectors watch as the contexts are read, once for all budgets.
     """
 
-    def __init__(self, llama, tok, documents, question: str, evicting=()):
-        self.llama, self.tok, self.documents = llama, tok, documents
+    def __init__(self, llama, tok, documents, question: str, evicting=(), kind=Cache):
+        self.llama, self.tok, self.documents, self.kind = llama, tok, documents, kind
         self.forced = documents[0].scoring in ("exact", "token")
         self.new = 0 if self.forced else documents[0].new_tokens
         parts = [(d.context, d.question, d.answer if self.forced else "") for d in documents]
@@ -221,7 +225,7 @@ class Prompts:
         self.lengths = torch.tensor([c.shape[1] for c in contexts], device=self.llama.device)
         longest = int(self.lengths.max())
         room = longest + self.block.shape[1] + self.new
-        self.cache = self.llama.new_cache(len(contexts), room)
+        self.cache = self.llama.new_cache(len(contexts), room, kind=self.kind)
         for row, context in enumerate(contexts):
             def watch(*seen, row=row):
                 for watchers in self.watchers.values():
@@ -238,6 +242,8 @@ class Prompts:
         """Scores of all documents, question and answer going through a fresh selector. Of a forced
         answer, `hits` then lists (step since the context's end, right?) of every token."""
         self.cache.truncate(self.lengths)
+        if selector:
+            selector.read_ahead = self.cache.read_ahead
         if type(selector) in self.watchers:
             selector.follow(self.watchers[type(selector)])
         even = bool((self.real == self.real[0]).all())
@@ -347,10 +353,11 @@ def main(config: Config) -> dict:
     identity |= {"weights": str(path), "fingerprint": fingerprint(llama), "dtype": dtype}
     identity["files"] = [digest(Path(f)) for f in (*config.butler, SHIPPED, config.data) if f]
     scores = Scores(config.out, identity)
+    kind = cache_kind(config.offload, config.offload_dir, config.device)
     results, selected = {}, {}
     for name, documents in tasks.items():
         table = evaluate(llama, tok, documents, config.selectors, config.budgets, butlers,
-                         config.question, config.batch, scores, name,
+                         config.question, config.batch, scores, name, kind,
                          interval=config.interval, neighbours=config.neighbours)
         results[name] = {s: {b: accuracy(runs) for b, runs in by.items()}
                          for s, by in table.items()}
@@ -391,6 +398,7 @@ def check(config: Config) -> dict:
     except ValueError as e:  # not a number, or out of range
         raise UsageError(str(e)) from None
     check_device(config.device)
+    cache_kind(config.offload, config.offload_dir, config.device)
     for path in config.butler:
         Butler.load(path)
     if config.out is not None:

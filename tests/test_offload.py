@@ -15,7 +15,9 @@ from conftest import assert_close
 import offload
 from baselines import make_selector
 from butler import Butler, ButlerConfig, load_for
+from coreference import coreference_documents
 from model import Llama
+from synth_task import evaluate
 from weights import Config, ModelError
 
 TINY = Config(vocab_size=64, width=32, layers=5, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
@@ -69,6 +71,16 @@ def test_disk_equals_resident_on_the_real_model(llama, tmp_path):
     actual, _ = run(llama, butler, "butler", kind, prompt, 12)
     assert_close("logits", actual, expected, 1e-5)
     assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+
+
+def test_tasks_have_the_same_answers(llama, tok, tmp_path):
+    documents = coreference_documents("test", 3, seed=5)
+    known = []
+    for kind in (offload.Cache, offload.cache_kind("disk", tmp_path)):
+        known.append(evaluate(llama, tok, documents, ("dense", "oracle", "butler"), ("0.1",),
+                              [load_for(llama)], kind=kind))
+    assert known[0] == known[1]
+    assert sum(known[0]["butler"]["0.1"][0]) > 1
 
 
 def test_second_question_reads_no_stale_row(tiny, tmp_path):

@@ -25,6 +25,8 @@ budget goes to the best scores, one choice per KV head:
 
 import hashlib
 import json
+import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -41,6 +43,25 @@ SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safeten
 
 class ButlerError(ValueError):
     """A butler that cannot be read, or that belongs to another model; one line for the user."""
+
+
+@contextmanager
+def whole(path):
+    """For writing a file whole or not at all: gives a path to write to; what was written then
+    takes the place of `path`. Raises ButlerError, one line, where that fails (disk full, no
+    permission); what stood at `path` stays."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open("rb") as f:
+            os.fsync(f.fileno())  # on the disk before the name points to it
+        part.replace(path)
+    except (OSError, SafetensorError) as e:
+        raise ButlerError(f"cannot write {path} ({e})") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- the predictor
@@ -158,12 +179,9 @@ class Butler(nn.Module):
     def save(self, path, extra: dict | None = None) -> None:
         """Writes one safetensors file, whole or not at all: weights, and in the metadata `butler`
         (the configuration as JSON) and `extra` (JSON too: how it was trained)."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         metadata = {"butler": json.dumps(asdict(self.config)), "extra": json.dumps(extra or {})}
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part, metadata)
-        part.replace(path)
+        with whole(path) as part:
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part, metadata)
 
     @classmethod
     def load(cls, path) -> "Butler":

@@ -8,10 +8,12 @@ Progress and errors go to stderr. Whatever the user can put right ends with one 
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def names(text: str) -> tuple[str, ...]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage block
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        complain(f"{message} (see --help)")
 
 
 def parse(config_class, arguments=None):
@@ -88,14 +90,23 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+def complain(problem) -> None:
+    """One line, and the end. What is wrong for one of torchrun's processes is so for all: the first
+    of a host speaks and ends them; the others only do so if it does not."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(10)
+    print(f"{sys.argv[0]}: error: {problem}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def run(main, config_class) -> None:
     """What stands under `__main__` of every script."""
     config = parse(config_class)
     try:
         result = main(config)
     except (UsageError, ModelError, ButlerError, TokenizerError) as e:
-        print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        complain(e)
     except KeyboardInterrupt:
         sys.exit(130)
-    print(json.dumps({"config": asdict(config)} | result), flush=True)
+    if result is not None:  # one of torchrun's processes speaks for all
+        print(json.dumps({"config": asdict(config)} | result), flush=True)

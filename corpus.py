@@ -28,12 +28,16 @@ def default_texts() -> list[dict[str, str]]:
 
 
 def read_texts(paths: list) -> dict[str, str]:
+    """All files given, and all in folders given -> {path: text}, none of them empty."""
     files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UsageError(f"no such file or folder: {path}")
-        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    texts = {str(f): f.read_text(errors="replace") for f in files}
+    try:
+        for path in map(Path, paths):
+            if not (path.is_dir() or path.is_file()):
+                raise UsageError(f"no such file or folder: {path}")
+            files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        texts = {str(f): f.read_text(errors="replace") for f in files}
+    except OSError as e:
+        raise UsageError(f"cannot read {e.filename}: {e.strerror}") from None
     return {name: text for name, text in texts.items() if text.strip()}
 
 

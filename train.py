@@ -310,6 +310,8 @@ def check(config) -> None:
     survive.check_processes(config)
     if survive.rank():
         return
+    if not Path(config.out).name:
+        raise UsageError(f"--out {config.out!r} names no file")
     out, report = Path(config.out), report_path(config)
     for path in (out, report, survive.state_path(config)):
         try:  # a quarter of an hour is too late to learn that a result cannot be written

@@ -209,9 +209,12 @@ class Guard:
         self.saved = time.monotonic()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if kind is SystemExit:  # here, where the progress bar is closed
+            note(f"stopped after {len(self.log)} of {self.config.steps} steps; the same command "
+                 "with --resume goes on")
 
     def heed(self, number, frame):
         self.signal = number
@@ -223,8 +226,6 @@ class Guard:
         if number or time.monotonic() - self.saved >= self.config.save_every:
             self.save()
         if number:
-            note(f"stopped after {len(self.log)} of {self.config.steps} steps; the same command "
-                 "with --resume goes on")
             sys.exit(128 + number)
 
     def save(self) -> None:

@@ -141,7 +141,8 @@ def distil(llama, butler, mixture, config, log):
             rate = config.learning_rate * schedule(step, config.steps)
             update(butler, optimizers, kl.mean(), rate)
             log.append(loss)
-            bar.set_postfix_str(f"KL {loss:.3f} a layer, worst {seen[worst]:.2f} at {worst + 1}")
+            bar.set_postfix_str(f"KL {loss:.3f} a layer, worst {seen[worst]:.2f} at {worst + 1}",
+                                refresh=False)
         guard.keep()
 
 

@@ -426,6 +426,12 @@ def test_torchrun_trains_as_one_process_does(folder, whole, tmp_path):
     assert names(tmp_path) == ["b.json", "b.safetensors"]
     for name, weight in load_file(out).items():
         assert_close(name, weight, whole[0][name], 1e-2)
+
+
+@pytest.mark.slow
+def test_torchrun_adds_one_line_of_ours_to_its_own(folder, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", *map(str, command(folder, tmp_path / "b.safetensors"))]
     wrong = subprocess.run([*torchrun, "--batch", "3"], cwd=ROOT, capture_output=True, text=True)
     said = [line for line in wrong.stderr.splitlines() if "train.py: error:" in line]
     assert wrong.returncode and len(said) == 1 and "3 does not divide among 2" in said[0]

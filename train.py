@@ -231,6 +231,7 @@ def main(config: Config) -> dict | None:
     """-> the report; None in all processes but the first."""
     check(config)
     began = time.perf_counter()
+    torch.manual_seed(config.seed)
     texts = [read_texts(config.data)] if config.data else default_texts()
     splits = [hold_out(source) for source in texts]
     device = survive.join(config.device)
@@ -240,7 +241,6 @@ def main(config: Config) -> dict | None:
         raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
     tok = tokenizer.load(path)
     sizes = {"stride": config.stride, "size": config.size, "hidden": config.hidden}
-    torch.manual_seed(config.seed)
     butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = parameters(butler) / parameters(llama)
     note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")

@@ -260,7 +260,7 @@ def folder(tmp_path_factory):
     built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False)
-    built.train([str(ROOT / "README.md")], trainer)
+    built.train([str(ROOT / "LICENSE")], trainer)
     built.save(str(path / "tokenizer.json"))
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
@@ -271,7 +271,7 @@ def folder(tmp_path_factory):
 
 
 def command(folder, out, *more):
-    return ["train.py", "--model", folder, "--data", ROOT / "README.md", "--out", out,
+    return ["train.py", "--model", folder, "--data", ROOT / "LICENSE", "--out", out,
             "--steps", "60", "--length", "64", "--rows", "16", "--documents", "1",
             "--save-every", "0", "--device", "cpu", *more]
 

@@ -9,8 +9,8 @@
 A state is written beside the old one and then takes its place, so that a run killed at any moment
 leaves a whole one behind, or none. It holds all that the next step depends on: on a CPU, a run that
 was killed and resumed ends with the very weights of one that was not, whenever states were saved.
-Only weights whose loss has been seen to be sound are saved. The first process alone reads the
-state, writes files and speaks; all stop together.
+Weights are saved when the next step has found their loss to be sound. The first process alone reads
+the state, writes files and speaks; all stop together.
 """
 
 import json
@@ -173,15 +173,18 @@ def begin(butler, optimizers, config, log: list) -> int:
 
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     parameters = dict(butler.named_parameters())
-    for entry, value in told(first).items():
-        key, name = entry.split(" ")
-        if key == "log":
-            log[:] = value.tolist()
-        elif key == "weight":
-            parameters[name].data.copy_(value)
-        else:
+    entries = told(first)
+    try:
+        log[:] = entries.pop("log loss").tolist()
+        for entry, value in entries.items():
+            key, name = entry.split(" ")
             p = parameters[name]
-            owners[p].state[p][key] = value.to(p.device)
+            if key == "weight":
+                p.data.copy_(value)
+            else:
+                owners[p].state[p][key] = value.to(p.device)
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise UsageError(f"{state_path(config)}: unreadable state ({e})") from None
     return len(log)
 
 
@@ -229,7 +232,7 @@ class Guard:
             sys.exit(128 + number)
 
     def save(self) -> None:
-        """Writes OUT.state; where that fails, the one before stays and training goes on."""
+        """Writes OUT.state; where that fails, the one before stays, and training need not stop."""
         if rank() == 0:
             butler, optimizers = self.holds
             metadata = {"run": identity(self.config), "butler": json.dumps(asdict(butler.config))}
@@ -237,5 +240,5 @@ class Guard:
                 with whole(state_path(self.config)) as part:
                     save_file(state(butler, optimizers, self.log), part, metadata)
             except ButlerError as e:
-                note(f"warning: {e}; the state before stays, training goes on")
+                note(f"warning: {e}; what was saved before stays")
         self.saved = time.monotonic()

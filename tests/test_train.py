@@ -10,13 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_close, randomise, tiny_llama
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_scripts import ROOT, script
 
@@ -147,6 +148,20 @@ def test_a_damaged_state_is_refused_in_one_line(tiny, tmp_path, keep):
     with pytest.raises(UsageError, match="unreadable state") as caught:
         train.check(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_other_tensors_is_refused(tiny, tmp_path):
+    config = settings(tmp_path, resume=True)
+    trained(tiny, config)
+    path = survive.state_path(config)
+    with safe_open(path, framework="pt") as f:
+        metadata = f.metadata()
+    tensors = load_file(path)
+    for change in ({"weight nothing": torch.zeros(1)}, {"weight": torch.zeros(1)},
+                   {"weight key_projection": torch.zeros(3)}):
+        save_file(tensors | change, path, metadata)
+        with pytest.raises(UsageError, match="unreadable state"):
+            trained(tiny, config)
 
 
 def test_a_run_that_has_ended_is_not_resumed(tmp_path):
@@ -330,22 +345,37 @@ def assert_equal(one, two):
 
 @pytest.mark.slow
 def test_killed_at_20_moments_and_resumed_the_weights_are_those_of_an_uninterrupted_run(
-        folder, whole, tmp_path):
-    """SIGKILL at a random moment between the start of the process and its end, 20 times."""
-    expected, seconds = whole
-    rng = random.Random(0)
-    for number in range(20):
-        out, moment = tmp_path / str(number) / "b.safetensors", rng.uniform(0, seconds)
-        run = started(*command(folder, out))
-        try:
+        folder, tmp_path):
+    """SIGKILL at a random moment after the first step, every fifth time after the start of the
+    process; a state is being written most of the time."""
+    def begun(name, early=False):
+        out = tmp_path / name / "b.safetensors"
+        process = started(*command(folder, out, "--steps", "300"))
+        if not early:
+            wait_for(survive.state_path(train.Config(out=str(out))), process)
+        return out, process
+
+    out, run = begun("whole")
+    began = time.perf_counter()
+    _, said = run.communicate()
+    assert run.returncode == 0, said
+    expected, seconds = load_file(out), time.perf_counter() - began
+    rng, killed, number = random.Random(0), 0, 0
+    while killed < 20:
+        number += 1
+        out, run = begun(str(number), early=number % 5 == 0)
+        moment = rng.uniform(0, seconds)
+        with suppress(subprocess.TimeoutExpired):
             run.communicate(timeout=moment)
-        except subprocess.TimeoutExpired:
-            run.kill()
-            run.communicate()
+        run.kill()
+        run.communicate()
+        if run.returncode == 0:  # it was faster this time
+            continue
+        killed += 1
         found = names(out.parent) if out.parent.exists() else []
-        resumed = script(*command(folder, out, "--resume"))
-        print(f"{number}: killed after {moment:.2f} of {seconds:.2f} s, left {found}")
-        if resumed.returncode:  # the run had ended before
+        resumed = script(*command(folder, out, "--steps", "300", "--resume"))
+        print(f"{killed}: killed after {moment:.2f} of {seconds:.2f} s, left {found}")
+        if resumed.returncode:  # killed when all was written
             assert "nothing to resume" in resumed.stderr, resumed.stderr
         assert_equal(load_file(out), expected)
         assert names(out.parent) == ["b.json", "b.safetensors"]

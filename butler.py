@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from kernel import BLOCK, in_order, top, top_with_neighbours, triton, triton_select
@@ -49,7 +49,8 @@ class ButlerError(ValueError):
 def whole(path):
     """For writing a file whole or not at all: gives a path to write to; what was written then
     takes the place of `path`. Raises ButlerError, one line, where that fails (disk full, no
-    permission); what stood at `path` stays."""
+    permission); what stood at `path` stays. safetensors' own save_file leaves files of random names
+    behind when it is killed; `save` gives the bytes."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -58,8 +59,8 @@ def whole(path):
         with part.open("rb") as f:
             os.fsync(f.fileno())  # on the disk before the name points to it
         part.replace(path)
-    except (OSError, SafetensorError) as e:
-        raise ButlerError(f"cannot write {path} ({e})") from None
+    except OSError as e:
+        raise ButlerError(f"cannot write {path} ({e.strerror})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -181,7 +182,7 @@ class Butler(nn.Module):
         (the configuration as JSON) and `extra` (JSON too: how it was trained)."""
         metadata = {"butler": json.dumps(asdict(self.config)), "extra": json.dumps(extra or {})}
         with whole(path) as part:
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part, metadata)
+            part.write_bytes(save(dict(self.state_dict()), metadata))
 
     @classmethod
     def load(cls, path) -> "Butler":

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from butler import ButlerError, whole
@@ -238,7 +238,7 @@ class Guard:
             metadata = {"run": identity(self.config), "butler": json.dumps(asdict(butler.config))}
             try:
                 with whole(state_path(self.config)) as part:
-                    save_file(state(butler, optimizers, self.log), part, metadata)
+                    part.write_bytes(save(state(butler, optimizers, self.log), metadata))
             except ButlerError as e:
                 note(f"warning: {e}; what was saved before stays")
         self.saved = time.monotonic()

@@ -182,7 +182,8 @@ class Butler(nn.Module):
         (the configuration as JSON) and `extra` (JSON too: how it was trained)."""
         metadata = {"butler": json.dumps(asdict(self.config)), "extra": json.dumps(extra or {})}
         with whole(path) as part:
-            part.write_bytes(save(dict(self.state_dict()), metadata))
+            weights = {k: v.contiguous() for k, v in self.state_dict().items()}
+            part.write_bytes(save(weights, metadata))
 
     @classmethod
     def load(cls, path) -> "Butler":

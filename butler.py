@@ -25,13 +25,15 @@ budget goes to the best scores, one choice per KV head:
 
 import hashlib
 import json
+import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from kernel import BLOCK, in_order, on_gpu, top_with_neighbours, triton_select
@@ -43,6 +45,26 @@ SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safeten
 
 class ButlerError(Refusal):
     """A butler that cannot be read, or that belongs to another model."""
+
+
+@contextmanager
+def whole(path):
+    """For writing a file whole or not at all: gives a path to write to; what was written then
+    takes the place of `path`. Raises ButlerError, one line, where that fails (disk full, no
+    permission); what stood at `path` stays. safetensors' own save_file leaves files of random names
+    behind when it is killed; `save` gives the bytes."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open("rb") as f:
+            os.fsync(f.fileno())  # on the disk before the name points to it
+        part.replace(path)
+    except OSError as e:
+        raise ButlerError(f"cannot write {path} ({e.strerror})") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- the predictor
@@ -160,12 +182,10 @@ class Butler(nn.Module):
     def save(self, path, extra: dict | None = None) -> None:
         """Writes one safetensors file, whole or not at all: weights, and in the metadata `butler`
         (the configuration as JSON) and `extra` (JSON too: how it was trained)."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         metadata = {"butler": json.dumps(asdict(self.config)), "extra": json.dumps(extra or {})}
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part, metadata)
-        part.replace(path)
+        with whole(path) as part:
+            weights = {k: v.contiguous() for k, v in self.state_dict().items()}
+            part.write_bytes(save(weights, metadata))
 
     @classmethod
     def load(cls, path) -> "Butler":

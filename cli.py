@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def numbers(least=0, most=2**31):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage block
-        self.exit(2, f"{self.prog}: error: {UsageError(message)} (see --help)\n")
+        complain(f"{UsageError(message)} (see --help)")
 
 
 def parse(config_class, arguments=None):
@@ -130,6 +131,15 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+def complain(problem) -> None:
+    """One line, and the end. What is wrong for one of torchrun's processes is so for all: the first
+    of a host speaks and ends them; the others only do so if it does not."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(10)
+    print(f"{sys.argv[0]}: error: {problem}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def run(main, config_class) -> None:
     """What stands under `__main__` of every script. Exit codes: 2 for what the user can put right,
     130 after Ctrl-C, 141 if nobody reads on (`| head`)."""
@@ -137,15 +147,15 @@ def run(main, config_class) -> None:
     try:
         try:
             config = parse(config_class)
-            print(json.dumps({"config": asdict(config)} | main(config)))
+            result = main(config)
+            if result is not None:  # one of torchrun's processes speaks for all
+                print(json.dumps({"config": asdict(config)} | result))
         except Refusal as e:
-            print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
-            sys.exit(2)
+            complain(e)
         except RuntimeError as e:  # PyTorch has a type of its own for a full GPU only
             if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
                 raise
-            print(f"{sys.argv[0]}: error: {Refusal(f'not enough memory: {e}')}", file=sys.stderr)
-            sys.exit(2)
+            complain(Refusal(f"not enough memory: {e}"))
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:

@@ -396,7 +396,7 @@ class Llama(nn.Module):
 def check_device(device) -> None:
     """Raises ModelError, one line, if PyTorch cannot compute there."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise ModelError(f"device {device!r} cannot be used here") from None
 

@@ -11,11 +11,12 @@ say nearly the same, and the softmaxes of all rows would cost more than the base
 
     python train.py                         trains the default butler, ends in a table
     python train.py --model DIR --data TEXT ...  another Llama, your own text
+    python train.py --resume                goes on where a run was stopped (survive.py)
+    torchrun --nproc-per-node N train.py    the same on N processes, or N GPUs
 """
 
 import json
 import math
-import os
 import random
 import resource
 import sys
@@ -24,17 +25,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+import survive
 import tokenizer
 from baselines import Probe, make_selector, mean
-from butler import Butler, ButlerConfig
+from butler import Butler, ButlerConfig, whole
 from cli import UsageError, flag, provenance, run
 from coreference import coreference_documents, pools
 from corpus import Mixture, default_texts, hold_out, read_texts
-from model import Llama, fast_dtype, resolve
+from model import Llama, check_device, fast_dtype, resolve
+from survive import note
 from synth_task import accuracy, evaluate
 
 
@@ -47,7 +48,7 @@ class Config:
     out: str = flag("out/butler.safetensors", "where the butler goes")
     report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
     steps: int = flag(1200, "optimiser steps")
-    batch: int = flag(2, "texts per step")
+    batch: int = flag(2, "texts per step, of all processes together")
     length: int = flag(512, "tokens per text")
     repeats: int = flag(2, "strings that come twice in every 512 tokens of text")
     rows: int = flag(64, "queries per text that a step looks at")
@@ -57,9 +58,9 @@ class Config:
     size: int = flag(16, "channels of importance space (E)")
     hidden: int = flag(160, "hidden width of a producer")
     documents: int = flag(100, "co-reference documents in the final table")
-    save_every: int = flag(100, "steps between two states that --resume can go on from")
+    save_every: float = flag(60.0, "seconds between two states to resume from, 0: every step")
     seed: int = flag(0, "seed of initialisation, data and rows")
-    resume: bool = flag(False, "continue an interrupted run from OUT.state")
+    resume: bool = flag(False, "go on from OUT.state, or from the beginning where there is none")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
 
@@ -118,30 +119,37 @@ def distil(llama, butler, mixture, config, log):
     cost, and what it says about a text is worth more than one look.
     """
     optimizers = make_optimizers(butler, config.learning_rate)
-    start = load_state(butler, optimizers, config, log) if config.resume else 0
+    start = survive.begin(butler, optimizers, config, log)
+    share = config.batch // survive.world()  # texts of every batch that this process looks at
+    guard = survive.Guard(butler, optimizers, config, log)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, file=sys.stderr,
-               unit_scale=config.batch * config.length / config.reuse, unit="tok", mininterval=1)
-    for step in bar:
-        if step == start or step % config.reuse == 0:
-            seed = f"{config.seed} {step // config.reuse}"
-            tokens = texts(mixture, seed, config.batch, config.length)
-            recorded = record(llama, tokens.to(config.device))
-        rows = sample_rows(random.Random(f"{config.seed} {step}"), config.rows, config.length)
-        kl = distillation(butler, recorded, rows.to(config.device))
-        log.append(kl.mean().item())
-        if not math.isfinite(log[-1]):
-            raise UsageError(f"the loss is {log[-1]} at step {step}: lower --learning-rate")
-        rate = config.learning_rate * schedule(step, config.steps)
-        update(butler, optimizers, kl.mean(), rate)
-        worst = int(kl.argmax())
-        bar.set_postfix_str(f"KL {log[-1]:.3f} a layer, worst {kl[worst]:.2f} at {worst + 1}")
-        if (step + 1) % config.save_every == 0:
-            save_state(butler, optimizers, config, log)
+               unit_scale=config.batch * config.length / config.reuse, unit="tok", mininterval=1,
+               disable=survive.rank() > 0)
+    with guard, bar:
+        for step in bar:
+            if step == start or step % config.reuse == 0:
+                seed, first = f"{config.seed} {step // config.reuse}", share * survive.rank()
+                tokens = texts(mixture, seed, share, config.length, first)
+                recorded = record(llama, tokens.to(llama.device))
+            rows = sample_rows(random.Random(f"{config.seed} {step}"), config.rows, config.length)
+            kl = distillation(butler, recorded, rows.to(llama.device))
+            seen = kl.detach().clone()
+            survive.average([seen])
+            loss, worst = seen.mean().item(), int(seen.argmax())
+            survive.check_loss(log, loss)
+            guard.keep()
+            rate = config.learning_rate * schedule(step, config.steps)
+            update(butler, optimizers, kl.mean(), rate)
+            log.append(loss)
+            bar.set_postfix_str(f"KL {loss:.3f} a layer, worst {seen[worst]:.2f} at {worst + 1}",
+                                refresh=False)
+        guard.keep()
 
 
-def texts(mixture, seed: str, count: int, length: int):
-    """Tokens of a batch of texts. -> [count, length]"""
-    return torch.tensor([mixture.window(f"{seed} {row}", length) for row in range(count)])
+def texts(mixture, seed: str, count: int, length: int, first: int = 0):
+    """Tokens of the `count` texts of a batch from number `first` on. -> [count, length]"""
+    rows = range(first, first + count)
+    return torch.tensor([mixture.window(f"{seed} {row}", length) for row in rows])
 
 
 def schedule(step: int, steps: int) -> float:
@@ -150,8 +158,9 @@ def schedule(step: int, steps: int) -> float:
 
 
 def update(butler, optimizers: list, loss, rate: float) -> None:
-    """One step of every optimiser, gradients clipped at 10."""
+    """One step of every optimiser; gradients are averaged over the processes, clipped at 10."""
     loss.backward()
+    survive.average([p.grad for p in butler.parameters()])
     torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -180,67 +189,6 @@ def record(llama, tokens) -> Recorder:
 def sample_rows(rng: random.Random, rows: int, length: int):
     """Sorted query rows for the loss, always with the last one, which sees the most. -> [N]"""
     return torch.tensor(sorted(rng.sample(range(length - 1), min(rows, length) - 1)) + [length - 1])
-
-
-# ---------------------------------------------------------------------------- surviving
-
-
-MOMENTS = {torch.optim.Muon: ("momentum_buffer",),
-           torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}  # what each keeps of a parameter
-
-
-def save_state(butler, optimizers, config, log: list) -> None:
-    """Everything that the next step depends on, in one safetensors file, whole or not at all.
-
-    `log` holds the loss of every step so far; its length is the number of the next one.
-    """
-    tensors = {"log loss": torch.tensor(log, dtype=torch.float64)}
-    for name, p in butler.named_parameters():
-        tensors[f"weight {name}"] = p.detach()
-        for optimizer in optimizers:
-            moments = optimizer.state.get(p, {})
-            tensors |= {f"{key} {name}": value for key, value in moments.items()}
-    path = Path(config.out + ".state")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, {"run": run_identity(butler, config)})
-    part.replace(path)
-
-
-def load_state(butler, optimizers, config, log: list) -> int:
-    """The other way round -> the step to go on with; a state of another run is refused. Nothing is
-    changed unless all is there, each tensor in the shape of its parameter."""
-    path = Path(config.out + ".state")
-    owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    parameters = dict(butler.named_parameters())
-    try:
-        with safe_open(path, framework="pt", device=config.device) as f:
-            if (f.metadata() or {}).get("run") != run_identity(butler, config):
-                raise UsageError(f"{path} belongs to a run with other settings or another model")
-            state = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, OSError, RuntimeError) as e:
-        raise UsageError(f"{path}: unreadable state ({e})") from None
-    shapes = {"log loss": state.get("log loss", torch.empty(0)).shape[:1]}
-    for name, p in parameters.items():
-        moments = MOMENTS[type(owners[p])]
-        shapes |= {f"{key} {name}": p.shape for key in ("weight", *moments)}
-        shapes |= {f"step {name}": torch.Size()} if "step" in moments else {}
-    if {name: value.shape for name, value in state.items()} != shapes:
-        raise UsageError(f"{path}: not all of a state, or not of this butler")
-    log[:] = state.pop("log loss").double().tolist()
-    for entry, value in state.items():
-        key, name = entry.split(" ")
-        if key == "weight":
-            parameters[name].data.copy_(value)
-        else:
-            owners[parameters[name]].state[parameters[name]][key] = value
-    return len(log)
-
-
-def run_identity(butler, config) -> str:
-    free = ("resume", "out", "report", "documents", "save_every")  # may change between the two runs
-    keep = {k: v for k, v in asdict(config).items() if k not in free}
-    return json.dumps([keep, asdict(butler.config)])
 
 
 # ---------------------------------------------------------------------------- the verdict
@@ -279,45 +227,57 @@ def verdict(llama, tok, butler, windows, config) -> dict:
     return rows
 
 
-def main(config: Config) -> dict:
+def main(config: Config) -> dict | None:
+    """-> the report; None in all processes but the first."""
     check(config)
-    report_path = Path(config.report or Path(config.out).with_suffix(".json"))
     began = time.perf_counter()
     torch.manual_seed(config.seed)
     texts = [read_texts(config.data)] if config.data else default_texts()
     splits = [hold_out(source) for source in texts]
-    path = resolve(config.model)
-    llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
+    device = survive.join(config.device)
+    path = survive.host_first(lambda: resolve(config.model))
+    llama = Llama.from_pretrained(path, fast_dtype(device), device)
+    if config.length > llama.config.context:
+        raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
     tok = tokenizer.load(path)
     sizes = {"stride": config.stride, "size": config.size, "hidden": config.hidden}
-    butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(config.device)
+    butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = parameters(butler) / parameters(llama)
     note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")
 
-    mixture = Mixture(tok, [train for train, _ in splits], pools("train"),
-                      repeats=config.repeats)
+    mixture = Mixture(tok, [train for train, _ in splits], pools("train"), repeats=config.repeats)
+    log, processes = [], survive.world()
+    if survive.rank():
+        distil(llama, butler, mixture, config, log)
+        return survive.leave()
     held_out = Mixture(tok, [held for _, held in splits], pools("test"), synthetic=0.0)
     windows = torch.tensor([held_out.window(f"held out {i}", config.length) for i in range(16)],
-                           device=config.device)
-    before, log = held_out_kl(llama, butler, windows), []
+                           device=device)
+    before = held_out_kl(llama, butler, windows)
     note(f"held-out KL before: {before.mean():.3f} a layer")
     distil(llama, butler, mixture, config, log)
+    survive.leave()
     after = held_out_kl(llama, butler, windows)
+    survive.check_loss(log, after.mean().item())
     trained = time.perf_counter() - began
-    rows = verdict(llama, tok, butler, windows[:4], config)
+    butler.save(config.out, {"config": asdict(config), "kl": after.mean().item()})
     report = {
         "config": asdict(config), "parameters": parameters(butler), "share": share,
         "kl_before": before.mean().item(), "kl": after.mean().item(), "kl_layers": after.tolist(),
-        "table": rows, "loss": log, "training_s": round(trained, 1),
+        "table": verdict(llama, tok, butler, windows[:4], config), "loss": log,
+        "processes": processes, "training_s": round(trained, 1),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     } | provenance()
-    butler.save(config.out, {"config": asdict(config), "kl": report["kl"]})
-    report_path.parent.mkdir(parents=True, exist_ok=True)
-    report_path.write_text(json.dumps(report, indent=1) + "\n")
-    Path(config.out + ".state").unlink(missing_ok=True)
-    print(f"\n{table(report)}\n\nsaved {config.out} and {report_path}")
+    with whole(report_path(config)) as part:
+        part.write_text(json.dumps(report, indent=1) + "\n")
+    survive.state_path(config).unlink(missing_ok=True)
+    print(f"\n{table(report)}\n\nsaved {config.out} and {report_path(config)}")
     return report
+
+
+def report_path(config) -> Path:
+    return Path(config.report or Path(config.out).with_suffix(".json"))
 
 
 def table(report: dict) -> str:
@@ -340,26 +300,34 @@ def parameters(module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def check(config) -> None:
     """Everything that can be known to be wrong before anything slow starts."""
+    least = {"length": 64, "repeats": 0, "save_every": 0, "seed": 0, "learning_rate": 1e-9}
     for name, value in asdict(config).items():
-        if type(value) is int and name not in ("seed", "repeats") and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is at least 1, not {value}")
-    if config.resume and not Path(config.out + ".state").exists():
-        raise UsageError(f"nothing to resume: no file {config.out}.state")
-    out = Path(config.out)
-    try:  # a quarter of an hour is too late to learn that the result cannot be written
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(f"cannot write {out} ({e.strerror})") from None
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UsageError(f"cannot write {out}: a folder, or in one that may not be written to")
-    if config.length < 64 or config.repeats < 0 or not config.learning_rate > 0:
-        raise UsageError("--length is at least 64, --repeats 0 and --learning-rate above 0")
+        low, high = least.get(name, 1), 2**20 if name in ("stride", "size", "hidden") else 2**31
+        if type(value) in (int, float) and not low <= value <= high:
+            raise UsageError(f"--{name.replace('_', '-')} is from {low} to {high}, not {value}")
+    check_device(config.device)
+    survive.check_processes(config)
+    if survive.rank():
+        return
+    if not Path(config.out).name:
+        raise UsageError(f"--out {config.out!r} names no file")
+    out, report = Path(config.out), report_path(config)
+    for path in (out, report, survive.state_path(config)):
+        try:  # a quarter of an hour is too late to learn that a result cannot be written
+            if path.exists() and not path.is_file():
+                raise UsageError(f"cannot write {path}: there is something that is no file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(path.name + ".part")
+            part.touch()  # or one that a killed run left behind
+            part.unlink()
+        except OSError as e:
+            raise UsageError(f"cannot write {path} ({e.strerror})") from None
+    if report.resolve() in (out.resolve(), survive.state_path(config).resolve()):
+        raise UsageError(f"--report and --out are both {out}")
+    if config.resume:
+        survive.check_state(config)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,13 @@ def tok(model_path):
     return tokenizer.load(model_path)
 
 
-@pytest.fixture(scope="session")
-def tiny():
-    """A small random Llama with grouped heads: 5 layers, 4 query heads over 2 KV heads."""
+def tiny_llama():
     config = weights.Config(
         vocab_size=256, width=64, layers=5, heads=4, kv_heads=2, head_dim=16, mlp_width=128)
     return randomise(Llama(config))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A small random Llama with grouped heads: 5 layers, 4 query heads over 2 KV heads."""
+    return tiny_llama()

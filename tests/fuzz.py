@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import corpus
 import sample
+import survive
 import synth_task
 import tokenizer
 import train
@@ -261,7 +262,8 @@ def a_run(out: Path):
     torch.manual_seed(0)
     butler = Butler(ButlerConfig(layers=3, width=8, heads=2, kv_heads=1, head_dim=4, stride=1,
                                  size=2, hidden=4))
-    return butler, train.make_optimizers(butler, 1e-2), train.Config(out=str(out), device="cpu")
+    return butler, train.make_optimizers(butler, 1e-2), train.Config(
+        out=str(out), device="cpu", resume=True)
 
 
 def step(butler, optimizers):
@@ -276,7 +278,8 @@ def use_state(path):
     """Takes the state up, and trains on."""
     butler, optimizers, config = a_run(path.with_suffix(""))
     log = []
-    assert train.load_state(butler, optimizers, config, log) == len(log)
+    survive.check_state(config)
+    assert survive.begin(butler, optimizers, config, log) == len(log)
     assert all(type(loss) is float for loss in log)
     step(butler, optimizers)
 

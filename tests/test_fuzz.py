@@ -13,7 +13,7 @@ from test_tokenizer import GGUF_ALPHABET, llama_split
 from test_tokenizer import write_gguf as write_vocabulary
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-import train
+import survive
 from butler import Butler, ButlerConfig
 from tokenizer import LLAMA3 as LLAMA3_PATTERN
 from tokenizer import TokenizerError, load
@@ -65,7 +65,7 @@ def write_others(folder):
     Butler(shape).save(folder / "butler" / "butler.safetensors")
     run = fuzz.a_run(folder / "state" / "run")
     fuzz.step(*run[:2])
-    train.save_state(*run, [0.5])
+    survive.Guard(*run, [0.5]).save()
     lines = [{"context": "a lake " * 5, "question": "what? ", "answer": answer}
              for answer in ("lake", ["lake", "sea"])]
     (folder / "lines" / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))

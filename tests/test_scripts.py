@@ -13,8 +13,6 @@ import pytest
 import torch
 
 import cli
-import train
-from butler import Butler, ButlerConfig
 from coreference import coreference_documents
 from model import Llama
 
@@ -35,7 +33,6 @@ train.py --steps 0
 train.py --steps -1
 train.py --model /nowhere/at/all
 train.py --data /nowhere/at/all.txt
-train.py --resume --out /tmp/nothing/to/resume.safetensors
 train.py --out /proc/nowhere/out.safetensors
 train.py --out tests
 sample.py --model /nowhere/at/all
@@ -256,83 +253,3 @@ def test_the_default_demonstration_finds_the_answer():
     result = json.loads(done.stdout.splitlines()[-1])
     document = coreference_documents("test", 1, seed=0)[0]
     assert result["text"].startswith(document.answer)
-
-
-# ---------------------------------------------------------------------------- training
-
-
-class Noise:
-    """Windows of random tokens with something to find: the second half repeats the first."""
-
-    def __init__(self, calls=None):
-        self.calls = calls
-
-    def window(self, seed, length):
-        if self.calls is not None:
-            self.calls += [seed] * seed.endswith(" 0")  # the first text of each batch
-        generator = torch.Generator().manual_seed(int(seed.replace(" ", "")))
-        ids = torch.randint(200, (length // 2,), generator=generator).tolist()
-        return ids + ids
-
-
-def settings(tmp_path, **other):
-    return train.Config(**{"out": str(tmp_path / "b.safetensors"), "steps": 12, "length": 64,
-                           "rows": 16, "device": "cpu", "save_every": 5,
-                           "reuse": 2} | other)
-
-
-def trained(tiny, config, calls=None):
-    torch.manual_seed(config.seed)
-    butler, log = Butler(ButlerConfig.for_model(tiny, stride=1, size=16, hidden=64)), []
-    train.distil(tiny, butler, Noise(calls), config, log)
-    return butler, log
-
-
-def test_training_lowers_the_loss_and_is_deterministic(tiny, tmp_path):
-    first, log = trained(tiny, settings(tmp_path, steps=150))
-    again, _ = trained(tiny, settings(tmp_path, steps=150))
-    assert sum(log[-10:]) < 0.85 * sum(log[:10])
-    for (name, a), b in zip(first.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_resume_ends_with_the_weights_of_an_uninterrupted_run(tiny, tmp_path):
-    whole, _ = trained(tiny, settings(tmp_path / "whole"))
-
-    class Cut(Noise):
-        def window(self, seed, length):
-            if seed.split()[1] == "4":  # the batch of steps 8 and 9
-                raise KeyboardInterrupt
-            return super().window(seed, length)
-
-    config = settings(tmp_path / "cut")
-    torch.manual_seed(config.seed)
-    butler = Butler(ButlerConfig.for_model(tiny, stride=1, size=16, hidden=64))
-    with pytest.raises(KeyboardInterrupt):
-        train.distil(tiny, butler, Cut(), config, [])
-    calls = []
-    resumed, log = trained(tiny, settings(tmp_path / "cut", resume=True), calls)
-    assert len(log) == 12 and len(calls) == 4  # from step 5, in the middle of a batch, to the end
-    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    with pytest.raises(train.UsageError, match="other settings"):
-        trained(tiny, settings(tmp_path / "cut", resume=True, batch=1))
-
-
-def test_sampled_rows_are_sorted_unique_and_end_with_the_last():
-    rows = train.sample_rows(train.random.Random(1), 128, 512).tolist()
-    assert rows == sorted(set(rows)) and len(rows) == 128 and rows[-1] == 511
-    assert train.sample_rows(train.random.Random(1), 128, 64).tolist() == list(range(64))
-
-
-@pytest.mark.slow
-def test_training_end_to_end(tmp_path):
-    out = tmp_path / "b.safetensors"
-    done = script("train.py", "--steps", "6", "--documents", "2", "--out", out, "--rows", "32")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["kl"] < report["kl_before"]
-    assert set(report["table"]) == {"dense", "oracle", "butler", "recency", "random"}
-    assert json.loads(out.with_suffix(".json").read_text())["kl"] == report["kl"]
-    sampled = script("sample.py", "--butler", out, "--max-new-tokens", "2")
-    assert sampled.returncode == 0, sampled.stderr

@@ -32,6 +32,8 @@ def read_texts(paths: list) -> dict[str, str]:
     files = []
     try:
         for path in map(Path, paths):
+            if not (path.is_dir() or path.is_file()):  # a device would be read for ever
+                raise UsageError(f"no such file or folder: {path}")
             files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         texts = {str(f): f.read_text(encoding="utf-8", errors="replace") for f in files}
     except OSError as e:

@@ -184,7 +184,7 @@ def begin(butler, optimizers, config, log: list) -> int:
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     parameters, shapes = dict(butler.named_parameters()), {}
     for name, p in parameters.items():
-        moments = MOMENTS[type(owners[p])]
+        moments = MOMENTS.get(type(owners[p]), ())
         shapes |= {f"{key} {name}": p.shape for key in ("weight", *moments)}
         shapes |= {f"step {name}": torch.Size()} if "step" in moments else {}
     entries = told(first)

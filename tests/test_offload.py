@@ -1,5 +1,6 @@
 """offload.py: a store changes where rows lie, never what comes out; and it leaves nothing."""
 
+import json
 import os
 import resource
 import signal
@@ -7,10 +8,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 from conftest import assert_close
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import offload
 from baselines import make_selector
@@ -177,3 +181,62 @@ def test_no_room_is_one_line_before_anything_is_written(tmp_path):
 def test_refusals(store, folder, device, words):
     with pytest.raises(ModelError, match=words):
         offload.cache_kind(store, folder, device)
+
+
+def wide_model(folder):
+    """A byte-level Llama of 3 million numbers whose 12,000 tokens need a gigabyte of cache. Its own
+    butler, untrained, chooses as steadily as a trained one."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    built = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=5,
+                         num_attention_heads=16, num_key_value_heads=16, head_dim=128,
+                         max_position_embeddings=16_000, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    model = Llama.from_pretrained(folder)
+    Butler(ButlerConfig.for_model(model)).save(folder / "butler.safetensors")
+
+
+@pytest.mark.slow
+def test_a_context_larger_than_memory(tmp_path):
+    """Under a limit that the resident cache does not fit in, the file gives the resident text."""
+    wide_model(tmp_path)
+    book = "".join(topics[name] for name in sorted(topics))[:12_000]
+    (tmp_path / "book.txt").write_text(book.encode("ascii", "replace").decode())
+    version_1 = Path("/sys/fs/cgroup/memory")
+    parent = version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")
+    group = parent / f"tokenbutler-test-{os.getpid()}"
+    bound = "memory.limit_in_bytes" if parent == version_1 else "memory.max"
+
+    def sample(*more, limit=2**40):
+        def limited():
+            (group / bound).write_text(str(limit))
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        done = subprocess.run(
+            [sys.executable, "sample.py", "--model", tmp_path, "--butler",
+             tmp_path / "butler.safetensors", "--prompt-file", tmp_path / "book.txt",
+             "--budget", "0.03", "--max-new-tokens", "30", "--temperature", "0", *more],
+            cwd=ROOT, text=True, capture_output=True, preexec_fn=limited)
+        return done.returncode, done.stdout.splitlines()[-1:], done.stderr
+
+    try:
+        group.mkdir()
+        (group / bound).write_text(str(2**40))
+    except OSError as e:
+        pytest.skip(f"no right to limit memory by a cgroup: {e}")
+    try:
+        _, (line,), _ = sample()
+        resident = json.loads(line)
+        limit = int(0.95 * resident["cache_bytes"])
+        assert resident["cache_bytes"] > 9e8
+        assert sample(limit=limit)[0] == -signal.SIGKILL  # the limit is one
+        status, lines, errors = sample("--offload", "disk", limit=limit)
+        assert status == 0, errors
+        assert json.loads(lines[0])["text"] == resident["text"]
+    finally:
+        group.rmdir()

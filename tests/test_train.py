@@ -249,14 +249,16 @@ WRONG = [
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=lambda a: " ".join(a)[:40])
-def test_what_is_wrong_is_said_before_a_model_is_read(tmp_path, monkeypatch, arguments):
+def test_what_is_wrong_is_said_before_a_model_is_read(tmp_path, monkeypatch, capsys, arguments):
     """The model is not there either, which would be said later."""
     monkeypatch.chdir(ROOT)
     out = () if "--out" in arguments else ("--out", str(tmp_path / "b.safetensors"))
-    config = parse(train.Config, [*arguments, "--model", "/nowhere/at/all", *out])
-    with pytest.raises((UsageError, ModelError)) as caught:
-        train.main(config)
+    with pytest.raises((UsageError, ModelError, SystemExit)) as caught:
+        train.main(parse(train.Config, [*arguments, "--model", "/nowhere/at/all", *out]))
     message = str(caught.value)
+    if isinstance(caught.value, SystemExit):
+        assert caught.value.code == 2
+        message = capsys.readouterr().err.strip()
     assert "\n" not in message and "/nowhere/at/all:" not in message and "no model" not in message
     assert names(tmp_path) == []
 

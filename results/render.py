@@ -2,7 +2,7 @@
 
     <!-- results/NAME.json --> ... <!-- end -->      what stands between is replaced
 
-and draws results/speed.svg, if matplotlib is installed.
+and draws the figures (results/draw.py), if matplotlib is installed.
 
     python results/render.py
 """
@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import ablate  # noqa: E402
 import compare  # noqa: E402
+import draw  # noqa: E402
 import torch  # noqa: E402
 
 import speed  # noqa: E402
@@ -150,48 +151,18 @@ def render(text: str) -> str:
     return re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", block, text, flags=re.S)
 
 
-def draw(path: Path) -> None:
-    """Milliseconds a step against context, attention alone and whole steps: the fastest dense form
-    and every selection. Grey on transparent: readable on light and dark pages."""
-    try:
-        from matplotlib import pyplot, rcParams
-    except ImportError:
-        print("no matplotlib: results/speed.svg stays as it is", file=sys.stderr)
-        return
-    names = "attention_smollm2-135m", "speed"
-    if missing := [n for n in names if not (ROOT / "results" / f"{n}.json").exists()]:
-        print(f"no results/{missing[0]}.json: no results/speed.svg", file=sys.stderr)
-        return
-    grey = "#808080"
-    rcParams.update({"svg.hashsalt": "0", "svg.fonttype": "none", "text.color": grey,
-                     "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey,
-                     "ytick.color": grey, "legend.labelcolor": grey, "font.size": 9})
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, name in zip(axes, names, strict=True):
-        report = json.loads((ROOT / "results" / f"{name}.json").read_text())
-        lines = {}
-        for row in report["rows"]:
-            label = "dense, the fastest" if row["kept"] is None else row["selector"]
-            by_context = lines.setdefault(label, {})
-            by_context[row["context"]] = min(row["ms"], by_context.get(row["context"], row["ms"]))
-        for label, by_context in lines.items():
-            axis.plot(*zip(*sorted(by_context.items()), strict=True), marker="o", markersize=3,
-                      label=label, linewidth=2.5 if label.startswith("dense") else 1.2)
-        axis.set(xscale="log", yscale="log", xlabel="tokens cached", ylabel="ms a step",
-                 title="whole step" if name == "speed" else "attention of all layers")
-        axis.legend(frameon=False, fontsize=7)
-        for edge in ("top", "right"):
-            axis.spines[edge].set_visible(False)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
-
-
 @dataclass
 class Config:
-    """Writes the tables of the two READMEs and results/speed.svg; it has no flags."""
+    """Writes the tables of the two READMEs and draws the figures; it has no flags."""
 
 
 if __name__ == "__main__":
     parse(Config)
-    draw(ROOT / "results" / "speed.svg")
+    for name in draw.FIGURES:
+        try:
+            if panels := draw.panels(name):
+                draw.draw(panels, ROOT / "results" / f"{name}.svg")
+        except ImportError:
+            print(f"no matplotlib: results/{name}.svg stays as it is", file=sys.stderr)
     for readme in (ROOT / "README.md", ROOT / "results" / "README.md"):
         readme.write_text(render(readme.read_text()))

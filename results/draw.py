@@ -1,0 +1,214 @@
+"""results/draw.py - the figures of the READMEs, drawn from the JSON files in this folder.
+
+    NAME.json ... --a function a figure--> panels, plain numbers --draw--> NAME.svg
+
+    accuracy    co-reference answers exact against budget, every selector
+    speed       milliseconds of a step against tokens cached
+    recall      attention kept, layer by layer
+    training    loss of every step
+    offload     milliseconds of a step with keys and values in a file
+
+Grey text and middling colours on nothing: readable on light and dark pages. A selector has one
+colour everywhere. An SVG says in its metadata of which numbers it was drawn (`digest`).
+
+    python results/render.py        draws those whose JSON is there, if matplotlib is installed
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent
+GREY = "#808080"
+COLOURS = {"dense": GREY, "butler": "#2f81f7", "oracle": "#e08600", "quest": "#bf4bb8",
+           "h2o": "#d9484f", "snapkv": "#8a63e8", "recency": "#1f9d6b", "random": "#9a8a1f",
+           "keynorm": "#b5683c"}
+OTHERS = ("#2f81f7", "#1f9d6b", "#bf4bb8", "#e08600", "#d9484f")  # of lines that are no selector
+MARKERS = "osD^v<>Pd"
+SMOOTH = 25  # steps in a mean
+
+
+@dataclass
+class Line:
+    """Points, with the ends of their 95 % intervals where there are any."""
+
+    label: str
+    x: list
+    y: list
+    low: list = field(default_factory=list)
+    high: list = field(default_factory=list)
+    look: str = "line"  # with markers; or plain, faint, points, bar
+
+
+@dataclass
+class Panel:
+    title: str
+    x: str
+    y: str
+    lines: list
+    ticks: list = field(default_factory=list)  # of x, on a logarithmic axis; linear without
+    log_y: bool = False
+    beside: bool = False  # the legend
+
+
+# ---------------------------------------------------------------------------- the numbers
+
+
+def accuracy(reports: dict) -> list[Panel]:
+    """Selectors whose points are all the same share a line."""
+    report, names = reports["budgets"], {}
+    ticks = sorted(100 * float(budget) for budget in report["config"]["budgets"])
+    for name, by in report["results"]["coreference"].items():
+        points = sorted((100 * float(b), m["mean"], m["low"], m["high"]) for b, m in by.items())
+        if name == "dense":  # has no budget: a level to compare with
+            points = [(tick, *points[0][1:]) for tick in (ticks[0], ticks[-1])]
+        names.setdefault(tuple(points), []).append(name)
+    lines = [Line(",\n".join(same), *map(list, zip(*points, strict=True)),
+                  look="plain" if same[0] == "dense" else "line")
+             for points, same in names.items()]
+    return [Panel("co-reference, some 355 tokens", "tokens attended, %", "answers exact", lines,
+                  ticks, beside=True)]
+
+
+def speed(reports: dict) -> list[Panel]:
+    """The fastest dense form and every selection, of one sequence."""
+    panels = []
+    for name, title in (("attention_smollm2-135m", "attention of all layers"),
+                        ("speed", "whole step")):
+        lines = {}
+        for row in reports[name]["rows"] if name in reports else ():
+            if row["batch"] == 1:
+                label = "dense, the fastest" if row["kept"] is None else row["selector"]
+                by = lines.setdefault(label, {})
+                by[row["context"]] = min(row["ms"], by.get(row["context"], row["ms"]))
+        ticks = []
+        for context in sorted({x for by in lines.values() for x in by}):
+            if not ticks or context > 1.8 * ticks[-1]:  # there is room for its label
+                ticks.append(context)
+        panels += [Panel(title, "tokens cached", "ms a step", [
+            Line(label, sorted(by), [by[x] for x in sorted(by)]) for label, by in lines.items()],
+            ticks, log_y=True)] * bool(lines)
+    return panels
+
+
+def recall(reports: dict) -> list[Panel]:
+    report = reports["recall"]
+    budget = report["config"]["budgets"][0]
+    lines = [Line(name, list(range(1, 1 + len(by[budget]))), by[budget], look="plain")
+             for name, by in report["layers"]["mass"].items()]
+    return [Panel(f"{float(budget):.0%} of the tokens attended", "layer", "attention kept", lines,
+                  beside=True)]
+
+
+def training(reports: dict) -> list[Panel]:
+    report = reports["train"]
+    loss = report["loss"]
+    total = [0, *accumulate(loss)]
+    means = [(b - a) / SMOOTH for a, b in zip(total, total[SMOOTH:], strict=False)]
+    held_out = Line("held-out text, before and after", [0, len(loss)],
+                    [report["kl_before"], report["kl"]], look="points")
+    return [Panel("training of the shipped butler", "step", "KL divergence, nats", [
+        Line("of each step", list(range(1, 1 + len(loss))), loss, look="faint"),
+        Line(f"mean of {SMOOTH} steps", [SMOOTH / 2 + i for i in range(len(means))], means,
+             look="plain"),
+        held_out])]
+
+
+def offload(reports: dict) -> list[Panel]:
+    panels = []
+    for report in reports.values():
+        for context in sorted({row["context"] for row in report["rows"]}):
+            rows = [row for row in report["rows"] if row["context"] == context]
+            memory = rows[0]["limit_bytes"]
+            inside = f"\n{memory / rows[0]['cache_bytes']:.0%} of it in memory" if memory else ""
+            panels.append(Panel(
+                f"{rows[0]['shape'] or 'smollm2-135m'}, {context:,} tokens\n"
+                f"{rows[0]['cache_bytes'] / 1e9:.2g} GB of keys and values{inside}", "ms a step",
+                "", [Line(row["selector"], [row["ms"]], [], look="bar") for row in rows]))
+    return panels
+
+
+FIGURES = {"accuracy": (accuracy, "budgets"), "speed": (speed, "attention_smollm2-135m", "speed"),
+           "recall": (recall, "recall"), "training": (training, "train"),
+           "offload": (offload, "offload*")}  # a figure: its function, and the files it is of
+
+
+def panels(name: str) -> list[Panel]:
+    """The numbers of a figure; [] where their files are missing."""
+    function, *patterns = FIGURES[name]
+    paths = [path for pattern in patterns for path in sorted(RESULTS.glob(f"{pattern}.json"))]
+    reports = {path.stem: json.loads(path.read_text()) for path in paths}
+    return function(reports) if reports else []
+
+
+def digest(panels: list[Panel]) -> str:
+    numbers = json.dumps([asdict(panel) for panel in panels])
+    return hashlib.sha256(numbers.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------- the drawing
+
+
+def draw(panels: list[Panel], path) -> None:
+    """Writes an SVG, the same bytes for the same numbers and version of matplotlib. Raises
+    ImportError without matplotlib."""
+    from matplotlib import pyplot, rc_context
+
+    colours = {f"{part}.{kind}": GREY for part, kind in (
+        ("text", "color"), ("axes", "labelcolor"), ("axes", "edgecolor"), ("axes", "titlecolor"),
+        ("xtick", "color"), ("ytick", "color"), ("legend", "labelcolor"))}
+    with rc_context(colours | {"svg.hashsalt": "0", "svg.fonttype": "none", "font.size": 9,
+                               "axes.spines.top": False, "axes.spines.right": False}):
+        bars = panels[0].lines[0].look == "bar"
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 2.2 if bars else 3.4),
+                                       layout="constrained", squeeze=False)
+        for axis, panel in zip(axes[0], panels, strict=True):
+            (paint_bars if bars else paint)(axis, panel)
+        figure.savefig(path, transparent=True, metadata={
+            "Date": None, "Description": f"drawn from numbers with SHA-256 {digest(panels)}"})
+        pyplot.close(figure)
+
+
+def paint(axis, panel: Panel) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for number, line in enumerate(panel.lines):
+        name = line.label.split(",")[0]
+        colour = COLOURS.get(name, OTHERS[number % len(OTHERS)])
+        main = name in ("dense", "butler")
+        style = {"color": colour, "label": line.label, "linewidth": 2.2 if main else 1.2}
+        if line.look == "line":
+            style |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+        elif line.look == "faint":
+            style |= {"alpha": 0.6, "linewidth": 0.6}
+        elif line.look == "points":
+            style |= {"marker": "D", "markersize": 6, "linestyle": ""}
+        axis.plot(line.x, line.y, zorder=3 if main else 2, **style)
+        if line.low:
+            axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+    if panel.ticks:
+        axis.set_xscale("log")
+        axis.set_xticks(panel.ticks, [f"{tick:,.0f}" for tick in panel.ticks])
+        axis.minorticks_off()
+    if panel.log_y:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
+    axis.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if panel.beside else {"loc": "best"}
+    axis.legend(frameon=False, fontsize=8, **place)
+
+
+def paint_bars(axis, panel: Panel) -> None:
+    """One bar a line, the first on top, its length beside it."""
+    names = [line.label for line in panel.lines]
+    bars = axis.barh(names, [line.x[0] for line in panel.lines],
+                     color=[COLOURS.get(name.split(",")[0].split()[0], GREY) for name in names])
+    axis.bar_label(bars, fmt="{:,.0f}", padding=3, color=GREY)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set(xlabel=panel.x)
+    axis.set_title(panel.title, fontsize=9)

@@ -519,7 +519,7 @@ if __name__ == "__main__":
     from model import Llama, resolve
 
     llama = Llama.from_pretrained(resolve())
-    butler = Butler(ButlerConfig.for_model(llama))
+    butler = load_for(llama)
     share = sum(p.numel() for p in butler.parameters()) / sum(p.numel() for p in llama.parameters())
     print(butler.config, f"\nparameters: {share:.2%} of the base model's")
     select = butler.selector(budget=0.1)
@@ -529,3 +529,5 @@ if __name__ == "__main__":
     print("layer 1: q_imp", list(select.queries[1].shape),
           "k_imp", list(select.projected[1][..., :401].transpose(-1, -2).shape))
     print("401 cached tokens, a tenth attended:", select.index[1][0, 0, 0].tolist())
+    print(f"for which it caches {butler.config.size} numbers beside {2 * butler.config.head_dim} "
+          "of key and value")

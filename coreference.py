@@ -26,7 +26,7 @@ The cue "The place is called" stands before the name both times because the defa
 Every pool is made of heads and tails, `"Plum cake" + "tastes best on the second day"`. The tails
 are divided between training and test, so a test sentence always says something never trained on.
 
-    python coreference.py        prints one document
+    python coreference.py        prints one document, and how far the answer is away
 """
 
 import random
@@ -313,4 +313,7 @@ def training_text(rng: random.Random, pools: Pools) -> str:
 
 
 if __name__ == "__main__":
-    print(coreference(random.Random(0), pools("test")).text)
+    document = coreference(random.Random(0), pools("test"))
+    between = document.context.split(document.answer)[1].split()
+    print(f"{document.text}\n{len(between)} words lie between the name and the question; "
+          "not one of them is about it")

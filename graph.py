@@ -15,6 +15,8 @@ that reuses one are two graphs), when the text outgrows the bound (a new graph),
 was rewound or read: the step behind that is a plain one, as are all steps where there is no GPU.
 
 Right on the CPU, in Triton's interpreter; on a GPU not measured yet.
+
+    python graph.py        how many operators the CPU calls for a step
 """
 
 import copy
@@ -99,3 +101,30 @@ def record(function):
     with torch.cuda.graph(graph):
         result = function()
     return graph.replay, result
+
+
+if __name__ == "__main__":
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from butler import Butler, ButlerConfig
+    from model import Config, Llama
+
+    class Counter(TorchDispatchMode):
+        called = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.called += 1
+            return function(*args, **kwargs or {})
+
+    llama = Llama(Config(vocab_size=256, width=64, layers=30, heads=4, kv_heads=2, head_dim=16,
+                         mlp_width=128)).eval()  # narrow, but as deep as the default model
+    butler = Butler(ButlerConfig.for_model(llama)).eval()
+    for name, selector in ("dense", None), ("butler", butler.selector(0.1)):
+        cache = llama.new_cache(1, 512)
+        llama.prefill(torch.arange(256)[None], cache)
+        step = stepper(llama, cache, selector)
+        step(torch.zeros(1, 1, dtype=torch.long))
+        with Counter() as counter:
+            logits = step(torch.zeros(1, 1, dtype=torch.long))
+        print(f"{name}: token [1, 1] -> logits {list(logits.shape)}, {counter.called:,} operators "
+              "called one by one")

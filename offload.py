@@ -216,4 +216,6 @@ if __name__ == "__main__":
         asked, missed = (a - b for a, b in zip(cache.traffic, before, strict=True))
         before = cache.traffic
         print(f"step {step}: {asked:,} rows asked for, {missed:,} of them read")
-    print(f"store {list(cache.store.shape)}, {cache.store.nbytes / 1e6:.0f} MB in {cache.folder}")
+    stored = len(cache.store) * 3 * cache.size
+    print(f"store {list(cache.store.shape)}, {cache.store.nbytes / 1e6:.0f} MB in {cache.folder}: "
+          f"the last step read {missed / stored:.1%} of its rows")

@@ -17,6 +17,7 @@ keys.
 
     python bench.py --suite attention --shape smollm2-135m --contexts 2048,8192
     python bench.py --suite speed --contexts 8000
+    python speed.py        what reading the weights alone costs on this machine
 """
 
 import json
@@ -329,3 +330,14 @@ def table(report: dict) -> str:
 
 
 SUITES = {"attention": attention, "speed": speed}
+
+
+if __name__ == "__main__":
+    rate = copy_bandwidth("cpu")
+    print(f"memory: {rate / 1e9:.1f} GB/s copied")
+    for name, shape in SHAPES.items():
+        with torch.device("meta"):
+            size = sum(p.nbytes for p in Llama(shape).to(torch.bfloat16).parameters())
+        tokens = size // (2 * 2 * shape.layers * shape.kv_heads * shape.head_dim)
+        print(f"{name}: {size / 1e9:.2f} GB of weights in bfloat16, {1e3 * size / rate:.0f} ms a "
+              f"step; from {tokens:,} tokens on, the cache is more to read")

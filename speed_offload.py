@@ -16,6 +16,7 @@ operating system keeps of the file, importance keys, layer 0 and scratch space.
     python bench.py --suite offload --contexts 8000 --n 20
     python bench.py --suite offload --shape llama-3.2-1b --contexts 262144 --budgets 1024 \
         --memory 0.15
+    python speed_offload.py        what one row from the disk costs, and many at once
 """
 
 import gc
@@ -175,3 +176,19 @@ def table(report: dict) -> str:
             lines.append(f"{r['context']:,} tokens: {r['cache_bytes'] / 1e9:.2f} GB of keys and "
                          f"values{limit or ''}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from model import Config, Llama
+
+    shape = Config(vocab_size=256, width=64, layers=2, heads=1, kv_heads=1, head_dim=64,
+                   mlp_width=64, context=2**17)
+    cache = Llama(shape).new_cache(1, shape.context, kind=cache_kind("disk"))
+    fill(cache, shape.context)
+    print(f"store {list(cache.store.shape)}, {cache.store.nbytes / 1e6:.0f} MB")
+    for n in (256, 1, 16, 256):  # the first time the threads are started
+        forget(cache)
+        cache.held.clear()
+        rows, began = torch.randint(shape.context, (1, 1, n)), time.perf_counter()
+        cache.fetch(1, rows)
+        print(f"{n:3d} rows at once: {1e3 * (time.perf_counter() - began):.2f} ms")

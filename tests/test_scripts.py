@@ -215,12 +215,19 @@ def test_a_pipe_closed_early_ends_quietly(both, command):
     assert not re.search("Error|Exception|Traceback", done.stderr or ""), done.stderr
 
 
-@pytest.mark.parametrize("name", ["model.py", "kernel.py", "butler.py", "baselines.py",
-                                  "coreference.py", "corpus.py", "ruler.py"])
-def test_every_module_runs(name):
-    done = script(name)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 2
+@pytest.mark.parametrize("name", sorted({p.name for p in ROOT.glob("*.py")} - set(SCRIPTS)))
+def test_every_module_shows_what_it_makes(name, capsys, monkeypatch):
+    """As its first lines promise, and with a number; here, where PyTorch is imported already."""
+    monkeypatch.setattr(sys, "argv", [name])
+    runpy.run_path(str(ROOT / name), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 2 and re.search(r"\d", "".join(lines))
+    assert f"\n    python {name}" in (ROOT / name).read_text().split('"""')[1]
+
+
+def test_a_module_runs_by_itself(tmp_path):
+    done = script("cli.py", "--times", "2", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("token token\n{"), done.stderr
 
 
 def test_sample_writes_text_and_reports(tmp_path):

@@ -34,7 +34,7 @@ from offload import cache_kind
 from speed import copy_bandwidth, model_of
 
 DRIFT = 0.9  # share of a token's embedding that is the one before
-WARM = 8  # steps before those that count
+WARM = 8  # steps of a selection before those that count
 
 
 def measure(config) -> dict:
@@ -112,9 +112,9 @@ def decode(llama, cache, selector, context: int, n: int):
     """-> median seconds of n steps, share of rows chosen in the step before as well, rows asked for
     and rows read"""
     cache.truncate(context)
-    seconds, shares, last = [], [], {}
-    for step in range(WARM + n):
-        if step == WARM:
+    seconds, shares, last, warm = [], [], {}, WARM if selector else 1
+    for step in range(warm + n):
+        if step == warm:
             before = getattr(cache, "traffic", (0, 0))
         token = torch.full((1, 1), 1000 + step)
         began = time.perf_counter()
@@ -127,7 +127,7 @@ def decode(llama, cache, selector, context: int, n: int):
     after = getattr(cache, "traffic", (0, 0))
     traffic = (b - a for a, b in zip(before, after, strict=True))
     again = statistics.mean(shares) if shares else None
-    return statistics.median(seconds[WARM:]), again, *traffic
+    return statistics.median(seconds[warm:]), again, *traffic
 
 
 def anonymous() -> int:

@@ -22,6 +22,7 @@ import draw  # noqa: E402
 import torch  # noqa: E402
 
 import speed  # noqa: E402
+import speed_offload  # noqa: E402
 import train  # noqa: E402
 from butler import allowance  # noqa: E402
 from cli import parse  # noqa: E402
@@ -125,7 +126,8 @@ def interval(report: dict) -> str:
 
 def timed(report: dict) -> str:
     rate = f"{report['copy_bytes_per_s'] / 1e9:.1f} GB/s copied"
-    return "\n".join([speed.table(report), "", f"{report['hardware']}, {rate}; commit "
+    suite = speed_offload if report["config"]["suite"] == "offload" else speed
+    return "\n".join([suite.table(report), "", f"{report['hardware']}, {rate}; commit "
                       f"{report['commit']}", report["command"]])
 
 
@@ -133,7 +135,8 @@ TABLES = {"results/train.json": train.table, "results/ablations.json": ablate.ta
           "results/perplexity.json": perplexity, "results/recall.json": recall,
           "results/attention_smollm2-135m.json": timed, "results/speed.json": timed,
           "results/compare.json": compare.table,
-          "results/speed_llama-3.2-1b.json": timed,
+          "results/speed_llama-3.2-1b.json": timed, "results/offload.json": timed,
+          "results/offload_llama-3.2-1b.json": timed,
           "results/interval.json": interval, "results/interval_oracle.json": interval,
           "results/ruler.json": tasks,
           "results/ruler_long.json": tasks, "results/ruler_many.json": tasks,

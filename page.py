@@ -35,6 +35,8 @@ class Beside:
     within the same budget, sinks and window.
     """
 
+    capturable = False  # every step is looked at
+
     def __init__(self, selector, budget: float):
         self.selector, self.oracle = selector, Oracle(budget)
         self.tokens, self.steps, self.same, self.heads = [], [], [], 0

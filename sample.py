@@ -7,7 +7,7 @@ The last token of the prompt already goes through the selector, so that every ge
 from a selected cache. `--selector dense` is the model as its authors made it.
 
     python sample.py                                            a question whose answer is far back
-    python sample.py --prompt-file book.txt --budget 0.1 --show continue a long text
+    python sample.py --prompt-file book.txt --show              continue a long text
     python sample.py --chat --prompt "Name three rivers."       talk to it
     python sample.py --html page.html                           look at what each step kept
 """

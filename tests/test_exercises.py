@@ -1,0 +1,190 @@
+"""The exercises of README.md: take a `skip` away, see the test fail, make it pass."""
+
+import pytest
+import torch
+from conftest import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from baselines import Probe, make_selector, mean
+from butler import Butler, ButlerConfig, Selector
+from coreference import coreference_documents
+from kernel import in_order, top_with_neighbours
+from train import distillation, record
+
+CACHED = 200  # tokens
+
+
+@pytest.fixture(scope="module")
+def butler(tiny):
+    torch.manual_seed(3)
+    return Butler(ButlerConfig.for_model(tiny, stride=2, size=8, hidden=16)).eval()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (1, CACHED), generator=generator)
+
+
+def last_step(model, ids, selector) -> dict:
+    """{layer: the choice of the last token alone}, behind a prompt that the selector watched."""
+    cache = model.new_cache(1, ids.shape[1])
+    model.prefill(ids[:, :-1], cache, selector.watch)
+    model.decode(ids[:, -1:], cache, selector)
+    return selector.index
+
+
+class Fixed(Selector):
+    """Scores [S] handed in from outside."""
+
+    def __init__(self, table, budget, **rules):
+        super().__init__(budget, **rules)
+        self.table = table
+
+    def scores(self, layer, q, keys, positions):
+        return self.table[: keys.shape[2]].expand(1, keys.shape[1], 1, -1)
+
+
+@pytest.mark.skip(reason="exercise 1: a selector of your own")
+def test_stride_spreads_its_choice_evenly(tiny, ids):
+    from baselines import NAMES
+
+    assert "stride" in NAMES
+    for budget in (0.2, 0.35, 64):
+        for index in last_step(tiny, ids, make_selector("stride", budget)).values():
+            total = int(CACHED * budget + 1e-4) if budget <= 1 else budget
+            for kept in index[0, :, 0]:
+                kept = kept.sort().values
+                assert len(kept.unique()) == total and kept.min() >= 0
+                gaps = kept[4:-16].diff()  # between the sinks and the window
+                assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+                assert (gaps.max() + 1) * (total - 20) >= CACHED - 20 - gaps.max()  # to both ends
+
+
+@pytest.mark.skip(reason="exercise 2: neighbours to the right")
+def test_a_token_brings_those_that_follow_it():
+    scores = torch.zeros(1, 1, 1, 60)
+    scores[..., 20], scores[..., 40], scores[..., 59] = 9.0, 8.0, 7.0
+    for K, expected in ((3, {20, 21, 22}), (5, {20, 21, 22, 40, 41}),
+                        (7, {20, 21, 22, 40, 41, 42, 59})):
+        _, indices = top_with_neighbours(scores, 2, K, right=True)
+        assert set(indices.flatten().tolist()) == expected
+        assert indices.shape[-1] == K
+    _, both = top_with_neighbours(scores, 2, 5)
+    assert set(both.flatten().tolist()) == {18, 19, 20, 21, 22}
+
+
+@pytest.mark.skip(reason="exercise 3: a softer student")
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_temperature_divides_the_students_scores(tiny, butler, ids, grouped):
+    seen, rows = record(tiny, ids), torch.tensor([40, 120, 199])
+    softer = Butler(butler.config)
+    softer.load_state_dict(butler.state_dict())
+    for producer in softer.producers.values():
+        producer.out.weight.data /= 2.5
+    with torch.no_grad():
+        expected = distillation(softer, seen, rows, grouped)
+        actual = distillation(butler, seen, rows, grouped, temperature=2.5)
+        assert (expected - distillation(butler, seen, rows, grouped)).abs().max() > 1e-3
+    assert_close("divergence", actual, expected, 1e-5)
+
+
+@pytest.mark.skip(reason="exercise 4: the paper's reduction")
+def test_max_over_the_group_ranks_by_the_largest_raw_score(tiny, butler, ids):
+    selector, differs = butler.selector(0.2, reduce="max"), False
+    chosen = last_step(tiny, ids, selector)
+    default = last_step(tiny, ids, butler.selector(0.2))
+    for layer, index in chosen.items():
+        keys = selector.projected[layer][..., : CACHED - 1].transpose(-1, -2)
+        scores = butler.scores(selector.queries[layer], keys)  # [B, G, H/G, 1, S]
+        best = scores.amax(2)[0, :, 0, 4 : CACHED - 16].topk(20).indices + 4
+        for g in range(2):
+            assert set(best[g].tolist()) == set(index[0, g, 0].tolist()[20:])
+        differs |= not torch.equal(index, default[layer])
+    assert differs
+    with torch.no_grad():  # the same for a block of tokens, whose first two layers see the same
+        block = butler.selector(0.2, reduce="max")
+        tiny(ids, selector=block)
+    assert set(chosen[1][0, 0, 0].tolist()) == set(block.index[1][0, 0, -1].tolist())
+
+
+@pytest.mark.skip(reason="exercise 5: smaller importance keys")
+def test_importance_keys_fit_in_8_bits(tiny, butler, ids):
+    selector = butler.selector(0.3, key_dtype=torch.int8)
+    small = last_step(tiny, ids, selector)
+    exact = last_step(tiny, ids, butler.selector(0.3))
+    assert all(buffer.dtype == torch.int8 for buffer in selector.buffers.values())
+    same, total = 0, 0
+    for layer, index in small.items():
+        for a, b in zip(index[0, :, 0].tolist(), exact[layer][0, :, 0].tolist(), strict=True):
+            same, total = same + len(set(a) & set(b)), total + len(b)
+    assert same / total > 0.95
+    # a scale per token: one large key must not drown the others
+    keys = torch.randn(1, 2, CACHED, 16, generator=torch.Generator().manual_seed(1))
+    keys[:, :, 50] *= 1000
+    selector = butler.selector(0.3, key_dtype=torch.int8)
+    selector.start, selector.end = 0, CACHED
+    selector.see(1, keys)
+    stored = selector.importance_keys([1], CACHED)[0, ..., :CACHED].float()
+    expected = butler.project(1, keys).transpose(-1, -2)
+    error = (stored - expected).norm(dim=-2) / expected.norm(dim=-2)
+    assert error.max() < 0.02
+
+
+@pytest.mark.skip(reason="exercise 6: whole pages")
+def test_pages_are_chosen_by_their_best_token(tiny, ids):
+    table = torch.rand(CACHED, generator=torch.Generator().manual_seed(2))
+    for budget in (40, 60, 62):
+        for index in last_step(tiny, ids, Fixed(table, budget, page=4)).values():
+            kept = index[0, 0, 0]
+            assert len(kept.unique()) == budget and kept.min() >= 0
+            chosen = kept[20:]
+            pages = table[4 : CACHED - 16].view(-1, 4).amax(1)  # between sinks and window
+            whole = (budget - 20) // 4
+            best = set((pages.topk(whole).indices + 1).tolist())
+            counts = torch.bincount(chosen // 4)
+            assert {p for p, n in enumerate(counts.tolist()) if n == 4} == best
+            assert (counts > 0).sum() == whole + ((budget - 20) % 4 > 0)
+    index = last_step(tiny, ids, Fixed(table, 40))[1][0, 0, 0, 20:]  # and without the rule
+    assert set(index.tolist()) == set((table[4 : CACHED - 16].topk(20).indices + 4).tolist())
+
+
+class NoSort(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket.__name__
+        assert not any(word in name for word in ("sort", "topk", "kthvalue", "unique")), name
+        return function(*arguments, **keywords or {})
+
+
+@pytest.mark.skip(reason="exercise 7: no sort")
+@pytest.mark.parametrize("S, K", [(40, 1), (700, 70), (700, 700), (5000, 300)])
+def test_histograms_find_the_top_k(S, K):
+    from kernel import top_by_histogram
+
+    generator = torch.Generator().manual_seed(S + K)
+    scores = (torch.randn(2, 3, 1, S, generator=generator) * 4).softmax(-1)
+    scores[0, 0] = 1 / S  # all are equal: the earliest win
+    scores[0, 1, :, S // 2 :] = scores[0, 1, :, : S - S // 2]
+    expected = in_order(scores).topk(K).indices.sort(-1).values
+    with NoSort():
+        indices = top_by_histogram(scores, K)
+    assert torch.equal(indices, expected)  # in the order of the tokens
+
+
+@pytest.mark.skip(reason="exercise 8: budgets where attention is wide")
+def test_adaptive_budgets_keep_more_with_the_same_total(llama, tok):
+    text = " ".join(document.text for document in coreference_documents("test", 2, seed=5))
+    ids = torch.tensor([tok.encode(text)[:600]])
+    kept, attended = {}, {}
+    for name in ("oracle", "adaptive"):
+        cache, selector = llama.new_cache(1, 600), make_selector(name, 0.1)
+        probe, masses, sizes = Probe(selector), [], []
+        llama.prefill(ids[:, :580], cache, selector.watch)
+        for t in range(580, 600):
+            llama.decode(ids[:, t : t + 1], cache, probe)
+            masses.append(mean(probe.mass))
+            sizes.append([(i >= 0).sum().item() for i in selector.index.values()])
+        kept[name], attended[name] = sum(masses) / len(masses), torch.tensor(sizes)
+    assert attended["adaptive"].sum() <= attended["oracle"].sum()
+    assert len(attended["adaptive"][-1].unique()) > 3  # layers differ
+    assert kept["adaptive"] > kept["oracle"] + 0.001, kept

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import cli
+from butler import ButlerConfig, Selector
+from sample import BREAK_EVEN
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -124,17 +126,18 @@ def test_every_result_has_its_table_and_its_command():
         assert report["command"].startswith("python ") and report["hardware"] and report["commit"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
-def test_links_lead_to_files_and_headings(name):
-    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", WRITTEN[name]):
-        path, _, heading = target.partition("#")
-        path = (ROOT / name).parent / path if path else ROOT / name
-        assert path.exists(), f"{name} links to {target}"
-        if heading:
-            titles = re.findall(r"^#+ (.*)$", (path / "README.md" if path.is_dir() else path)
-                                .read_text(), re.M)
-            anchors = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
-            assert heading in anchors, f"{name} links to {target}"
+LINKS = sorted({(name, target) for name in ("README.md", "results/README.md")
+                for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", WRITTEN[name])})
+
+
+@pytest.mark.parametrize("name, target", LINKS)
+def test_links_lead_to_files_and_headings(name, target):
+    path, _, heading = target.partition("#")
+    path = (ROOT / name).parent / path if path else ROOT / name
+    assert path.exists()
+    if heading:
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+        assert heading in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
 
 
 # ---------------------------------------------------------------------------- purpose and length
@@ -147,6 +150,14 @@ def test_the_first_command_stands_before_line_20():
 def test_the_course_stays_short():
     prose = re.sub(r"<!-- results.*?<!-- end -->|^\|.*?$", "", README, flags=re.S | re.M)
     assert 1300 < len(prose.split()) < 1520
+
+
+def test_numbers_of_the_prose_are_those_of_the_code():
+    c, rules = ButlerConfig(30, 576, 9, 3, 64), Selector(0.1)
+    for text in (f"--dense-below {BREAK_EVEN}`", f"some {BREAK_EVEN:,} cached tokens",
+                 f"next R = {c.stride} layers", f"importance key, {c.size} numbers",
+                 f"All keep {rules.sinks} first and {rules.window} recent tokens"):
+        assert text in README
 
 
 def test_every_file_of_the_map_exists_and_asks_a_question():

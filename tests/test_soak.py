@@ -21,7 +21,7 @@ def held() -> int:
 
 
 @pytest.mark.parametrize("store", ["none", "disk"])
-@pytest.mark.parametrize("steps", [2000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [500, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_memory_is_flat(store, steps, tmp_path):
     """Whenever the cache is full, the latter half is forgotten and written anew."""
     torch.manual_seed(0)

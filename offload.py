@@ -75,9 +75,9 @@ class PinnedCache(OffloadedCache):
 
 
 class DiskCache(OffloadedCache):
-    """Rows in a nameless file in `folder`. While steps are dense, each layer's rows are read ahead
-    in large pieces as the layer before is computed; from the first choice on, row by row, and what
-    was read is held in `held[layer]`, twice as many rows as a step needs."""
+    """Rows in a nameless file in `folder`. While steps are dense, each layer's rows are read in large
+    pieces, many at once, as attention goes through them; from the first choice on, row by row, and
+    what was read is held in `held[layer]`, twice as many rows as a step needs."""
 
     def __init__(self, *shape, folder):
         self.folder, self.held, self.coming, self.asked = folder, {}, {}, 0
@@ -100,8 +100,8 @@ class DiskCache(OffloadedCache):
     def append(self, layer, k, v):
         if k.shape[2] > 1:  # a prompt is read densely
             self.advise(streams=True)
-        if self.streams and layer < len(self.store):
-            self.stream(layer + 1)
+        if self.streams and layer:
+            self.stream(layer)
         return super().append(layer, k, v)
 
     def truncate(self, length):

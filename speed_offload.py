@@ -2,7 +2,7 @@ r"""speed_offload.py - what a decode step costs when keys and values live elsewh
 
     random keys and values -> store -> steps, one after the other, as in a text -> median, bytes
 
-    dense          every step reads all rows, each layer's while the one before is computed
+    dense          every step reads all rows, in large pieces, many at once
     butler         fetches the rows chosen, as soon as a producer has spoken
     no look-ahead  the same, but a layer's rows are fetched when it is reached
     resident       the butler with all rows in memory, where they fit
@@ -79,7 +79,9 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
             "limit_bytes": int(size * config.memory) or None})
 
     add("dense, disk", None, cache)
-    selector = butler.selector(kept, key_dtype=form)
+    selector, positions = butler.selector(kept, key_dtype=form), torch.arange(context)[None]
+    for layer in range(llama.config.layers):  # as if it had seen the prompt
+        selector.watch(layer, None, None, cache.k[layer][:, :, :context], positions)
     add(f"butler {kept:g}, disk, no look-ahead", selector, cache)
     selector.read_ahead = cache.read_ahead
     add(f"butler {kept:g}, disk", selector, cache)

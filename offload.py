@@ -75,7 +75,7 @@ class PinnedCache(OffloadedCache):
 
 
 class DiskCache(OffloadedCache):
-    """Rows in a nameless file in `folder`. While steps are dense, each layer's rows are read in large
+    """Rows in a nameless file in `folder`. While steps are dense, each layer's are read in large
     pieces, many at once, as attention goes through them; from the first choice on, row by row, and
     what was read is held in `held[layer]`, twice as many rows as a step needs."""
 

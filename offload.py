@@ -80,7 +80,8 @@ class DiskCache(OffloadedCache):
     what was read is held in `held[layer]`, twice as many rows as a step needs."""
 
     def __init__(self, *shape, folder):
-        self.folder, self.held, self.coming, self.asked = folder, {}, {}, 0
+        self.folder, self.held, self.coming = folder, {}, {}
+        self.asked, self.missed = 0, 0
         super().__init__(*shape)
 
     def rows(self, shape, dtype):
@@ -145,19 +146,20 @@ class DiskCache(OffloadedCache):
         """tokens [B, G, K], -1 = empty -> the slots of `held[layer].rows` where they are now."""
         self.advise(streams=False)
         B, G, K = tokens.shape
-        if layer not in self.held or self.held[layer].rows.shape[2] < 2 * K:
+        if layer not in self.held or self.held[layer].rows.shape[2] < 1.5 * K:  # a budget may grow
             self.held[layer] = Held(self.store[layer - 1], 2 * K)
         slots = self.held[layer].fetch(tokens.flatten(0, 1).long(), self.size, self.read)
         return slots.view(B, G, K)
 
     def read(self, table, rows):
         """table [N, 2 * D] in the file, rows [n] -> [n, 2 * D], many readers at once"""
+        self.missed += len(rows)
         return torch.cat(list(self.readers.map(partial(table.index_select, 0), rows.split(ROWS))))
 
     @property
     def traffic(self) -> tuple[int, int]:
         """Rows that were asked for, and those of them that had to be read, so far."""
-        return self.asked, sum(held.missed for held in self.held.values())
+        return self.asked, self.missed
 
 
 class Held:
@@ -170,7 +172,7 @@ class Held:
 
     def __init__(self, store, slots: int):
         B, G, capacity = store.shape[:3]
-        self.store, self.missed = store.flatten(0, 2).flatten(1), 0
+        self.store = store.flatten(0, 2).flatten(1)
         self.rows = store.new_zeros(B, G, slots, *store.shape[3:])
         self.token = torch.full((B * G, slots), -1)
         self.used = torch.full((B * G, slots), -1)
@@ -196,7 +198,6 @@ class Held:
             slots[heads, at] = free
             rows = read(self.store, heads * self.slot.shape[1] + new)
             self.rows.flatten(0, 2).flatten(1)[heads * self.token.shape[1] + free] = rows
-            self.missed += len(heads)
         return slots.int()
 
 

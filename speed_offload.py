@@ -66,13 +66,14 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
     kept = float(config.budgets[0])
     form = torch.bfloat16 if config.memory else None  # of importance keys: half the memory
 
-    def add(name, selector, cache):
-        seconds, again, asked, missed = decode(llama, cache, selector, context, config.n)
+    def add(name, selector, cache, interval=1):
+        n = -(-config.n // interval) * interval
+        seconds, again, asked, missed = decode(llama, cache, selector, context, n, interval)
         rows.append({
             "suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
-            "context": context, "selector": name, "interval": 1,
+            "context": context, "selector": name, "interval": interval,
             "kept": kept if selector else None, "ms": 1e3 * seconds,
-            "bytes": 4096 * missed / config.n if selector else size,
+            "bytes": 4096 * missed / n if selector else size,
             "tokens_per_s": 1 / seconds, "again": again,
             "hits": 1 - missed / asked if asked else None,
             "cache_bytes": size, "held_bytes": anonymous() - before,
@@ -84,7 +85,9 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
         selector.watch(layer, None, None, cache.k[layer][:, :, :context], positions)
     add(f"butler {kept:g}, disk, no look-ahead", selector, cache)
     selector.read_ahead = cache.read_ahead
-    add(f"butler {kept:g}, disk", selector, cache)
+    for interval in map(int, config.intervals):
+        selector.interval = interval
+        add(f"butler {kept:g}, disk, interval {interval}", selector, cache, interval)
     if not config.memory:
         resident = llama.new_cache(1, room)
         for mine, stored in zip(resident.k + resident.v, cache.k + cache.v, strict=True):
@@ -97,9 +100,8 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
 
 
 def fill(cache, tokens: int) -> None:
-    for t in cache.k + cache.v:
-        for part in t[:, :, :tokens].split(2**14, dim=2):
-            part.normal_()
+    for rows in (cache.k[0], cache.v[0], *cache.store.flatten(0, 2)):
+        rows.normal_()
     cache.advance(tokens)
 
 
@@ -110,9 +112,9 @@ def forget(cache) -> None:
     os.posix_fadvise(cache.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def decode(llama, cache, selector, context: int, n: int):
-    """-> median seconds of n steps, share of rows chosen in the step before as well, rows asked for
-    and rows read"""
+def decode(llama, cache, selector, context: int, n: int, interval: int):
+    """-> seconds of a step, the median over all intervals in n steps; share of rows chosen in the
+    step before as well, rows asked for and rows read"""
     cache.truncate(context)
     seconds, shares, last, warm = [], [], {}, WARM if selector else 1
     for step in range(warm + n):
@@ -129,7 +131,8 @@ def decode(llama, cache, selector, context: int, n: int):
     after = getattr(cache, "traffic", (0, 0))
     traffic = (b - a for a, b in zip(before, after, strict=True))
     again = statistics.mean(shares) if shares else None
-    return statistics.median(seconds[warm:]), again, *traffic
+    rounds = torch.tensor(seconds[warm:]).view(-1, interval).mean(1).tolist()
+    return statistics.median(rounds), again, *traffic
 
 
 def anonymous() -> int:

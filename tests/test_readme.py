@@ -20,8 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
 MODULES = sorted(ROOT.glob("*.py"))
-QUICK = ["python sample.py --html page.html", "python synth_task.py --data questions.jsonl",
-         'python sample.py --chat --prompt "Name three rivers."']
+QUICK = ["python sample.py --html page.html", 'python sample.py --chat --prompt "Name three rivers."']
 LONG = {  # files above 320 lines, and why they stay one file
     "butler.py": "the predictor and the selection share their keys",
     "kernel.py": "every kernel stands beside its reference",
@@ -81,9 +80,6 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("command", QUICK)
 def test_quick_commands_run(command, tmp_path, monkeypatch, capsys):
-    document = {"context": "The keeper is called Orlan." + " The sea is calm." * 12,
-                "question": " The keeper is called", "answer": " Orlan"}
-    (tmp_path / "questions.jsonl").write_text(json.dumps(document) + "\n")
     shutil.copy(ROOT / "README.md", tmp_path)
     script = shlex.split(command)[1]
     monkeypatch.chdir(tmp_path)
@@ -91,10 +87,7 @@ def test_quick_commands_run(command, tmp_path, monkeypatch, capsys):
     inside = runpy.run_path(sys.argv[0])
     cli.run(inside["main"], inside["Config"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    if script == "sample.py":
-        assert report["text"].strip() and report["attended_per_step"] < report["cached_tokens"]
-    else:
-        assert report["results"]["data"]["dense"]["1.0"]["n"] == 1
+    assert report["text"].strip() and report["attended_per_step"] < report["cached_tokens"]
     assert (tmp_path / "page.html").exists() == ("--html" in command)
 
 

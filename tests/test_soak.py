@@ -20,8 +20,9 @@ def held() -> int:
     return int(line.split()[1]) * 1024
 
 
-@pytest.mark.parametrize("store", ["none", "disk"])
-@pytest.mark.parametrize("steps", [500, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("store, steps", [
+    ("disk", 500), *(pytest.param(store, 20_000, marks=pytest.mark.slow)
+                     for store in ("none", "disk"))])
 def test_memory_is_flat(store, steps, tmp_path):
     """Whenever the cache is full, the latter half is forgotten and written anew."""
     torch.manual_seed(0)

@@ -32,8 +32,8 @@ from model import Cache
 from weights import ModelError
 
 STORES = "none", "pinned", "disk"
-READERS = 16  # threads, which wait for the disk nearly all the time
-ROWS = 128  # that a reader fetches at a time
+READERS = 64  # threads, which wait for the disk nearly all the time
+ROWS = 48  # that a reader fetches at a time
 PIECE = 2**20  # bytes that a reader of whole layers asks for at once
 
 
@@ -77,7 +77,7 @@ class PinnedCache(OffloadedCache):
 class DiskCache(OffloadedCache):
     """Rows in a nameless file in `folder`. While steps are dense, each layer's are read in large
     pieces, many at once, as attention goes through them; from the first choice on, row by row, and
-    what was read is held in `held[layer]`, twice as many rows as a step needs."""
+    what was read is held in `held[layer]`, four times as many rows as a step needs."""
 
     def __init__(self, *shape, folder):
         self.folder, self.held, self.coming = folder, {}, {}
@@ -107,8 +107,8 @@ class DiskCache(OffloadedCache):
 
     def truncate(self, length):
         super().truncate(length)
-        for fetch in self.coming.values():
-            fetch.result()
+        for _, ahead in self.coming.values():
+            ahead.result()
         self.coming.clear()
         self.held.clear()
 
@@ -129,15 +129,20 @@ class DiskCache(OffloadedCache):
     def read_ahead(self, layers, tokens):
         """Starts to fetch what these layers will need, in their order: tokens [R, B, G, 1, K]."""
         for layer, chosen in zip(layers, tokens, strict=True):
-            self.coming[layer] = self.fetcher.submit(self.fetch, layer, chosen[:, :, 0])
+            self.coming[layer] = chosen, self.fetcher.submit(self.fetch, layer, chosen[:, :, 0])
 
     def at_hand(self, layer, keys, values, index):
         if index.shape[2] > 1:
             return keys, values, index
-        if layer in self.coming:
-            self.coming.pop(layer).result()
         self.asked += index.numel()
-        slots = self.fetch(layer, index[:, :, 0])
+        there, rest = index[:, :, 0, :0], index.shape[-1]
+        if layer in self.coming:
+            chosen, ahead = self.coming.pop(layer)
+            slots, behind = ahead.result(), rest - chosen.shape[-1]  # sinks and window come first
+            room = self.held[layer].rows.shape[2] >= 2 * rest
+            if room and torch.equal(index[..., behind:], chosen.int()):
+                there, rest = slots, behind
+        slots = torch.cat([self.fetch(layer, index[:, :, 0, :rest]), there], dim=-1)
         rows = self.held[layer].rows
         return rows[..., 0, :], rows[..., 1, :], slots[:, :, None]
 
@@ -146,8 +151,8 @@ class DiskCache(OffloadedCache):
         """tokens [B, G, K], -1 = empty -> the slots of `held[layer].rows` where they are now."""
         self.advise(streams=False)
         B, G, K = tokens.shape
-        if layer not in self.held or self.held[layer].rows.shape[2] < 1.5 * K:  # a budget may grow
-            self.held[layer] = Held(self.store[layer - 1], 2 * K)
+        if layer not in self.held or self.held[layer].rows.shape[2] < 2 * K:  # a budget may grow
+            self.held[layer] = Held(self.store[layer - 1], 4 * K)
         slots = self.held[layer].fetch(tokens.flatten(0, 1).long(), self.size, self.read)
         return slots.view(B, G, K)
 

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
 MODULES = sorted(ROOT.glob("*.py"))
-QUICK = ["python sample.py --html page.html", 'python sample.py --chat --prompt "Name three rivers."']
+QUICK = ["python sample.py --html page.html",
+         'python sample.py --chat --prompt "Name three rivers."']
 LONG = {  # files above 320 lines, and why they stay one file
     "butler.py": "the predictor and the selection share their keys",
     "kernel.py": "every kernel stands beside its reference",

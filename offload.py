@@ -34,7 +34,7 @@ from weights import ModelError
 STORES = "none", "pinned", "disk"
 READERS = 64  # threads, which wait for the disk nearly all the time
 ROWS = 48  # that a reader fetches at a time
-PIECE = 2**20  # bytes that a reader of whole layers asks for at once
+PIECE = 2**20  # bytes of whole layers that are asked for at once
 
 
 def cache_kind(store: str, folder=None, device="cpu"):
@@ -75,9 +75,9 @@ class PinnedCache(OffloadedCache):
 
 
 class DiskCache(OffloadedCache):
-    """Rows in a nameless file in `folder`. While steps are dense, each layer's are read in large
-    pieces, many at once, as attention goes through them; from the first choice on, row by row, and
-    what was read is held in `held[layer]`, four times as many rows as a step needs."""
+    """Rows in a nameless file in `folder`. While steps are dense, a thread reads each layer's, one
+    large piece after the other, as attention goes through them; from the first choice on, many read
+    row by row, and `held[layer]` keeps the latest, three times as many as a step needs."""
 
     def __init__(self, *shape, folder):
         self.folder, self.held, self.coming = folder, {}, {}
@@ -124,7 +124,7 @@ class DiskCache(OffloadedCache):
             start = head.data_ptr() - self.store.data_ptr()
             end = start + head[: self.size].nbytes
             for at in range(start, end, PIECE):
-                self.readers.submit(os.pread, self.file.fileno(), min(PIECE, end - at), at)
+                self.fetcher.submit(os.pread, self.file.fileno(), min(PIECE, end - at), at)
 
     def read_ahead(self, layers, tokens):
         """Starts to fetch what these layers will need, in their order: tokens [R, B, G, 1, K]."""
@@ -139,7 +139,7 @@ class DiskCache(OffloadedCache):
         if layer in self.coming:
             chosen, ahead = self.coming.pop(layer)
             slots, behind = ahead.result(), rest - chosen.shape[-1]  # sinks and window come first
-            room = self.held[layer].rows.shape[2] >= 2 * rest
+            room = self.held[layer].rows.shape[2] >= 1.5 * rest
             if room and torch.equal(index[..., behind:], chosen.int()):
                 there, rest = slots, behind
         slots = torch.cat([self.fetch(layer, index[:, :, 0, :rest]), there], dim=-1)
@@ -151,8 +151,8 @@ class DiskCache(OffloadedCache):
         """tokens [B, G, K], -1 = empty -> the slots of `held[layer].rows` where they are now."""
         self.advise(streams=False)
         B, G, K = tokens.shape
-        if layer not in self.held or self.held[layer].rows.shape[2] < 2 * K:  # a budget may grow
-            self.held[layer] = Held(self.store[layer - 1], 4 * K)
+        if layer not in self.held or self.held[layer].rows.shape[2] < 1.5 * K:  # a budget may grow
+            self.held[layer] = Held(self.store[layer - 1], 3 * K)
         slots = self.held[layer].fetch(tokens.flatten(0, 1).long(), self.size, self.read)
         return slots.view(B, G, K)
 

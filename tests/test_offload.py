@@ -13,8 +13,6 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from conftest import assert_close
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import offload
 from baselines import make_selector
@@ -186,6 +184,9 @@ def test_refusals(store, folder, device, words):
 def wide_model(folder):
     """A byte-level Llama of 3 million numbers whose 12,000 tokens need a gigabyte of cache. Its own
     butler, untrained, chooses as steadily as a trained one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     built = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

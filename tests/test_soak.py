@@ -1,9 +1,6 @@
 """What must hold for days: memory stays flat over many steps, at a context that is full again and
 again."""
 
-import gc
-from pathlib import Path
-
 import pytest
 import torch
 from test_offload import TINY
@@ -11,13 +8,7 @@ from test_offload import TINY
 from butler import Butler, ButlerConfig
 from model import Llama
 from offload import cache_kind
-
-
-def held() -> int:
-    """Bytes of memory that this process has for itself."""
-    gc.collect()
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in s)
-    return int(line.split()[1]) * 1024
+from speed_offload import anonymous
 
 
 @pytest.mark.parametrize("store, steps", [
@@ -37,8 +28,8 @@ def test_memory_is_flat(store, steps, tmp_path):
             cache.truncate(128)
         logits = model.decode(logits.argmax(-1), cache, selector)
         if step == min(1000, steps // 2):
-            before = held()
+            before = anonymous()
     assert logits.isfinite().all()
-    grown = held() - before
+    grown = anonymous() - before
     print(f"{store}: {grown:,} bytes more after {steps:,} steps, of {before:,}")
     assert grown <= 0.01 * before

@@ -2,7 +2,7 @@
 
     none      all of it where the model computes: model.Cache
     disk      a file mapped into memory; the operating system holds as much of it as there is room
-    pinned    host memory that a GPU reads itself, over the bus, a row at a time
+    pinned    host memory that a GPU reads itself, over the bus: not built yet, and refused
 
     layer 0              resident: it is dense, whatever the selector
     layers 1 ... L-1     [L-1, B, G, capacity, 2, D]: key and value of a token are one row
@@ -48,33 +48,14 @@ def cache_kind(store: str, folder=None, device="cpu"):
         raise ModelError(f"--offload {store} is for --device "
                          f"{'cuda' if store == 'pinned' else 'cpu'}, not {device}")
     if store == "pinned":
-        return PinnedCache
+        raise ModelError("--offload pinned is not built yet")
     folder = folder or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise ModelError(f"--offload-dir {folder}: no folder, or one that may not be written to")
     return partial(DiskCache, folder=folder)
 
 
-class OffloadedCache(Cache):
-    """Rows of the layers above the first in one tensor, which `rows` of a subclass provides."""
-
-    def allocate(self, layers, shape, dtype, device):
-        k, v = super().allocate(1, shape, dtype, device)
-        self.store = self.rows((layers - 1, *shape[:-1], 2, shape[-1]), dtype)
-        return k + list(self.store[..., 0, :]), v + list(self.store[..., 1, :])
-
-    def rows(self, shape, dtype):
-        raise NotImplementedError
-
-
-class PinnedCache(OffloadedCache):
-    """Not measured yet. Kernels on the GPU read pinned host memory by its own address."""
-
-    def rows(self, shape, dtype):
-        return torch.zeros(shape, dtype=dtype, pin_memory=True)
-
-
-class DiskCache(OffloadedCache):
+class DiskCache(Cache):
     """Rows in a nameless file in `folder`. While steps are dense, a thread reads each layer's, one
     large piece after the other, as attention goes through them; from the first choice on, many read
     row by row, and `held[layer]` keeps the latest, three times as many as a step needs."""
@@ -83,6 +64,11 @@ class DiskCache(OffloadedCache):
         self.folder, self.held, self.coming = folder, {}, {}
         self.asked, self.missed = 0, 0
         super().__init__(*shape)
+
+    def allocate(self, layers, shape, dtype, device):
+        k, v = super().allocate(1, shape, dtype, device)
+        self.store = self.rows((layers - 1, *shape[:-1], 2, shape[-1]), dtype)
+        return k + list(self.store[..., 0, :]), v + list(self.store[..., 1, :])
 
     def rows(self, shape, dtype):
         size = max(1, torch.Size(shape).numel() * dtype.itemsize)

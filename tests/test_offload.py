@@ -174,7 +174,8 @@ def test_no_room_is_one_line_before_anything_is_written(tmp_path):
 
 @pytest.mark.parametrize("store, folder, device, words", [
     ("tape", None, "cpu", "none, pinned, disk"), ("pinned", None, "cpu", "--device cuda"),
-    ("disk", None, "cuda", "--device cpu"), ("disk", "/no/such/folder", "cpu", "no folder"),
+    ("pinned", None, "cuda", "not built"), ("disk", None, "cuda", "--device cpu"),
+    ("disk", "/no/such/folder", "cpu", "no folder"),
     ("disk", __file__, "cpu", "no folder")])
 def test_refusals(store, folder, device, words):
     with pytest.raises(ModelError, match=words):

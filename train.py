@@ -47,17 +47,17 @@ class Config:
     data: list = flag([], "text files or folders to train on (default: this Python's own text)")
     out: str = flag("out/butler.safetensors", "where the butler goes")
     report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
-    steps: int = flag(1200, "optimiser steps")
-    batch: int = flag(2, "texts per step, of all processes together")
-    length: int = flag(512, "tokens per text")
+    steps: int = flag(1200, "optimiser steps", least=1)
+    batch: int = flag(2, "texts per step, of all processes together", least=1)
+    length: int = flag(512, "tokens per text", least=64)
     repeats: int = flag(2, "strings that come twice in every 512 tokens of text")
-    rows: int = flag(64, "queries per text that a step looks at")
-    reuse: int = flag(4, "steps that a batch of texts serves, each with fresh rows")
-    learning_rate: float = flag(1e-2, "peak learning rate")
-    stride: int = flag(5, "layers served by one producer (R)")
-    size: int = flag(16, "channels of importance space (E)")
-    hidden: int = flag(160, "hidden width of a producer")
-    documents: int = flag(100, "co-reference documents in the final table")
+    rows: int = flag(64, "queries per text that a step looks at", least=1)
+    reuse: int = flag(4, "steps that a batch of texts serves, each with fresh rows", least=1)
+    learning_rate: float = flag(1e-2, "peak learning rate", least=1e-9)
+    stride: int = flag(5, "layers served by one producer (R)", least=1, most=2**20)
+    size: int = flag(16, "channels of importance space (E)", least=1, most=2**20)
+    hidden: int = flag(160, "hidden width of a producer", least=1, most=2**20)
+    documents: int = flag(100, "co-reference documents in the final table", least=1)
     save_every: float = flag(60.0, "seconds between two states to resume from, 0: every step")
     seed: int = flag(0, "seed of initialisation, data and rows")
     resume: bool = flag(False, "go on from OUT.state, or from the beginning where there is none")
@@ -302,11 +302,6 @@ def parameters(module) -> int:
 
 def check(config) -> None:
     """Everything that can be known to be wrong before anything slow starts."""
-    least = {"length": 64, "repeats": 0, "save_every": 0, "seed": 0, "learning_rate": 1e-9}
-    for name, value in asdict(config).items():
-        low, high = least.get(name, 1), 2**20 if name in ("stride", "size", "hidden") else 2**31
-        if type(value) in (int, float) and not low <= value <= high:
-            raise UsageError(f"--{name.replace('_', '-')} is from {low} to {high}, not {value}")
     check_device(config.device)
     survive.check_processes(config)
     if survive.rank():

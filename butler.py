@@ -39,7 +39,8 @@ from torch import nn
 from kernel import BLOCK, in_order, on_gpu, top_with_neighbours, triton_select
 from weights import Refusal
 
-AT_ONCE = 2**23  # numbers of importance keys scored at once: bounds the memory of a step
+AT_ONCE = 2**23  # numbers of importance keys scored at once: bounds the memory of a step, below
+# the 32 MB in float32 from which on glibc gets each tensor anew, page by page, which takes longer
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
 
 
@@ -163,7 +164,7 @@ class Butler(nn.Module):
         """q_imp [B, H, T, E], k_imp [B, G, S, E] -> raw scores [B, G, H/G, T, S]; several layers'
         at once with R in front of each."""
         *first, H, T, E = queries.shape
-        G = self.config.kv_heads
+        G = projected.shape[-3]
         rows = (queries * E**-0.5).reshape(*first, G, H // G * T, E)  # a group's queries together
         projected = projected.to(rows.dtype).transpose(-1, -2)
         return (rows @ projected).view(*first, G, H // G, T, -1)
@@ -430,20 +431,27 @@ class ButlerSelector(Selector):
                 keys = self.importance_keys(served, longest)
             by_triton = on_gpu(keys) and not self.neighbours
             choose = self.choose_by_triton if by_triton else self.choose_ahead
-            chosen = choose(torch.stack(list(queries.values())), keys, positions)
-            self.ahead.update(zip(served, chosen, strict=True))
-            if self.read_ahead:
-                self.read_ahead(served, chosen)
+            queries = torch.stack(list(queries.values()))
+            at_once = AT_ONCE // (longest * keys[0, ..., 0].numel())
+            few = len(served) if by_triton else max(1, at_once)
+            for at in range(0, len(served), few):  # these are fetched while the next are scored
+                layers = served[at : at + few]
+                chosen = choose(queries[at : at + few], keys[at : at + few], positions)
+                self.ahead.update(zip(layers, chosen, strict=True))
+                if self.read_ahead:
+                    self.read_ahead(layers, chosen)
 
     def choose_ahead(self, queries, keys, positions):
         """q_imp [R, B, H, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""
-        longest, chosen = self.end - 1, []
-        few = max(1, AT_ONCE // (longest * keys[0, ..., 0].numel()))  # layers at once
-        for q, k in zip(queries.split(few), keys.split(few), strict=True):
-            scores = self.rate(q, k[..., :longest], positions).flatten(0, 1)
-            picked = self.choose(scores, positions.repeat(len(q), 1))
-            chosen.append(picked.unflatten(0, (len(q), -1)))
-        return torch.cat(chosen)
+        longest, shape, chosen = self.end - 1, keys.shape[:3], []
+        queries = queries.reshape(-1, queries.shape[2] // shape[2], *queries.shape[3:])
+        keys = keys[..., :longest].flatten(0, 2)[:, None]  # rows [R * B * G, 1, E, S]
+        positions = positions[:, None].expand(*shape, 1).flatten(0, 2)
+        few = max(1, AT_ONCE // (longest * keys.shape[2]))
+        parts = (x.split(few) for x in (queries, keys, positions))
+        for q, k, here in zip(*parts, strict=True):
+            chosen.append(self.choose(self.rate(q[None], k[None], here)[0], here))
+        return torch.cat(chosen).view(*shape, 1, -1)
 
     def choose_by_triton(self, queries, keys, positions):
         wants = self.wanted(positions[:, 0]).clamp(min=0)

@@ -10,8 +10,9 @@
 A selection names the few rows that a step needs, and most of them were needed by the steps before:
 those are held, as are sinks and the recent window, which every step uses. Each of the others is a
 page of 4 kB to read, and many such reads at once take little longer than one. So as soon as a
-producer has spoken, threads begin to fetch the rows of all the layers it serves (`read_ahead`),
-while these are being computed. Importance keys stay with the selector, in memory.
+layer's choice is made, threads begin to fetch its rows (`read_ahead`), while its producer chooses
+for other layers and while these are being computed; unless all of it comes so quickly that it must
+be in memory anyway. Importance keys stay with the selector, in memory.
 
 A file without a name holds the rows: nobody else can open, shorten or remove it, and it is gone
 with its process, however that ends. Its room is allocated when it is made: a full disk shows then.
@@ -23,6 +24,7 @@ with its process, however that ends. Its room is allocated when it is made: a fu
 import mmap
 import os
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -34,6 +36,7 @@ from weights import ModelError
 STORES = "none", "pinned", "disk"
 READERS = 64  # threads, which wait for the disk nearly all the time
 ROWS = 48  # that a reader fetches at a time
+QUICK = 5e-6  # seconds for a row that is in memory, and no disk's
 PIECE = 2**20  # bytes of whole layers that are asked for at once
 
 
@@ -62,7 +65,8 @@ class DiskCache(Cache):
 
     def __init__(self, *shape, folder):
         self.folder, self.held, self.coming = folder, {}, {}
-        self.asked, self.missed = 0, 0
+        self.asked, self.missed, self.waited = 0, 0, 0.0
+        self.pace = 1.0  # seconds for a row, lately
         super().__init__(*shape)
 
     def allocate(self, layers, shape, dtype, device):
@@ -110,16 +114,25 @@ class DiskCache(Cache):
             start = head.data_ptr() - self.store.data_ptr()
             end = start + head[: self.size].nbytes
             for at in range(start, end, PIECE):
-                self.fetcher.submit(os.pread, self.file.fileno(), min(PIECE, end - at), at)
+                self.fetcher.submit(self.touch, min(PIECE, end - at), at)
+
+    def touch(self, size: int, at: int) -> None:
+        if self.streams:
+            os.pread(self.file.fileno(), size, at)
 
     def read_ahead(self, layers, tokens):
         """Starts to fetch what these layers will need, in their order: tokens [R, B, G, 1, K]."""
+        if self.pace < QUICK:
+            return
+        self.advise(streams=False)
         for layer, chosen in zip(layers, tokens, strict=True):
             self.coming[layer] = chosen, self.fetcher.submit(self.fetch, layer, chosen[:, :, 0])
 
     def at_hand(self, layer, keys, values, index):
         if index.shape[2] > 1:
             return keys, values, index
+        began = time.perf_counter()
+        self.advise(streams=False)
         self.asked += index.numel()
         there, rest = index[:, :, 0, :0], index.shape[-1]
         if layer in self.coming:
@@ -130,12 +143,12 @@ class DiskCache(Cache):
                 there, rest = slots, behind
         slots = torch.cat([self.fetch(layer, index[:, :, 0, :rest]), there], dim=-1)
         rows = self.held[layer].rows
+        self.waited += time.perf_counter() - began
         return rows[..., 0, :], rows[..., 1, :], slots[:, :, None]
 
     @torch.inference_mode()
     def fetch(self, layer: int, tokens):
         """tokens [B, G, K], -1 = empty -> the slots of `held[layer].rows` where they are now."""
-        self.advise(streams=False)
         B, G, K = tokens.shape
         if layer not in self.held or self.held[layer].rows.shape[2] < 1.5 * K:  # a budget may grow
             self.held[layer] = Held(self.store[layer - 1], 3 * K)
@@ -144,13 +157,18 @@ class DiskCache(Cache):
 
     def read(self, table, rows):
         """table [N, 2 * D] in the file, rows [n] -> [n, 2 * D], many readers at once"""
-        self.missed += len(rows)
-        return torch.cat(list(self.readers.map(partial(table.index_select, 0), rows.split(ROWS))))
+        n, began = len(rows), time.perf_counter()
+        parts = list(self.readers.map(partial(table.index_select, 0), rows.split(ROWS)))
+        seconds = time.perf_counter() - began
+        self.missed += n
+        self.pace += min(1, n / 256) * (seconds / n - self.pace)
+        return torch.cat(parts)
 
     @property
-    def traffic(self) -> tuple[int, int]:
-        """Rows that were asked for, and those of them that had to be read, so far."""
-        return self.asked, self.missed
+    def traffic(self) -> tuple:
+        """So far: rows that were asked for; those of them that had to be read; seconds for which
+        the model waited for them."""
+        return self.asked, self.missed, self.waited
 
 
 class Held:
@@ -202,10 +220,10 @@ if __name__ == "__main__":
     selector = load_for(llama).selector(budget=0.1)
     selector.read_ahead = cache.read_ahead
     llama.prefill(ids, cache, selector.watch)
-    before = 0, 0
+    before = 0, 0, 0
     for step in range(1, 5):
         llama.decode(ids[:, step : step + 1], cache, selector)
-        asked, missed = (a - b for a, b in zip(cache.traffic, before, strict=True))
+        asked, missed, _ = (a - b for a, b in zip(cache.traffic, before, strict=True))
         before = cache.traffic
         print(f"step {step}: {asked:,} rows asked for, {missed:,} of them read")
     stored = len(cache.store) * 3 * cache.size

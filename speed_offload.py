@@ -35,6 +35,7 @@ from speed import copy_bandwidth, model_of
 
 DRIFT = 0.9  # share of a token's embedding that is the one before
 WARM = 8  # steps of a selection before those that count
+TURNS = 3  # of each candidate, one after the other
 
 
 def measure(config) -> dict:
@@ -58,49 +59,60 @@ def drift(weight) -> None:
 
 
 def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
-    kind, rows, before = cache_kind("disk", config.offload_dir), [], anonymous()
-    room = context + WARM + config.n
-    cache = llama.new_cache(1, room, kind=kind)
-    fill(cache, context)
+    kept, form = float(config.budgets[0]), torch.bfloat16 if config.memory else None  # half as much
+    steps = -(-config.n // TURNS)
+    room, resident = context + WARM + steps + max(map(int, config.intervals)), None
+    if not config.memory:
+        resident = llama.new_cache(1, room)
+        fill(resident, context, resident.k + resident.v)
+    before = anonymous()
+    cache = llama.new_cache(1, room, kind=cache_kind("disk", config.offload_dir))
+    fill(cache, context, [cache.k[0], cache.v[0], *cache.store.flatten(0, 2)])
     forget(cache)
-    kept = float(config.budgets[0])
-    form = torch.bfloat16 if config.memory else None  # of importance keys: half the memory
-
-    def add(name, selector, cache, interval=1):
-        n = -(-config.n // interval) * interval
-        seconds, again, asked, missed = decode(llama, cache, selector, context, n, interval)
-        rows.append({
-            "suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
-            "context": context, "selector": name, "interval": interval,
-            "kept": kept if selector else None, "ms": 1e3 * seconds,
-            "bytes": 4096 * missed / n if selector else size,
-            "tokens_per_s": 1 / seconds, "again": again,
-            "hits": 1 - missed / asked if asked else None,
-            "cache_bytes": size, "held_bytes": anonymous() - before,
-            "limit_bytes": int(size * config.memory) or None})
-
-    add("dense, disk", None, cache)
     selector, positions = butler.selector(kept, key_dtype=form), torch.arange(context)[None]
     for layer in range(llama.config.layers):  # as if it had seen the prompt
         selector.watch(layer, None, None, cache.k[layer][:, :, :context], positions)
-    add(f"butler {kept:g}, disk, no look-ahead", selector, cache)
-    selector.read_ahead = cache.read_ahead
+    name = f"butler {kept:g}"
+    candidates = [("dense, disk", None, cache, 1, False),
+                  (f"{name}, disk, no look-ahead", selector, cache, 1, False)]
     for interval in map(int, config.intervals):
-        selector.interval = interval
-        add(f"butler {kept:g}, disk, interval {interval}", selector, cache, interval)
-    if not config.memory:
-        resident = llama.new_cache(1, room)
-        for mine, stored in zip(resident.k + resident.v, cache.k + cache.v, strict=True):
-            mine[:, :, :context] = stored[:, :, :context]
-        resident.advance(context)
-        add("dense, resident", None, resident)
-        add(f"butler {kept:g}, resident", butler.selector(kept), resident)
-    dense = rows[0]["ms"]
-    return [row | {"speedup": dense / row["ms"]} for row in rows]
+        candidates.append((f"{name}, disk, interval {interval}", selector, cache, interval, True))
+    if resident:
+        candidates += [("dense, resident", None, resident, 1, False),
+                       (f"{name}, resident", butler.selector(kept), resident, 1, False)]
+    runs = {candidate[0]: [] for candidate in candidates}
+    for _ in range(TURNS):  # a drift of the machine's speed meets all of them
+        for name, *what in candidates:
+            runs[name].append(decode(llama, *what, context, steps))
+    rows = [{"suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
+             "context": context, "selector": name, "interval": interval,
+             "kept": kept if selector else None, "cache_bytes": size,
+             "limit_bytes": int(size * config.memory) or None,
+             **summary(runs[name], size if selector is None else 0)}
+            for name, selector, _, interval, _ in candidates]
+    for row in rows:
+        row["speedup"] = rows[0]["ms"] / row["ms"]
+        if row["selector"].endswith("resident"):
+            row["held_bytes"] = row["cache_bytes"]
+        else:
+            row["held_bytes"] -= before
+    return rows
 
 
-def fill(cache, tokens: int) -> None:
-    for rows in (cache.k[0], cache.v[0], *cache.store.flatten(0, 2)):
+def summary(turns: list[dict], size: int) -> dict:
+    """What all turns of one candidate say: the median step, means, the most memory."""
+    ms = 1e3 * statistics.median(s for turn in turns for s in turn["seconds"])
+    steps, asked, missed, waited = (sum(turn[key] for turn in turns)
+                                    for key in ("steps", "asked", "missed", "waited"))
+    again = [share for turn in turns for share in turn["again"]]
+    return {"ms": ms, "tokens_per_s": 1e3 / ms, "bytes": size or 4096 * missed / steps,
+            "waited_ms": 1e3 * waited / steps, "hits": 1 - missed / asked if asked else None,
+            "again": statistics.mean(again) if again else None,
+            "held_bytes": max(turn["held"] for turn in turns)}
+
+
+def fill(cache, tokens: int, tables: list) -> None:
+    for rows in tables:
         rows.normal_()
     cache.advance(tokens)
 
@@ -112,14 +124,19 @@ def forget(cache) -> None:
     os.posix_fadvise(cache.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def decode(llama, cache, selector, context: int, n: int, interval: int):
-    """-> seconds of a step, the median over all intervals in n steps; share of rows chosen in the
-    step before as well, rows asked for and rows read"""
+def decode(llama, selector, cache, interval: int, look_ahead: bool, context: int, n: int) -> dict:
+    """n steps or more, whole intervals: {"seconds": a step's, for each interval; "again": shares of
+    rows chosen in the step before as well; "steps", rows "asked" for and "missed", seconds "waited"
+    for them, bytes of memory "held"}"""
     cache.truncate(context)
-    seconds, shares, last, warm = [], [], {}, WARM if selector else 1
+    if selector:
+        selector.interval = interval
+        selector.read_ahead = cache.read_ahead if look_ahead else None
+    n, warm = -(-n // interval) * interval, WARM if selector else 1
+    seconds, shares, last = [], [], {}
     for step in range(warm + n):
         if step == warm:
-            before = getattr(cache, "traffic", (0, 0))
+            before = getattr(cache, "traffic", (0, 0, 0))
         token = torch.full((1, 1), 1000 + step)
         began = time.perf_counter()
         llama.decode(token, cache, selector)
@@ -128,11 +145,11 @@ def decode(llama, cache, selector, context: int, n: int, interval: int):
             now = {layer: set(index[0, 0, 0].tolist()) for layer, index in selector.index.items()}
             shares += [len(now[i] & last[i]) / len(now[i]) for i in now if last]
             last = now
-    after = getattr(cache, "traffic", (0, 0))
-    traffic = (b - a for a, b in zip(before, after, strict=True))
-    again = statistics.mean(shares) if shares else None
+    after = getattr(cache, "traffic", (0, 0, 0))
+    traffic = zip(("asked", "missed", "waited"), before, after, strict=True)
     rounds = torch.tensor(seconds[warm:]).view(-1, interval).mean(1).tolist()
-    return statistics.median(rounds), again, *traffic
+    return {"seconds": rounds, "again": shares, "steps": n, "held": anonymous(),
+            **{key: b - a for key, a, b in traffic}}
 
 
 def anonymous() -> int:
@@ -168,18 +185,25 @@ def memory_limit(size: int):
 
 
 def table(report: dict) -> str:
-    lines = [f"{'context':>8s}  {'':28s} {'ms a step':>10s} {'x dense':>8s} {'MB read':>9s} "
-             f"{'hits':>6s} {'again':>6s} {'held, MB':>9s}"]
+    lines = [f"{'context':>8s}  {'':28s} {'ms a step':>10s} {'x dense':>8s} {'waited':>7s} "
+             f"{'MB read':>9s} {'hits':>5s} {'again':>6s} {'held, MB':>9s}"]
     for r in report["rows"]:
         share = ["" if r[k] is None else f"{r[k]:.0%}" for k in ("hits", "again")]
         lines.append(f"{r['context']:8,}  {r['selector']:28s} {r['ms']:10.1f} {r['speedup']:8.2f} "
-                     f"{r['bytes'] / 1e6:9.1f} {share[0]:>6s} {share[1]:>6s} "
-                     f"{r['held_bytes'] / 1e6:9,.0f}")
-    for r in report["rows"]:
-        if r["selector"] == "dense, disk":
-            limit = r["limit_bytes"] and f", of which {r['limit_bytes'] / 1e9:.2f} GB in memory"
-            lines.append(f"{r['context']:,} tokens: {r['cache_bytes'] / 1e9:.2f} GB of keys and "
-                         f"values{limit or ''}")
+                     f"{r['waited_ms']:7.1f} {r['bytes'] / 1e6:9.1f} {share[0]:>5s} "
+                     f"{share[1]:>6s} {r['held_bytes'] / 1e6:9,.0f}")
+    for context in sorted({r["context"] for r in report["rows"]}):
+        rows = [r for r in report["rows"] if r["context"] == context]
+        limit = rows[0]["limit_bytes"] or 0
+        within = f", of which {limit / 1e9:.2f} GB in memory" if limit else ""
+        lines.append(f"{context:,} tokens: {rows[0]['cache_bytes'] / 1e9:.2f} GB of keys and "
+                     f"values{within}")
+        off, on = (next((r for r in rows if r["selector"].endswith(end)), None)
+                   for end in ("no look-ahead", "interval 1"))
+        if off and on and off["waited_ms"]:
+            less = 1 - on["waited_ms"] / off["waited_ms"]
+            lines.append(f"a step waits {off['waited_ms']:.0f} ms for rows; with look-ahead "
+                         f"{less:.0%} less, and the step is {off['ms'] - on['ms']:.0f} ms shorter")
     return "\n".join(lines)
 
 
@@ -189,7 +213,7 @@ if __name__ == "__main__":
     shape = Config(vocab_size=256, width=64, layers=2, heads=1, kv_heads=1, head_dim=64,
                    mlp_width=64, context=2**17)
     cache = Llama(shape).new_cache(1, shape.context, kind=cache_kind("disk"))
-    fill(cache, shape.context)
+    fill(cache, shape.context, list(cache.store.flatten(0, 2)))
     print(f"store {list(cache.store.shape)}, {cache.store.nbytes / 1e6:.0f} MB")
     for n in (256, 1, 16, 256):  # the first time the threads are started
         forget(cache)

@@ -11,8 +11,9 @@ A selection names the few rows that a step needs, and most of them were needed b
 those are held, as are sinks and the recent window, which every step uses. Each of the others is a
 page of 4 kB to read, and many such reads at once take little longer than one. So as soon as a
 layer's choice is made, threads begin to fetch its rows (`read_ahead`), while its producer chooses
-for other layers and while these are being computed; unless all of it comes so quickly that it must
-be in memory anyway. Importance keys stay with the selector, in memory.
+for other layers and while these are being computed. Importance keys stay with the selector, in
+memory. Where the operating system has room for the whole file, steps do not read from the disk at
+all; rows are then attended to where they are, as in model.Cache.
 
 A file without a name holds the rows: nobody else can open, shorten or remove it, and it is gone
 with its process, however that ends. Its room is allocated when it is made: a full disk shows then.
@@ -23,6 +24,7 @@ with its process, however that ends. Its room is allocated when it is made: a fu
 
 import mmap
 import os
+import resource
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +38,7 @@ from weights import ModelError
 STORES = "none", "pinned", "disk"
 READERS = 64  # threads, which wait for the disk nearly all the time
 ROWS = 48  # that a reader fetches at a time
-QUICK = 5e-6  # seconds for a row that is in memory, and no disk's
+CALM = 2  # steps without a read, after which all rows are taken to be in memory
 PIECE = 2**20  # bytes of whole layers that are asked for at once
 
 
@@ -66,7 +68,7 @@ class DiskCache(Cache):
     def __init__(self, *shape, folder):
         self.folder, self.held, self.coming = folder, {}, {}
         self.asked, self.missed, self.waited = 0, 0, 0.0
-        self.pace = 1.0  # seconds for a row, lately
+        self.reads, self.calm = 0, 0  # reads of this process; layers served since the last one
         super().__init__(*shape)
 
     def allocate(self, layers, shape, dtype, device):
@@ -122,7 +124,7 @@ class DiskCache(Cache):
 
     def read_ahead(self, layers, tokens):
         """Starts to fetch what these layers will need, in their order: tokens [R, B, G, 1, K]."""
-        if self.pace < QUICK:
+        if self.in_memory:
             return
         self.advise(streams=False)
         for layer, chosen in zip(layers, tokens, strict=True):
@@ -131,9 +133,13 @@ class DiskCache(Cache):
     def at_hand(self, layer, keys, values, index):
         if index.shape[2] > 1:
             return keys, values, index
-        began = time.perf_counter()
+        began, reads = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        self.reads, self.calm = reads, self.calm + 1 if reads == self.reads else 0
         self.advise(streams=False)
         self.asked += index.numel()
+        if self.in_memory:
+            self.coming.pop(layer, None)
+            return keys, values, index
         there, rest = index[:, :, 0, :0], index.shape[-1]
         if layer in self.coming:
             chosen, ahead = self.coming.pop(layer)
@@ -157,12 +163,12 @@ class DiskCache(Cache):
 
     def read(self, table, rows):
         """table [N, 2 * D] in the file, rows [n] -> [n, 2 * D], many readers at once"""
-        n, began = len(rows), time.perf_counter()
-        parts = list(self.readers.map(partial(table.index_select, 0), rows.split(ROWS)))
-        seconds = time.perf_counter() - began
-        self.missed += n
-        self.pace += min(1, n / 256) * (seconds / n - self.pace)
-        return torch.cat(parts)
+        self.missed += len(rows)
+        return torch.cat(list(self.readers.map(partial(table.index_select, 0), rows.split(ROWS))))
+
+    @property
+    def in_memory(self) -> bool:
+        return self.calm > CALM * len(self.k)
 
     @property
     def traffic(self) -> tuple:

@@ -55,7 +55,8 @@ RULES = [{}, {"interval": 3}, {"neighbours": 1}, {"dense_below": 160}, {"budget"
 @pytest.mark.parametrize("name, rules", [("butler", r) for r in RULES] + [
     ("dense", {}), ("oracle", {}), ("quest", {}), ("h2o", {}), ("recency", {})], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_disk_equals_resident(tiny, tmp_path, name, rules, batch):
+def test_disk_equals_resident(tiny, tmp_path, name, rules, batch, monkeypatch):
+    monkeypatch.setattr(offload, "CALM", 10**9)  # or rows would not be fetched: all is in memory
     prompt = torch.randint(0, 64, (batch, 151), generator=torch.Generator().manual_seed(1))
     kind = offload.cache_kind("disk", tmp_path)
     expected, _ = run(*tiny, name, offload.Cache, prompt, 25, **rules)
@@ -64,6 +65,16 @@ def test_disk_equals_resident(tiny, tmp_path, name, rules, batch):
     if name == "butler":
         asked, missed, _ = cache.traffic
         assert 0 < missed < asked
+
+
+def test_rows_in_memory_are_attended_to_where_they_are(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload, "CALM", 0)
+    prompt = torch.arange(160)[None] % 64
+    expected, _ = run(*tiny, "butler", offload.Cache, prompt, 25, interval=2)
+    actual, cache = run(*tiny, "butler", offload.cache_kind("disk", tmp_path), prompt, 25,
+                        interval=2)
+    assert_close("logits", actual, expected, 1e-5)
+    assert cache.in_memory and cache.missed < cache.asked / 10
 
 
 def test_disk_equals_resident_on_the_real_model(llama, tmp_path):

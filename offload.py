@@ -90,13 +90,6 @@ class DiskCache(Cache):
         self.streams = True  # whole layers are read, not rows
         return torch.frombuffer(self.map, dtype=dtype).view(shape)
 
-    def append(self, layer, k, v):
-        if k.shape[2] > 1:  # a prompt is read densely
-            self.advise(streams=True)
-        if self.streams and layer:
-            self.stream(layer)
-        return super().append(layer, k, v)
-
     def truncate(self, length):
         super().truncate(length)
         for _, ahead in self.coming.values():
@@ -110,13 +103,15 @@ class DiskCache(Cache):
             self.map.madvise(mmap.MADV_NORMAL if streams else mmap.MADV_RANDOM)
             self.streams = streams
 
-    def stream(self, layer: int) -> None:
-        """Starts to read the rows of one layer, those of the tokens that are cached."""
-        for head in self.store[layer - 1].flatten(0, 1):  # [capacity, 2, D]
-            start = head.data_ptr() - self.store.data_ptr()
-            end = start + head[: self.size].nbytes
-            for at in range(start, end, PIECE):
-                self.fetcher.submit(self.touch, min(PIECE, end - at), at)
+    def whole(self, layer, keys, values):
+        if layer:
+            self.advise(streams=True)
+            for head in self.store[layer - 1].flatten(0, 1):  # [capacity, 2, D]
+                start = head.data_ptr() - self.store.data_ptr()
+                end = start + head[: self.size].nbytes
+                for at in range(start, end, PIECE):
+                    self.fetcher.submit(self.touch, min(PIECE, end - at), at)
+        return keys, values
 
     def touch(self, size: int, at: int) -> None:
         if self.streams:
@@ -132,7 +127,7 @@ class DiskCache(Cache):
 
     def at_hand(self, layer, keys, values, index):
         if index.shape[2] > 1:
-            return keys, values, index
+            return *self.whole(layer, keys, values), index
         began, reads = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         self.reads, self.calm = reads, self.calm + 1 if reads == self.reads else 0
         self.advise(streams=False)

@@ -95,7 +95,8 @@ class DiskCache(Cache):
         for _, ahead in self.coming.values():
             ahead.result()
         self.coming.clear()
-        self.held.clear()
+        for held in self.held.values():
+            held.forget(int(self.lengths.min()))
 
     def advise(self, streams: bool) -> None:
         """Tells the kernel whether to read more than it is asked for."""
@@ -188,6 +189,13 @@ class Held:
         self.used = torch.full((B * G, slots), -1)
         kind = torch.int16 if slots < 2**15 else torch.int32
         self.slot = torch.full((B * G, capacity), -1, dtype=kind)
+
+    @torch.inference_mode()
+    def forget(self, length: int) -> None:
+        """Gives up the rows of all tokens from `length` on."""
+        self.slot[:, length:] = -1
+        for entries in self.used, self.token:
+            entries[self.token >= length] = -1
 
     def fetch(self, tokens, now: int, read):
         """tokens [B * G, K] -> slots [B * G, K] int32, -1 where there is no token."""

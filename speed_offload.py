@@ -81,9 +81,10 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
         candidates += [("dense, resident", None, resident, 1, False),
                        (f"{name}, resident", butler.selector(kept), resident, 1, False)]
     runs = {candidate[0]: [] for candidate in candidates}
-    for _ in range(TURNS):  # a drift of the machine's speed meets all of them
-        for name, *what in candidates:
-            runs[name].append(decode(llama, *what, context, steps))
+    for turn in range(TURNS):  # a drift of the machine's speed meets all of them
+        for i, (name, *what) in enumerate(candidates):  # each time with other tokens
+            first = 1000 * (1 + turn * len(candidates) + i)
+            runs[name].append(decode(llama, *what, context, steps, first))
     rows = [{"suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
              "context": context, "selector": name, "interval": interval,
              "kept": kept if selector else None, "cache_bytes": size,
@@ -124,10 +125,11 @@ def forget(cache) -> None:
     os.posix_fadvise(cache.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def decode(llama, selector, cache, interval: int, look_ahead: bool, context: int, n: int) -> dict:
-    """n steps or more, whole intervals: {"seconds": a step's, for each interval; "again": shares of
-    rows chosen in the step before as well; "steps", rows "asked" for and "missed", seconds "waited"
-    for them, bytes of memory "held"}"""
+def decode(llama, selector, cache, interval: int, look_ahead: bool, context: int, n: int,
+           first: int) -> dict:
+    """n steps or more, whole intervals, with the tokens from `first` on: {"seconds": a step's, for
+    each interval; "again": shares of rows chosen in the step before as well; "steps", rows "asked"
+    for and "missed", seconds "waited" for them, bytes of memory "held"}"""
     cache.truncate(context)
     if selector:
         selector.interval = interval
@@ -137,7 +139,7 @@ def decode(llama, selector, cache, interval: int, look_ahead: bool, context: int
     for step in range(warm + n):
         if step == warm:
             before = getattr(cache, "traffic", (0, 0, 0))
-        token = torch.full((1, 1), 1000 + step)
+        token = torch.full((1, 1), first + step)
         began = time.perf_counter()
         llama.decode(token, cache, selector)
         seconds.append(time.perf_counter() - began)

@@ -61,6 +61,8 @@ class Cache:
     Layers `append`; only `Llama.forward` advances, once, when all layers have written.
     """
 
+    capturable = True  # may a decode step be a CUDA graph? See graph.py
+
     def __init__(self, config: Config, batch, capacity, dtype=torch.float32, device="cpu"):
         shape = (batch, config.kv_heads, capacity, config.head_dim)
         self.capacity, self.size = capacity, 0  # size: tokens in the longest row
@@ -81,6 +83,11 @@ class Cache:
         """Keys, values and a selection [B, G, T, K] of them -> the same three, or other keys and
         values that hold what was selected, with its indices there (offload.py)."""
         return keys, values, index
+
+    def whole(self, layer: int, keys, values):
+        """All keys and values of a layer, for dense attention -> the same two, or copies of them
+        that are faster to read (offload.py)."""
+        return keys, values
 
     @property
     def bytes(self) -> int:
@@ -261,7 +268,8 @@ class Block(nn.Module):
         q = q.to(keys.dtype)
         index = selector(self.layer, x, q, keys, positions) if selector else None
         if index is None:
-            out = dense_attention(q, keys, values, positions, cache.ragged)
+            whole = cache.whole(self.layer, keys, values)
+            out = dense_attention(q, *whole, positions, cache.ragged)
         else:
             out = sparse_attention(q, *cache.at_hand(self.layer, keys, values, index))
         x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -37,6 +38,14 @@ def tiny():
     return model, butler
 
 
+@pytest.fixture(params=["disk", "pinned"])
+def stored(request, tmp_path):
+    """A kind of cache that lives elsewhere. On a CPU, which cache_kind refuses, the host's memory
+    is the device's: what is tested here is which rows are where, not how they come there."""
+    kinds = {"disk": partial(offload.DiskCache, folder=tmp_path), "pinned": offload.PinnedCache}
+    return kinds[request.param]
+
+
 def run(model, butler, name, kind, prompt, steps, **rules):
     """Logits [steps, B, 1, V] of greedy steps behind a prompt [B, T], and the cache."""
     cache = model.new_cache(len(prompt), prompt.shape[1] + steps, kind=kind)
@@ -55,22 +64,21 @@ RULES = [{}, {"interval": 3}, {"neighbours": 1}, {"dense_below": 160}, {"budget"
 @pytest.mark.parametrize("name, rules", [("butler", r) for r in RULES] + [
     ("dense", {}), ("oracle", {}), ("quest", {}), ("h2o", {}), ("recency", {})], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_disk_equals_resident(tiny, tmp_path, name, rules, batch):
+def test_stored_equals_resident(tiny, stored, name, rules, batch):
     prompt = torch.randint(0, 64, (batch, 151), generator=torch.Generator().manual_seed(1))
-    kind = offload.cache_kind("disk", tmp_path)
     expected, _ = run(*tiny, name, offload.Cache, prompt, 25, **rules)
-    actual, cache = run(*tiny, name, kind, prompt, 25, **rules)
+    actual, cache = run(*tiny, name, stored, prompt, 25, **rules)
     assert_close("logits", actual, expected, 1e-5)
-    if name == "butler":
+    if name == "butler" and isinstance(cache, offload.DiskCache):
         asked, missed = cache.traffic
         assert 0 < missed < asked
 
 
-def test_disk_equals_resident_on_the_real_model(llama, tmp_path):
+def test_stored_equals_resident_on_the_real_model(llama, stored):
     prompt = torch.arange(3000, 3300)[None]
-    kind, butler = offload.cache_kind("disk", tmp_path), load_for(llama)
+    butler = load_for(llama)
     expected, _ = run(llama, butler, "butler", offload.Cache, prompt, 12)
-    actual, _ = run(llama, butler, "butler", kind, prompt, 12)
+    actual, _ = run(llama, butler, "butler", stored, prompt, 12)
     assert_close("logits", actual, expected, 1e-5)
     assert torch.equal(actual.argmax(-1), expected.argmax(-1))
 
@@ -85,12 +93,12 @@ def test_tasks_have_the_same_answers(llama, tok, tmp_path):
     assert sum(known[0]["butler"]["0.1"][0]) > 1
 
 
-def test_second_question_reads_no_stale_row(tiny, tmp_path):
+def test_second_question_reads_no_stale_row(tiny, stored):
     """What is held of tokens that were forgotten since must not be taken for their successors."""
     model, butler = tiny
     prompt = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(2))
     results = []
-    for kind in (offload.Cache, offload.cache_kind("disk", tmp_path)):
+    for kind in (offload.Cache, stored):
         cache, logits = model.new_cache(1, 300, kind=kind), []
         for question in (prompt[:, :40], prompt[:, 40:80]):
             selector = butler.selector(0.5)
@@ -174,7 +182,7 @@ def test_no_room_is_one_line_before_anything_is_written(tmp_path):
 
 @pytest.mark.parametrize("store, folder, device, words", [
     ("tape", None, "cpu", "none, pinned, disk"), ("pinned", None, "cpu", "--device cuda"),
-    ("pinned", None, "cuda", "not built"), ("disk", None, "cuda", "--device cpu"),
+    ("disk", None, "cuda", "--device cpu"),
     ("disk", "/no/such/folder", "cpu", "no folder"),
     ("disk", __file__, "cpu", "no folder")])
 def test_refusals(store, folder, device, words):

@@ -10,8 +10,8 @@
 A selection names the few rows that a step needs, and most of them were needed by the steps before:
 those are held, as are sinks and the recent window, which every step uses. Each of the others is a
 page of 4 kB to read, and many such reads at once take little longer than one. So as soon as a
-producer has spoken, threads begin to fetch the rows of all the layers it serves (`read_ahead`),
-while these are being computed. Importance keys stay with the selector, in memory.
+producer has spoken, threads, or a stream beside, begin to fetch the rows of all layers it serves
+(`read_ahead`), while these are being computed. Importance keys stay with the selector, in memory.
 
 A file without a name holds the rows: nobody else can open, shorten or remove it, and it is gone
 with its process, however that ends. Its room is allocated when it is made: a full disk shows then.
@@ -198,9 +198,9 @@ class PinnedCache(Cache):
     """Rows in the host's memory, where the GPU's kernels read and write them over the bus, in the
     order in which they are launched: for everybody else they are tensors of the GPU.
 
-    Dense attention reads copies of a layer; that of the next one is made meanwhile, at the bus's
-    full speed, on a stream beside. A sparse step fetches rows, those that a producer chose ahead
-    and on that stream. `held[layer]`, the tokens and rows of the latest fetch, serves the next.
+    Dense attention reads copies of a layer; the next one's is made meanwhile, on a stream beside.
+    A sparse step fetches rows, those that a producer chose ahead and on that stream. `held[layer]`,
+    the tokens and rows of the latest fetch, saves the next one what both have.
     """
 
     capturable = False
@@ -234,7 +234,7 @@ class PinnedCache(Cache):
         return rows[:, :, :end, 0], rows[:, :, :end, 1]
 
     def copy(self, layer: int, end: int) -> None:
-        """Starts to copy a layer's rows of the first tokens, whose rows were there already."""
+        """Starts to copy the rows of a layer's first `end` tokens."""
         heads = (rows.flatten(0, 1) for rows in (self.copies[layer % 2], self.host[layer - 1]))
         self.beside.wait_stream(self.main)
         with self.streams.stream(self.beside):
@@ -251,8 +251,7 @@ class PinnedCache(Cache):
                 self.coming[layer] = self.beside.record_event(), before
 
     def settle(self) -> None:
-        """What is launched now comes after all fetches ahead, so that what these read, which
-        `coming` kept, may be overwritten."""
+        """Later launches come after the fetches ahead; what these read, which `coming` kept, may go."""
         self.main.wait_stream(self.beside)
         self.coming.clear()
 
@@ -263,9 +262,8 @@ class PinnedCache(Cache):
             self.main.wait_event(self.coming.pop(layer)[0])
         self.asked += index.numel()
         self.fetch(layer, index[:, :, 0])
-        rows = self.held[layer][1]
         slots = torch.arange(index.shape[-1], dtype=torch.int32, device=index.device)
-        return rows[..., 0, :], rows[..., 1, :], torch.where(index < 0, -1, slots)
+        return *self.held[layer][1].unbind(3), torch.where(index < 0, -1, slots)
 
     def fetch(self, layer: int, tokens):
         """Holds the rows of tokens [B, G, K], -1 = empty -> what was held before."""
@@ -286,16 +284,16 @@ class PinnedCache(Cache):
 
 
 def host_rows(shape, dtype, device):
-    """Zeros in the host's memory -> two tensors of the same memory: the host's, and the device's,
-    whose kernels reach page-locked memory over the bus."""
-    size, on_bus = torch.Size(shape).numel() * dtype.itemsize, str(device).startswith("cuda")
+    """Zeros in the host's memory, as a tensor of the host and the same as one of the device, whose
+    kernels reach page-locked memory over the bus."""
+    size = torch.Size(shape).numel() * dtype.itemsize
     try:
-        host = torch.zeros(shape, dtype=dtype, pin_memory=on_bus)
+        host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
     except RuntimeError as e:
         raise ModelError(f"no room for {size / 1e9:.3g} GB of keys and values in this machine's "
                          f"memory ({str(e).splitlines()[0]})") from None
-    if not on_bus or not size:
-        return host, host.to(device)
+    if device.type != "cuda":
+        return host, host
     there = {"shape": (size,), "typestr": "|u1", "data": (host.data_ptr(), False), "version": 3}
     memory = SimpleNamespace(__cuda_array_interface__=there, host=host)  # which the tensor keeps
     return host, torch.as_tensor(memory, device=device).view(dtype).view(shape)

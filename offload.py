@@ -251,7 +251,7 @@ class PinnedCache(Cache):
                 self.coming[layer] = self.beside.record_event(), before
 
     def settle(self) -> None:
-        """Later launches come after the fetches ahead; what these read, which `coming` kept, may go."""
+        """Later launches come after the fetches ahead; what these read, kept till now, may go."""
         self.main.wait_stream(self.beside)
         self.coming.clear()
 

@@ -46,12 +46,12 @@ def tiny():
     return model, butler
 
 
-@pytest.fixture(params=["disk", "pinned"])
-def stored(request, tmp_path):
-    """A kind of cache that lives elsewhere. A pinned one for a CPU, which only tests can make, has
-    one memory for both: they see which rows are read, not how these come over the bus."""
-    device = "cuda" if request.param == "pinned" else "cpu"
-    return offload.cache_kind(request.param, tmp_path, device)
+@pytest.fixture
+def stores(tmp_path):
+    """The kinds of caches that live elsewhere. A pinned one for a CPU, which only tests can make,
+    has one memory for both: they see which rows are read, not how these come over the bus."""
+    return {"disk": offload.cache_kind("disk", tmp_path),
+            "pinned": offload.cache_kind("pinned", device="cuda")}
 
 
 def run(model, butler, name, kind, prompt, steps, lengths=None, **rules):
@@ -67,43 +67,38 @@ def run(model, butler, name, kind, prompt, steps, lengths=None, **rules):
     return torch.stack(logits[1:]), cache
 
 
+def compare(stores, model, butler, name, *rest, **rules):
+    """Runs over every store beside one over the resident cache -> the caches of the former."""
+    expected, caches = run(model, butler, name, offload.Cache, *rest, **rules)[0], {}
+    for store, kind in stores.items():
+        actual, caches[store] = run(model, butler, name, kind, *rest, **rules)
+        assert_close(store, actual, expected, 1e-5)
+        assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+    return caches
+
+
 RULES = [{}, {"interval": 3}, {"neighbours": 1}, {"dense_below": 160}, {"budget": 60}]
 
 
 @pytest.mark.parametrize("name, rules", [("butler", r) for r in RULES] + [
     ("dense", {}), ("oracle", {}), ("quest", {}), ("h2o", {}), ("recency", {})], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_stored_equals_resident(tiny, stored, name, rules, batch):
+def test_stores_equal_the_resident_cache(tiny, stores, name, rules, batch):
     prompt = torch.randint(0, 64, (batch, 151), generator=torch.Generator().manual_seed(1))
-    expected, _ = run(*tiny, name, offload.Cache, prompt, 25, **rules)
-    actual, cache = run(*tiny, name, stored, prompt, 25, **rules)
-    assert_close("logits", actual, expected, 1e-5)
-    if name == "butler" and isinstance(cache, offload.DiskCache):
-        asked, missed = cache.traffic
+    caches = compare(stores, *tiny, name, prompt, 25, **rules)
+    if name == "butler":
+        asked, missed = caches["disk"].traffic
         assert 0 < missed < asked
 
 
 @pytest.mark.parametrize("name", ["butler", "dense"])
-def test_stored_equals_resident_where_rows_differ_in_length(tiny, stored, name):
+def test_stores_equal_the_resident_cache_where_rows_differ_in_length(tiny, stores, name):
     prompt = torch.randint(0, 64, (3, 151), generator=torch.Generator().manual_seed(1))
-    lengths = [90, 151, 120]
-    expected, _ = run(*tiny, name, offload.Cache, prompt, 5, lengths=lengths)
-    actual, _ = run(*tiny, name, stored, prompt, 5, lengths=lengths)
-    assert_close("logits", actual, expected, 1e-5)
+    compare(stores, *tiny, name, prompt, 5, [90, 151, 120])
 
 
-@pytest.fixture(scope="module")
-def real(llama):
-    """A prompt for the default model, and the logits of the resident cache behind it."""
-    prompt, butler = torch.arange(3000, 3300)[None], load_for(llama)
-    return prompt, butler, run(llama, butler, "butler", offload.Cache, prompt, 12)[0]
-
-
-def test_stored_equals_resident_on_the_real_model(llama, real, stored):
-    prompt, butler, expected = real
-    actual, _ = run(llama, butler, "butler", stored, prompt, 12)
-    assert_close("logits", actual, expected, 1e-5)
-    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+def test_stores_equal_the_resident_cache_on_the_real_model(llama, stores):
+    compare(stores, llama, load_for(llama), "butler", torch.arange(3000, 3300)[None], 12)
 
 
 def test_tasks_have_the_same_answers(llama, tok, tmp_path):
@@ -116,12 +111,12 @@ def test_tasks_have_the_same_answers(llama, tok, tmp_path):
     assert sum(known[0]["butler"]["0.1"][0]) > 1
 
 
-def test_second_question_reads_no_stale_row(tiny, stored):
+def test_second_question_reads_no_stale_row(tiny, stores):
     """What is held of tokens that were forgotten since must not be taken for their successors."""
     model, butler = tiny
     prompt = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(2))
     results = []
-    for kind in (offload.Cache, stored):
+    for kind in (offload.Cache, *stores.values()):
         cache, logits = model.new_cache(1, 300, kind=kind), []
         for question in (prompt[:, :40], prompt[:, 40:80]):
             selector = butler.selector(0.5)
@@ -131,7 +126,8 @@ def test_second_question_reads_no_stale_row(tiny, stored):
                 model.prefill(prompt[:, :150], cache, selector.watch)
             logits += [model.decode(t, cache, selector) for t in question.split(1, dim=1)]
         results.append(torch.cat(logits))
-    assert_close("logits", results[1], results[0], 1e-5)
+    for store, logits in zip(stores, results[1:], strict=True):
+        assert_close(store, logits, results[0], 1e-5)
 
 
 class Bus(TorchDispatchMode):

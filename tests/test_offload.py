@@ -85,7 +85,7 @@ RULES = [{}, {"interval": 3}, {"neighbours": 1}, {"dense_below": 160}, {"budget"
 @pytest.mark.parametrize("batch", [1, 3])
 def test_stores_equal_the_resident_cache(tiny, stores, name, rules, batch):
     prompt = torch.randint(0, 64, (batch, 151), generator=torch.Generator().manual_seed(1))
-    caches = compare(stores, *tiny, name, prompt, 25, **rules)
+    caches = compare(stores, *tiny, name, prompt, 15, **rules)
     if name == "butler":
         asked, missed = caches["disk"].traffic
         assert 0 < missed < asked
@@ -98,7 +98,7 @@ def test_stores_equal_the_resident_cache_where_rows_differ_in_length(tiny, store
 
 
 def test_stores_equal_the_resident_cache_on_the_real_model(llama, stores):
-    compare(stores, llama, load_for(llama), "butler", torch.arange(3000, 3300)[None], 12)
+    compare(stores, llama, load_for(llama), "butler", torch.arange(3000, 3300)[None], 8)
 
 
 def test_tasks_have_the_same_answers(llama, tok, tmp_path):

@@ -29,7 +29,7 @@ from kernel import BLOCK, on_gpu
 def stepper(llama, cache, selector=None):
     """-> a function token [B, 1] -> logits [B, 1, V]: `llama.decode` with this cache and selector,
     replayed from a graph where there can be one. Logits are overwritten by the next step."""
-    capturable = selector is None or selector.capturable
+    capturable = cache.capturable and (selector is None or selector.capturable)
     if capturable and on_gpu(cache.lengths):
         return Graph(llama, cache, selector).step
     return lambda token: llama.decode(token, cache, selector)

@@ -5,6 +5,7 @@
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
     dense_decode      the same, of all tokens up to its own, on a GPU      -> [B, H, D]
     sparse_attention  T queries a head    q [B, H, T, D], idx [B, G, T, K] -> [B, H, T, D]
+    fetch_rows        keys and values from beyond the bus, for offload.py  -> [B, G, K, 2, D]
 
     o = softmax(q . k[idx] / sqrt(D)) . v[idx]     with k, v [B, G, S, D]; idx -1 is an empty slot
 
@@ -110,6 +111,26 @@ def sparse_attention(q, k, v, idx):
     if q.shape[2] > 1:
         return reference(q, k, v, idx)
     return sparse_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
+
+
+def fetch_rows(table, tokens, held, places, missed):
+    """Rows of `table` [B, G, S, 2, D], contiguous, that tokens [B, G, K] name, each but once, -1 =
+    none -> [B, G, K, 2, D], anything where there is none.
+
+    A GPU's table may be the host's memory. Then rows that are among `held`, the tokens and rows of
+    the call before (or None), come from there: `places` [B, G, S] int32, of any content at first,
+    tells where and is brought up to date. `missed` [] int64 counts the rows that were not.
+    """
+    if not on_gpu(tokens):
+        return torch.stack(fetch(*table.unbind(3), tokens.clamp(min=0)), dim=3)
+    B, G, S, _, D = table.shape
+    K, block = tokens.shape[-1], 32
+    rows = torch.empty(B, G, K, 2, D, dtype=table.dtype, device=tokens.device)
+    had, old = held or (tokens[..., :0], table)
+    renew[B * G, triton.cdiv(K, block)](
+        tokens.contiguous(), had.contiguous(), places, table, old, rows, missed, K, had.shape[-1],
+        S, ROW=2 * D, RP=triton.next_power_of_2(2 * D), BLOCK=block)
+    return rows
 
 
 # ---------------------------------------------------------------------------- choosing
@@ -240,6 +261,30 @@ def triton_decode(q, k, v, idx, chunk=None, positions=None):
         D=D, DP=DP, CHUNK=chunk, BLOCK=block, EXACT=exact)
     merge[(B * H,)](sums, tops, totals, out, chunks, D=D, DP=DP, CP=triton.next_power_of_2(chunks))
     return out
+
+
+@jit
+def renew(tokens, had, places, table, old, new, missed, K, OLD, S,
+          ROW: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr):
+    """New rows of one KV head, a block of them: a token that still `had` the slot of `old` where it
+    was last comes from there, each of the others over the bus."""
+    head, d = tl.program_id(0).to(tl.int64), tl.arange(0, RP)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + head * K + j, mask=j < K, other=-1).to(tl.int64)
+    live = token >= 0
+    slot = tl.load(places + head * S + token, mask=live, other=-1)
+    held = live & (slot >= 0) & (slot < OLD)
+    held = held & (tl.load(had + head * OLD + slot, mask=held, other=-1) == token)
+    tl.debug_barrier()  # all of the program's threads have read what it writes now
+    tl.store(places + head * S + token, j, mask=live)
+    fetched = live & (held == 0)
+    far = tl.load(table + ((head * S + token) * ROW)[:, None] + d,
+                  mask=fetched[:, None] & (d < ROW), other=0.0)
+    near = tl.load(old + ((head * OLD + slot) * ROW)[:, None] + d,
+                   mask=held[:, None] & (d < ROW), other=0.0)
+    tl.store(new + ((head * K + j) * ROW)[:, None] + d, tl.where(held[:, None], near, far),
+             mask=live[:, None] & (d < ROW))
+    tl.atomic_add(missed, tl.sum(fetched.to(tl.int64), 0))
 
 
 @jit

@@ -2,7 +2,7 @@
 
     none      all of it where the model computes: model.Cache
     disk      a file mapped into memory; the operating system holds as much of it as there is room
-    pinned    host memory that a GPU reads itself, over the bus: not built yet, and refused
+    pinned    host memory that a GPU reads itself, over the bus; not measured on one yet
 
     layer 0              resident: it is dense, whatever the selector
     layers 1 ... L-1     [L-1, B, G, capacity, 2, D]: key and value of a token are one row
@@ -10,10 +10,10 @@
 A selection names the few rows that a step needs, and most of them were needed by the steps before:
 those are held, as are sinks and the recent window, which every step uses. Each of the others is a
 page of 4 kB to read, and many such reads at once take little longer than one. So as soon as a
-layer's choice is made, threads begin to fetch its rows (`read_ahead`), while its producer chooses
-for other layers and while these are being computed. Importance keys stay with the selector, in
-memory. Where the operating system has room for the whole file, steps do not read from the disk at
-all; rows are then attended to where they are, as in model.Cache.
+layer's choice is made, threads, or a stream beside, begin to fetch its rows (`read_ahead`), while
+its producer chooses for other layers and while these are being computed. Importance keys stay with
+the selector, in memory. Where the operating system has room for the whole file, steps do not read
+from the disk at all; rows are then attended to where they are, as in model.Cache.
 
 A file without a name holds the rows: nobody else can open, shorten or remove it, and it is gone
 with its process, however that ends. Its room is allocated when it is made: a full disk shows then.
@@ -29,9 +29,11 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 
+from kernel import fetch_rows
 from model import Cache
 from weights import ModelError
 
@@ -53,7 +55,7 @@ def cache_kind(store: str, folder=None, device="cpu"):
         raise ModelError(f"--offload {store} is for --device "
                          f"{'cuda' if store == 'pinned' else 'cpu'}, not {device}")
     if store == "pinned":
-        raise ModelError("--offload pinned is not built yet")
+        return PinnedCache
     folder = folder or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise ModelError(f"--offload-dir {folder}: no folder, or one that may not be written to")
@@ -167,10 +169,9 @@ class DiskCache(Cache):
         return self.calm > CALM * len(self.k)
 
     @property
-    def traffic(self) -> tuple:
-        """So far: rows that were asked for; those of them that had to be read; seconds for which
-        the model waited for them."""
-        return self.asked, self.missed, self.waited
+    def traffic(self) -> tuple[int, int]:
+        """Rows that were asked for, and those of them that had to be read, so far."""
+        return self.asked, self.missed
 
 
 class Held:
@@ -219,6 +220,111 @@ class Held:
         return slots.int()
 
 
+class PinnedCache(Cache):
+    """Rows in the host's memory, where the GPU's kernels read and write them over the bus, in the
+    order in which they are launched: for everybody else they are tensors of the GPU.
+
+    Dense attention reads copies of a layer; the next one's is made meanwhile, on a stream beside.
+    A sparse step fetches rows, those that a producer chose ahead and on that stream. `held[layer]`,
+    the tokens and rows of the latest fetch, saves the next one what both have.
+    """
+
+    capturable = False
+
+    def allocate(self, layers, shape, dtype, device):
+        self.host, self.store = host_rows((layers - 1, *shape[:-1], 2, shape[-1]), dtype, device)
+        k, v = super().allocate(1, shape, dtype, device)
+        self.copies = self.store.new_empty(2, *self.store.shape[1:])
+        self.places = torch.zeros(layers - 1, *shape[:-1], dtype=torch.int32, device=device)
+        self.missed, self.asked = torch.zeros((), dtype=torch.long, device=device), 0
+        self.held, self.coming, self.copied = {}, {}, {}
+        self.streams, self.device = torch.get_device_module(device), device
+        self.beside = self.streams.Stream(device)
+        return k + list(self.store[..., 0, :]), v + list(self.store[..., 1, :])
+
+    @property
+    def main(self):
+        return self.streams.current_stream(self.device)
+
+    def whole(self, layer, keys, values):
+        if layer == 0:
+            return keys, values
+        old, end = 0 if self.ragged else self.size, keys.shape[2]
+        if layer not in self.copied:
+            self.copy(layer, old)
+        if layer < len(self.store):
+            self.copy(layer + 1, old)
+        self.main.wait_event(self.copied.pop(layer))
+        rows = self.copies[layer % 2]
+        rows[:, :, old:end] = self.store[layer - 1, :, :, old:end]
+        return rows[:, :, :end, 0], rows[:, :, :end, 1]
+
+    def copy(self, layer: int, end: int) -> None:
+        """Starts to copy the rows of a layer's first `end` tokens."""
+        heads = (rows.flatten(0, 1) for rows in (self.copies[layer % 2], self.host[layer - 1]))
+        self.beside.wait_stream(self.main)
+        with self.streams.stream(self.beside):
+            for copy, head in zip(*heads, strict=True):  # [capacity, 2, D], each of one piece
+                copy[:end].copy_(head[:end], non_blocking=True)
+            self.copied[layer] = self.beside.record_event()
+
+    def read_ahead(self, layers, tokens):
+        self.settle()
+        self.beside.wait_stream(self.main)
+        with self.streams.stream(self.beside):
+            for layer, chosen in zip(layers, tokens, strict=True):
+                before = self.fetch(layer, chosen[:, :, 0])
+                self.coming[layer] = self.beside.record_event(), before
+
+    def settle(self) -> None:
+        """Later launches come after the fetches ahead; what these read, kept till now, may go."""
+        self.main.wait_stream(self.beside)
+        self.coming.clear()
+
+    def at_hand(self, layer, keys, values, index):
+        if index.shape[2] > 1:
+            return *self.whole(layer, keys, values), index
+        if layer in self.coming:
+            self.main.wait_event(self.coming.pop(layer)[0])
+        self.asked += index.numel()
+        self.fetch(layer, index[:, :, 0])
+        slots = torch.arange(index.shape[-1], dtype=torch.int32, device=index.device)
+        return *self.held[layer][1].unbind(3), torch.where(index < 0, -1, slots)
+
+    def fetch(self, layer: int, tokens):
+        """Holds the rows of tokens [B, G, K], -1 = empty -> what was held before."""
+        before, at = self.held.get(layer), layer - 1
+        rows = fetch_rows(self.store[at], tokens, before, self.places[at], self.missed)
+        self.held[layer] = tokens, rows
+        return before
+
+    def truncate(self, length):
+        super().truncate(length)
+        self.settle()
+        self.held.clear()
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Rows that were asked for, and, on a GPU, those that came over the bus, so far."""
+        return self.asked, int(self.missed)
+
+
+def host_rows(shape, dtype, device):
+    """Zeros in the host's memory, as a tensor of the host and the same as one of the device, whose
+    kernels reach page-locked memory over the bus."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    try:
+        host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    except RuntimeError as e:
+        raise ModelError(f"no room for {size / 1e9:.3g} GB of keys and values in this machine's "
+                         f"memory ({str(e).splitlines()[0]})") from None
+    if device.type != "cuda":
+        return host, host
+    there = {"shape": (size,), "typestr": "|u1", "data": (host.data_ptr(), False), "version": 3}
+    memory = SimpleNamespace(__cuda_array_interface__=there, host=host)  # which the tensor keeps
+    return host, torch.as_tensor(memory, device=device).view(dtype).view(shape)
+
+
 if __name__ == "__main__":
     from butler import load_for
     from model import Llama, resolve
@@ -229,10 +335,10 @@ if __name__ == "__main__":
     selector = load_for(llama).selector(budget=0.1)
     selector.read_ahead = cache.read_ahead
     llama.prefill(ids, cache, selector.watch)
-    before = 0, 0, 0
+    before = 0, 0
     for step in range(1, 5):
         llama.decode(ids[:, step : step + 1], cache, selector)
-        asked, missed, _ = (a - b for a, b in zip(cache.traffic, before, strict=True))
+        asked, missed = (a - b for a, b in zip(cache.traffic, before, strict=True))
         before = cache.traffic
         print(f"step {step}: {asked:,} rows asked for, {missed:,} of them read")
     stored = len(cache.store) * 3 * cache.size

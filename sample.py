@@ -57,7 +57,7 @@ class Config:
                         least=1e-6, most=1)
     seed: int = flag(0, "seed of the sampling")
     offload: str = flag("none", f"where keys and values live, of {', '.join(STORES)}: disk is a "
-                                "file, pinned (host memory beside a GPU) is not built yet")
+                                "file, pinned the host's memory beside a GPU, not measured yet")
     offload_dir: str = flag(None, "disk: folder of the file (default: /var/tmp)")
     show: bool = flag(False, "print the prompt, the tokens kept most marked by colour")
     html: str = flag(None, "file for a page of what each step kept, beside the oracle's choice, "

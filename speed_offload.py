@@ -138,7 +138,7 @@ def decode(llama, selector, cache, interval: int, look_ahead: bool, context: int
     seconds, shares, last = [], [], {}
     for step in range(warm + n):
         if step == warm:
-            before = getattr(cache, "traffic", (0, 0, 0))
+            before = counters(cache)
         token = torch.full((1, 1), first + step)
         began = time.perf_counter()
         llama.decode(token, cache, selector)
@@ -147,11 +147,14 @@ def decode(llama, selector, cache, interval: int, look_ahead: bool, context: int
             now = {layer: set(index[0, 0, 0].tolist()) for layer, index in selector.index.items()}
             shares += [len(now[i] & last[i]) / len(now[i]) for i in now if last]
             last = now
-    after = getattr(cache, "traffic", (0, 0, 0))
-    traffic = zip(("asked", "missed", "waited"), before, after, strict=True)
+    traffic = zip(("asked", "missed", "waited"), before, counters(cache), strict=True)
     rounds = torch.tensor(seconds[warm:]).view(-1, interval).mean(1).tolist()
     return {"seconds": rounds, "again": shares, "steps": n, "held": anonymous(),
             **{key: b - a for key, a, b in traffic}}
+
+
+def counters(cache) -> tuple:
+    return *getattr(cache, "traffic", (0, 0)), getattr(cache, "waited", 0.0)
 
 
 def anonymous() -> int:

@@ -21,15 +21,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import kernel
 
 name, D = sys.argv[1], int((sys.argv[2:] or ["64"])[0])
-sizes = {"N": 4, "E": 16, "D": D, "DP": D, "EXACT": False, "BINS": kernel.BINS, "CHUNK": 128}
+sizes = {"N": 4, "E": 16, "D": D, "DP": D, "EXACT": False, "BINS": kernel.BINS, "CHUNK": 128,
+         "ROW": 2 * D, "RP": 2 * D}
 if name == "dense":
     name, sizes["idx"] = "attend", None
 sizes |= {"attend": {"NP": 16, "BLOCK": 64}, "merge": {"CP": 16},
           "score": {"NP": 4, "BLOCK": kernel.BLOCK, "CP": 128},
-          "normalise": {"NP": 4, "BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096}}[name]
+          "normalise": {"NP": 4, "BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096},
+          "renew": {"BLOCK": 32}}[name]
 kinds = {"idx": "*i32", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "scale": "fp32",
          "codes": "*i16", "histogram": "*i32", "positions": "*i64", "wants": "*i64",
-         "out": "*bf16", "q": "*bf16" if name == "attend" else "*fp32", "k": "*bf16", "v": "*bf16"}
+         "out": "*bf16", "q": "*bf16" if name == "attend" else "*fp32", "k": "*bf16", "v": "*bf16",
+         "tokens": "*i32", "had": "*i32", "places": "*i32", "missed": "*i64"}
+kinds |= dict.fromkeys(("table", "old", "new"), "*bf16")
 function = getattr(kernel, name)
 names = function.arg_names
 constants = {(i,): sizes[n] for i, n in enumerate(names) if n in sizes}

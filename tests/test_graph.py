@@ -18,6 +18,7 @@ import kernel
 import model
 from baselines import make_selector
 from butler import Butler, ButlerConfig
+from offload import PinnedCache
 from weights import Config, ModelError
 
 pytest.importorskip("triton")
@@ -201,6 +202,9 @@ def test_steps_are_plain_where_there_can_be_no_graph(small, monkeypatch):
     for selector in (make_selector("oracle", 0.5), butler.selector(0.5, neighbours=1)):
         graph.stepper(llama, cache, selector)(IDS[:1, :1])
     assert not kinds and cache.size == 3
+    pinned = llama.new_cache(1, 9, kind=PinnedCache)
+    graph.stepper(llama, pinned, butler.selector(0.5))(IDS[:1, :1])
+    assert not kinds and pinned.size == 1
     graph.stepper(llama, cache, able := butler.selector(0.5))
     assert kinds == [able]
 

@@ -119,6 +119,38 @@ def test_triton_selects_what_the_reference_does(case):
         assert (chosen[..., want:] == -1).all()
 
 
+@pytest.mark.parametrize("D,dtype", [(64, torch.float32), (20, torch.float32),
+                                     (128, torch.bfloat16)], ids=str)
+def test_rows_held_are_not_fetched_again(D, dtype):
+    """Rows that the call before had are NaN in the table by the next one, so each row tells where
+    it came from; the number of tokens changes, some slots are empty, `places` begins as rubbish."""
+    B, G, S, rng = 2, 3, 90, torch.Generator().manual_seed(D)
+    rows = torch.randn(B, G, S, 2, D, generator=rng).to(dtype)
+    places = torch.randint(-9, 99, (B, G, S), generator=rng, dtype=torch.int32).to(DEVICE)
+    missed, held, expected = torch.zeros((), dtype=torch.long, device=DEVICE), None, 0
+    before = torch.zeros(B, G, S, dtype=torch.bool)
+    for K in (40, 40, 70, 1, 0, 33, 35):
+        tokens = torch.rand(B, G, S, generator=rng).topk(K).indices.int()
+        tokens[torch.rand(B, G, K, generator=rng) < 0.1] = -1
+        table = rows.masked_fill(before[..., None, None], torch.nan).to(DEVICE)
+        tokens = tokens.to(DEVICE)
+        held = tokens, fetch_rows(table, tokens, held, places, missed)
+        now, at = kernel.mark(tokens.cpu(), S), tokens.cpu().clamp(min=0).long()
+        wanted = rows.flatten(3).gather(2, at[..., None].expand(-1, -1, -1, 2 * D))
+        real = tokens.cpu() >= 0
+        assert torch.equal(held[1].cpu().flatten(3)[real], wanted[real])
+        before, expected = now, expected + int((now & ~before).sum())
+        assert int(missed) == expected
+    plain = kernel.fetch_rows(rows, tokens.cpu(), None, None, None)  # without a GPU
+    assert torch.equal(plain.flatten(3)[real], wanted[real])
+
+
+def fetch_rows(*args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "on_gpu", lambda x: True)
+        return kernel.fetch_rows(*args)
+
+
 def test_order_is_that_of_the_scores_and_then_of_the_text():
     scores = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     ordered = kernel.in_order(scores)
@@ -131,7 +163,7 @@ def test_order_is_that_of_the_scores_and_then_of_the_text():
 
 @pytest.mark.parametrize("name,wide", [("attend 64", 16), ("attend 128", 16), ("dense 64", 16),
                                        ("dense 128", 16), ("merge", 0), ("normalise", 16),
-                                       ("score", 16), ("select", 4)])
+                                       ("score", 16), ("select", 4), ("renew 128", 16)])
 def test_compiles_for_hopper_without_spills_and_with_16_byte_loads(name, wide):
     """Offline, for sm_90: no GPU is needed to see what the compiler makes of it. Rows of K and V
     and channels of importance keys come 16 bytes at a time."""

@@ -1,5 +1,6 @@
 """offload.py: a store changes where rows lie, never what comes out; and it leaves nothing."""
 
+import copy
 import json
 import os
 import resource
@@ -7,13 +8,21 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, randomise
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import butler as butler_module
+import kernel
+import model
 import offload
 from baselines import make_selector
 from butler import Butler, ButlerConfig, load_for
@@ -37,16 +46,36 @@ def tiny():
     return model, butler
 
 
-def run(model, butler, name, kind, prompt, steps, **rules):
+@pytest.fixture
+def stores(tmp_path, monkeypatch):
+    """The kinds of caches that live elsewhere. A pinned one for a CPU, which only tests can make,
+    has one memory for both: they see which rows are read, not how these come over the bus."""
+    monkeypatch.setattr(offload, "CALM", 10**9)  # or none would be fetched: the file is in memory
+    return {"disk": offload.cache_kind("disk", tmp_path),
+            "pinned": offload.cache_kind("pinned", device="cuda")}
+
+
+def run(model, butler, name, kind, prompt, steps, lengths=None, **rules):
     """Logits [steps, B, 1, V] of greedy steps behind a prompt [B, T], and the cache."""
     cache = model.new_cache(len(prompt), prompt.shape[1] + steps, kind=kind)
     selector = make_selector(name, rules.pop("budget", 0.2), butler, **rules)
     if selector:
         selector.read_ahead = cache.read_ahead
-    logits = [model.prefill(prompt, cache, selector and selector.watch, chunk=100)]
+    watch = selector and selector.watch
+    logits = [model.prefill(prompt, cache, watch, lengths, chunk=100)]
     for _ in range(steps):
         logits.append(model.decode(logits[-1].argmax(-1), cache, selector))
     return torch.stack(logits[1:]), cache
+
+
+def compare(stores, model, butler, name, *rest, **rules):
+    """Runs over every store beside one over the resident cache -> the caches of the former."""
+    expected, caches = run(model, butler, name, offload.Cache, *rest, **rules)[0], {}
+    for store, kind in stores.items():
+        actual, caches[store] = run(model, butler, name, kind, *rest, **rules)
+        assert_close(store, actual, expected, 1e-5)
+        assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+    return caches
 
 
 RULES = [{}, {"interval": 3}, {"neighbours": 1}, {"dense_below": 160}, {"budget": 60}]
@@ -55,15 +84,11 @@ RULES = [{}, {"interval": 3}, {"neighbours": 1}, {"dense_below": 160}, {"budget"
 @pytest.mark.parametrize("name, rules", [("butler", r) for r in RULES] + [
     ("dense", {}), ("oracle", {}), ("quest", {}), ("h2o", {}), ("recency", {})], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_disk_equals_resident(tiny, tmp_path, name, rules, batch, monkeypatch):
-    monkeypatch.setattr(offload, "CALM", 10**9)  # or rows would not be fetched: all is in memory
+def test_stores_equal_the_resident_cache(tiny, stores, name, rules, batch):
     prompt = torch.randint(0, 64, (batch, 151), generator=torch.Generator().manual_seed(1))
-    kind = offload.cache_kind("disk", tmp_path)
-    expected, _ = run(*tiny, name, offload.Cache, prompt, 25, **rules)
-    actual, cache = run(*tiny, name, kind, prompt, 25, **rules)
-    assert_close("logits", actual, expected, 1e-5)
+    caches = compare(stores, *tiny, name, prompt, 15, **rules)
     if name == "butler":
-        asked, missed, _ = cache.traffic
+        asked, missed = caches["disk"].traffic
         assert 0 < missed < asked
 
 
@@ -77,13 +102,14 @@ def test_rows_in_memory_are_attended_to_where_they_are(tiny, tmp_path, monkeypat
     assert cache.in_memory and cache.missed < cache.asked / 10
 
 
-def test_disk_equals_resident_on_the_real_model(llama, tmp_path):
-    prompt = torch.arange(3000, 3300)[None]
-    kind, butler = offload.cache_kind("disk", tmp_path), load_for(llama)
-    expected, _ = run(llama, butler, "butler", offload.Cache, prompt, 12)
-    actual, _ = run(llama, butler, "butler", kind, prompt, 12)
-    assert_close("logits", actual, expected, 1e-5)
-    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+@pytest.mark.parametrize("name", ["butler", "dense"])
+def test_stores_equal_the_resident_cache_where_rows_differ_in_length(tiny, stores, name):
+    prompt = torch.randint(0, 64, (3, 151), generator=torch.Generator().manual_seed(1))
+    compare(stores, *tiny, name, prompt, 5, [90, 151, 120])
+
+
+def test_stores_equal_the_resident_cache_on_the_real_model(llama, stores):
+    compare(stores, llama, load_for(llama), "butler", torch.arange(3000, 3300)[None], 8)
 
 
 def test_tasks_have_the_same_answers(llama, tok, tmp_path):
@@ -96,12 +122,12 @@ def test_tasks_have_the_same_answers(llama, tok, tmp_path):
     assert sum(known[0]["butler"]["0.1"][0]) > 1
 
 
-def test_second_question_reads_no_stale_row(tiny, tmp_path):
+def test_second_question_reads_no_stale_row(tiny, stores):
     """What is held of tokens that were forgotten since must not be taken for their successors."""
     model, butler = tiny
     prompt = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(2))
     results = []
-    for kind in (offload.Cache, offload.cache_kind("disk", tmp_path)):
+    for kind in (offload.Cache, *stores.values()):
         cache, logits = model.new_cache(1, 300, kind=kind), []
         for question in (prompt[:, :40], prompt[:, 40:80]):
             selector = butler.selector(0.5)
@@ -111,7 +137,151 @@ def test_second_question_reads_no_stale_row(tiny, tmp_path):
                 model.prefill(prompt[:, :150], cache, selector.watch)
             logits += [model.decode(t, cache, selector) for t in question.split(1, dim=1)]
         results.append(torch.cat(logits))
-    assert_close("logits", results[1], results[0], 1e-5)
+    for store, logits in zip(stores, results[1:], strict=True):
+        assert_close(store, logits, results[0], 1e-5)
+
+
+class Bus(TorchDispatchMode):
+    """Between the host, on the CPU, and a GPU that meta tensors stand for: they have no contents,
+    so nothing can be read from them. Lets only copies of the host's rows pass, and counts these."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if len({x.device.type for x in tensors}) > 1:
+            assert function is torch.ops.aten.copy_.default and out.is_meta, function
+            self.bytes += out.nbytes
+        return out
+
+
+@pytest.fixture
+def by_triton(monkeypatch):
+    """-> where the kernels' launches go, to be replaced: the interpreter's `run`"""
+    pytest.importorskip("triton")
+    if not kernel.INTERPRETED:
+        pytest.skip("for Triton's interpreter")
+    for module in (kernel, model, butler_module):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    return type(kernel.attend)
+
+
+def test_what_crosses_the_bus(tiny, by_triton, monkeypatch):
+    """Dense attention copies what was cached before, of each layer but the first; all the rest is
+    between tensors of the GPU, and asks it for no number."""
+    monkeypatch.setattr(by_triton, "run", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cpu)
+    monkeypatch.setattr(offload, "host_rows", lambda *row: (
+        torch.zeros(row[0]), torch.empty(row[0], device="meta")))
+    with torch.device("meta"):
+        llama, butler = Llama(TINY), Butler(tiny[1].config)
+    llama.frequencies = tiny[0].frequencies.to("meta")
+    row = (TINY.layers - 1) * TINY.kv_heads * 2 * TINY.head_dim * 4
+    for rules in ({}, {"interval": 2}):
+        cache = llama.new_cache(1, 200, kind=offload.PinnedCache)
+        selector, tokens = butler.selector(0.4, **rules), torch.zeros(1, 130, device="meta").long()
+        selector.read_ahead = cache.read_ahead
+        with Bus() as bus:
+            llama.prefill(tokens, cache, selector.watch, chunk=50)
+            assert bus.bytes == (50 + 100) * row
+            for _ in range(4):
+                llama.decode(tokens[:, :1], cache, selector)
+            assert bus.bytes == 150 * row and not cache.coming
+            llama.decode(tokens[:, :1], cache)
+            assert bus.bytes == (150 + 134) * row
+
+
+class Beside(TorchDispatchMode):
+    """A stream beside that is as late as it may be: what is launched in it happens when it is
+    waited for, and until then there is NaN. It has to wait for the main stream each time."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run, self.calls, self.done, self.active, self.follows = run, [], 0, False, False
+
+    def __enter__(self):
+        assert self.follows
+        self.active, self.follows = True, False
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.active = False
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default:
+            self.calls.append(partial(function, *args, **kwargs or {}))
+            return args[0].fill_(torch.nan)
+        out = function(*args, **kwargs or {})
+        return out.fill_(torch.nan) if function is torch.ops.aten.empty.memory_format else out
+
+    def launch(self, *args, **kwargs):
+        if self.active:
+            self.calls.append(partial(self.run, *args, **kwargs))
+        else:
+            self.run(*args, **kwargs)
+
+    def wait_stream(self, main):
+        self.follows = True
+
+    def record_event(self):
+        return len(self.calls)
+
+    def catch_up(self, event):
+        for call in self.calls[self.done : event]:
+            call()
+        self.done = max(self.done, event)
+
+
+def test_a_stream_beside_is_waited_for(by_triton, monkeypatch):
+    """Prompt, sparse and dense steps, another question, by the kernels that a GPU would run."""
+    torch.manual_seed(5)
+    llama = randomise(Llama(replace(TINY, layers=4, heads=2, kv_heads=1)))
+    butler = Butler(ButlerConfig.for_model(llama, stride=2)).eval()
+    tokens = torch.randint(0, 64, (1, 70), generator=torch.Generator().manual_seed(4))
+
+    def story(kind):
+        cache, logits, ids = llama.new_cache(1, 70, kind=kind), [], iter(tokens.split(1, dim=1))
+        for rules, first in (({}, 0), ({"interval": 2}, 32)):
+            selector = butler.selector(0.8, **rules)
+            selector.read_ahead = cache.read_ahead
+            cache.truncate(first)
+            prompt = torch.cat([next(ids) for _ in range(30)], dim=1)
+            logits.append(llama.prefill(prompt, cache, selector.watch, chunk=15))
+            for chooses in (selector, selector, None, selector):
+                logits.append(llama.decode(next(ids), cache, chooses))
+        return torch.cat(logits), cache
+
+    expected, _ = story(offload.Cache)
+    real = by_triton.run
+    beside = Beside(real)
+    main = SimpleNamespace(wait_event=beside.catch_up,
+                           wait_stream=lambda other: other.catch_up(len(other.calls)))
+    monkeypatch.setattr(by_triton, "run", lambda *a, **k: beside.launch(*a, **k))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(
+        Stream=lambda device: beside, current_stream=lambda device: main, stream=lambda s: s))
+    actual, cache = story(offload.PinnedCache)
+    assert_close("logits", actual, expected, 1e-5)
+    asked, missed = cache.traffic
+    assert 0 < missed < asked / 2
+    assert sum(call.func == real for call in beside.calls) >= 3 * 3  # fetched ahead
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_the_resident_tokens(tiny):
+    model, butler = (copy.deepcopy(module).cuda() for module in tiny)
+    pinned = offload.cache_kind("pinned", device="cuda")
+    prompt = torch.randint(0, 64, (3, 151), generator=torch.Generator().manual_seed(1)).cuda()
+    for name, lengths in (("butler", None), ("dense", None), ("oracle", None),
+                          ("butler", [90, 151, 120]), ("dense", [90, 151, 120])):
+        expected, _ = run(model, butler, name, offload.Cache, prompt, 25, lengths)
+        actual, cache = run(model, butler, name, pinned, prompt, 25, lengths)
+        assert_close(name, actual.cpu(), expected.cpu(), 1e-5)
+        assert cache.store.is_cuda and cache.store.data_ptr() == cache.host.data_ptr()
+        assert cache.host[:, 1, :, 151].any()  # a row that a step wrote
 
 
 def test_rows_held_are_those_used_last():
@@ -183,9 +353,14 @@ def test_no_room_is_one_line_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_room_in_memory_is_one_line(tiny):
+    with pytest.raises(ModelError, match="^no room for 5.12e.06 GB of keys and values in [^\n]*$"):
+        tiny[0].new_cache(1, 10**13, kind=offload.PinnedCache)
+
+
 @pytest.mark.parametrize("store, folder, device, words", [
     ("tape", None, "cpu", "none, pinned, disk"), ("pinned", None, "cpu", "--device cuda"),
-    ("pinned", None, "cuda", "not built"), ("disk", None, "cuda", "--device cpu"),
+    ("disk", None, "cuda", "--device cpu"),
     ("disk", "/no/such/folder", "cpu", "no folder"),
     ("disk", __file__, "cpu", "no folder")])
 def test_refusals(store, folder, device, words):

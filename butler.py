@@ -266,7 +266,8 @@ class Selector:
             raise ButlerError("sinks and neighbours are >= 0, window and interval >= 1")
         self.budget, self.sinks, self.window = budget, sinks, window
         self.interval, self.neighbours, self.dense_below = interval, neighbours, dense_below
-        self.step, self.start, self.end, self.chosen, self.index = 0, 0, 0, {}, {}
+        self.step, self.start, self.next, self.end = 0, 0, 0, 0
+        self.chosen, self.index = {}, {}
 
     def watch(self, layer, x, q, keys, positions) -> None:
         """Stands in the selector's place while a prompt is read densely; the next step then makes
@@ -287,9 +288,9 @@ class Selector:
     def arrive(self, T: int, start: int, end: int) -> None:
         """T tokens a row have come, the first at `start` or behind it, the last before `end`: what
         is decided without the device."""
-        if start < self.end - 1:  # rewound by more than a token: choose anew
-            self.step = 0
-        self.start, self.end = start, end
+        if not self.next - 1 <= start <= self.next:  # rewound by more than a token, or some read
+            self.step = 0  # unseen: choose anew
+        self.start, self.next, self.end = start, start + T, end
         self.dense = end < self.dense_below
         if not self.dense:
             steps = self.step + torch.arange(T)
@@ -405,6 +406,7 @@ class ButlerSelector(Selector):
         super().watch(layer, x, q, keys, positions)
         if layer == 0:
             self.start = first_position(keys, positions)
+            self.next = self.start + positions.shape[1]
         else:
             self.see(layer, keys)
             self.importance_keys([layer], keys.shape[2])  # as long as the keys are at hand

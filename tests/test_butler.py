@@ -159,6 +159,25 @@ def test_ragged_batch_equals_single_rows(pair):
                     assert a[a >= 0].tolist() == sorted(b[b >= 0].tolist())
 
 
+def test_a_ragged_batch_keeps_its_choice_as_single_rows_do(tiny, tiny_butler):
+    ids = torch.randint(256, (2, 80), generator=torch.Generator().manual_seed(0))
+
+    def run(rows, lengths):
+        cache, selector = tiny.new_cache(len(rows), 80), tiny_butler.selector(30, interval=4)
+        tiny.prefill(rows[:, :64], cache, lengths=lengths)
+        logits, fresh = [], []
+        for token in rows[:, 64:74].split(1, dim=1):
+            logits.append(tiny.decode(token, cache, selector))
+            fresh.append(selector.fresh)
+        assert [step for step in range(10) if fresh[step]] == [0, 4, 8]
+        return torch.cat(logits, dim=1)
+
+    together = run(ids, [40, 64])
+    for row, length in enumerate([40, 64]):
+        error = (run(ids[row : row + 1], [length]) - together[row]).abs().max()
+        assert error < 1e-4
+
+
 def test_triton_chooses_the_same_in_a_decode_step(tiny, tiny_butler):
     """Rows of different lengths; the first step is chosen layer by layer, the others ahead."""
     pytest.importorskip("triton")

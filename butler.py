@@ -399,6 +399,8 @@ class ButlerSelector(Selector):
     def __call__(self, layer, x, q, keys, positions):
         if layer:
             self.see(layer, keys)
+        elif self.bound is None:
+            self.notice(first_position(keys, positions))
         return super().__call__(layer, x, q, keys, positions)
 
     @torch.inference_mode()
@@ -406,10 +408,26 @@ class ButlerSelector(Selector):
         super().watch(layer, x, q, keys, positions)
         if layer == 0:
             self.start = first_position(keys, positions)
+            self.notice(self.start)
             self.next = self.start + positions.shape[1]
         else:
             self.see(layer, keys)
             self.importance_keys([layer], keys.shape[2])  # as long as the keys are at hand
+
+    def notice(self, start: int):
+        """Starts anew if tokens before `start` were forgotten and others written in their place,
+        unseen: then the last one whose importance key is known has another key now. A GPU, which
+        would have to be waited for, is not asked where the new token follows the last one."""
+        layer = self.butler.config.layers - 1
+        last = min(self.filled.get(layer, 0), start) - 1
+        if last < 0 or (start == self.next and self.seen[layer].device.type != "cpu"):
+            return
+        first, _ = self.home[layer]
+        was = self.buffers[first][layer - first, ..., last]  # [B, G, E]
+        now = self.butler.project(layer, self.seen[layer][:, :, last : last + 1].to(was.device))
+        rounding = 1e-4 + 2 * torch.finfo(was.dtype).eps
+        if (now[:, :, 0] - was).abs().max() > rounding * now.abs().max():
+            self.filled, self.step = dict.fromkeys(self.filled, 0), 0
 
     def see(self, layer, keys):
         """Takes note of a layer's keys; those from the first new position on are to be projected

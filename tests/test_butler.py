@@ -221,6 +221,30 @@ def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
         assert (projected[..., :89].transpose(-1, -2) - again).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("unseen", [1, 10, 29, 30, 40])
+def test_tokens_written_unseen_over_others_are_projected_anew(tiny, tiny_butler, unseen):
+    """25 of 55 tokens stay; what takes the others' place ends before them, with them or behind."""
+    model, butler = tiny, tiny_butler
+    ids = torch.randint(256, (1, 90), generator=torch.Generator().manual_seed(0))
+    for rules in ({}, {"interval": 8}):
+        cache, selector = model.new_cache(1, 90), butler.selector(30, **rules)
+        model.prefill(ids[:, :50], cache, selector.watch)
+        for token in ids[:, 50:55].split(1, dim=1):
+            model.decode(token, cache, selector)
+        cache.truncate(25)
+        model.prefill(ids[:, 90 - unseen :], cache)
+        choices = []
+        for chosen in (selector, butler.selector(30, **rules)):
+            model.decode(ids[:, :1], cache, chosen)
+            cache.truncate(25 + unseen)
+            choices.append({n: i.sort(-1).values for n, i in chosen.index.items()})
+        for layer, index in choices[0].items():
+            assert torch.equal(index, choices[1][layer]), (rules, layer)
+            known = selector.projected[layer][..., : 25 + unseen].transpose(-1, -2)
+            again = butler.project(layer, cache.k[layer][:, :, : 25 + unseen])
+            assert (known - again).abs().max() < 1e-5
+
+
 def test_a_second_question_behind_a_rewound_prompt(tiny, tiny_butler):
     """Read densely under the selector's eyes, or with an interval: as a fresh selector has it."""
     model, butler = tiny, tiny_butler

@@ -144,7 +144,7 @@ def complain(problem) -> None:
 
 def run(main, config_class) -> None:
     """What stands under `__main__` of every script. Exit codes: 2 for what the user can put right,
-    130 after Ctrl-C, 141 if nobody reads on (`| head`)."""
+    130 after Ctrl-C, which is told in one line, 141 if nobody reads on (`| head`)."""
     sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot show
     try:
         try:
@@ -160,7 +160,9 @@ def run(main, config_class) -> None:
             complain(Refusal(f"not enough memory: {e}"))
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        e.__traceback__ = None  # what ran is given up: its progress bars end their lines
+        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)  # Python flushes both once more as it ends

@@ -4,13 +4,16 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import cli
 from coreference import coreference_documents
@@ -178,6 +181,37 @@ def test_too_little_memory_is_said_in_one_line(capsys, monkeypatch):
             cli.run(main, make_dataclass("Config", []))
         err = capsys.readouterr().err
         assert ended.value.code == 2 and err.count("\n") == 1 and "not enough memory" in err
+
+
+def test_ctrl_c_is_told_in_one_line_below_the_progress_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+
+    def main(config):
+        for _ in tqdm(range(2), file=sys.stderr):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, make_dataclass("Config", []))
+    out, err = capsys.readouterr()
+    assert ended.value.code == 130 and not out
+    assert err.endswith("\nx.py: interrupted\n") and err.count("\n") == 2, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, sign", [
+    (["sample.py", "--max-new-tokens", "500"], "stdout"),
+    (["synth_task.py", "--selectors", "dense"], "stderr"), (["bench.py"], "stderr"),
+    (["train.py", "--out"], "stderr")], ids=lambda x: x[0])
+def test_a_script_is_stopped_by_ctrl_c(command, sign, tmp_path):
+    """While it works, which it has then begun to say; train.py still measures, before any step."""
+    run = subprocess.Popen([sys.executable, *command, *[tmp_path / "b"] * (command[-1] == "--out")],
+                           cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert getattr(run, sign).read(1)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and err.endswith(f"{command[0]}: interrupted\n"), err
+    assert "Traceback" not in err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -9,6 +9,8 @@ the standard library (code). The mixture adds co-reference documents from the tr
     python corpus.py        prints how much there is, and a training document
 """
 
+import hashlib
+import json
 import random
 import sysconfig
 from pathlib import Path
@@ -63,6 +65,11 @@ class Mixture:
     def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.3, repeats=0):
         self.tok, self.pool, self.synthetic, self.repeats = tok, pool, synthetic, repeats
         self.sources = [(s, [len(t) for t in s]) for s in sources]
+
+    def digest(self) -> str:
+        """SHA-256 of all the texts: a run is not to be resumed on others."""
+        texts = json.dumps([texts for texts, _ in self.sources])
+        return hashlib.sha256(texts.encode()).hexdigest()
 
     def window(self, seed: str, length: int) -> list[int]:
         rng, ids = random.Random(seed), [self.tok.bos_id] * self.tok.add_bos

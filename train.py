@@ -119,9 +119,10 @@ def distil(llama, butler, mixture, config, log):
     cost, and what it says about a text is worth more than one look.
     """
     optimizers = make_optimizers(butler, config.learning_rate)
-    start = survive.begin(butler, optimizers, config, log)
+    text = mixture.digest()
+    start = survive.begin(butler, optimizers, config, log, text)
     share = config.batch // survive.world()  # texts of every batch that this process looks at
-    guard = survive.Guard(butler, optimizers, config, log)
+    guard = survive.Guard(butler, optimizers, config, log, text)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, file=sys.stderr,
                unit_scale=config.batch * config.length / config.reuse, unit="tok", mininterval=1,
                disable=survive.rank() > 0)

@@ -33,7 +33,7 @@ import synth_task
 import tokenizer
 from baselines import NAMES, Probe, make_selector, mean
 from butler import Butler, Selector, load_for
-from cli import UsageError, flag, names, numbers, provenance, run
+from cli import UsageError, flag, names, numbers, provenance, run, text_of
 from corpus import hold_out
 from model import Llama, check_device, fast_dtype, resolve
 from offload import cache_kind
@@ -106,12 +106,7 @@ class Bench:
 
 
 def read_text(path) -> str:
-    try:
-        if path is None:
-            return "\n\n".join(hold_out(topics)[1])
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read {path} ({e})") from None
+    return "\n\n".join(hold_out(topics)[1]) if path is None else text_of(path)
 
 
 # ---------------------------------------------------------------------------- the suites

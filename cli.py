@@ -102,6 +102,20 @@ def show(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def text_of(path, most=2**30, errors="strict") -> str:
+    """What a text file says, UTF-8. Raises UsageError, one line: for a file of more than `most`
+    bytes too, and for what is no file, as a device or a pipe may have no end."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"cannot read {path}: it is no file")
+        if path.stat().st_size > most:
+            raise UsageError(f"cannot read {path}: it has more than {most:,} bytes")
+        return path.read_text(encoding="utf-8", errors=errors)
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read {path} ({e})") from None
+
+
 def writable(path) -> None:
     """Raises UsageError if no file can be written at `path`; makes the folder that it is in."""
     path = Path(path)

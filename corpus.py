@@ -16,7 +16,7 @@ import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from cli import UsageError
+from cli import UsageError, text_of
 from coreference import pools, training_text
 
 
@@ -34,12 +34,10 @@ def read_texts(paths: list) -> dict[str, str]:
     files = []
     try:
         for path in map(Path, paths):
-            if not (path.is_dir() or path.is_file()):  # a device would be read for ever
-                raise UsageError(f"no such file or folder: {path}")
             files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        texts = {str(f): f.read_text(encoding="utf-8", errors="replace") for f in files}
     except OSError as e:
         raise UsageError(f"cannot read {e.filename} ({e.strerror})") from None
+    texts = {str(f): text_of(f, errors="replace") for f in files}
     return {name: text for name, text in texts.items() if text.strip()}
 
 

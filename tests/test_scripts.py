@@ -56,6 +56,7 @@ sample.py --neighbours 99999999
 sample.py --dense-below -1
 sample.py --prompt-file /nowhere/at/all
 sample.py --prompt-file tests
+sample.py --prompt-file /dev/zero
 sample.py --prompt a --prompt-file b
 sample.py --max-new-tokens 0
 sample.py --max-new-tokens 1e3
@@ -97,6 +98,7 @@ synth_task.py --context 0
 synth_task.py --task needle_noise --context 20
 synth_task.py --data /nowhere/at/all.jsonl
 synth_task.py --data README.md
+synth_task.py --data /dev/zero
 synth_task.py --data README.md --context 100
 synth_task.py --out tests
 synth_task.py --out /proc/nowhere/scores.jsonl
@@ -107,6 +109,7 @@ bench.py --selectors magic
 bench.py --suite interval --selectors h2o
 bench.py --suite interval --task magic
 bench.py --text /nowhere/at/all.txt
+bench.py --text /dev/zero
 bench.py --budgets 0
 bench.py --n 0
 bench.py --length 63
@@ -117,6 +120,7 @@ bench.py --suite attention --contexts 99999999999
 bench.py --suite attention --batch 1,-1
 bench.py --suite speed --shape magic
 bench.py --suite speed --shape README.md
+bench.py --suite speed --shape /dev/zero
 bench.py --suite speed --shape llama-3.2-1b --model somewhere
 bench.py --butler /nowhere/at/all
 bench.py --model /nowhere/at/all
@@ -167,6 +171,18 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_slow(line, scripts, c
 def test_a_process_ends_with_exit_code_2(line):
     done = script(*line.split())
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_file_without_end_or_of_many_gigabytes_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as f:
+        f.truncate(2**33)  # a hole, which takes no room
+    (tmp_path / "text").write_text("\u00e9t\u00e9", encoding="utf-8")
+    for name, most, reason in (("pipe", 9, "no file"), ("large", 2**32, "more than 4,294,967,296"),
+                               ("text", 4, "more than 4 bytes"), ("", 9, "no file")):
+        with pytest.raises(cli.UsageError, match=reason):
+            cli.text_of(tmp_path / name, most)
+    assert cli.text_of(tmp_path / "text", 5) == "\u00e9t\u00e9"
 
 
 def test_too_little_memory_is_said_in_one_line(capsys, monkeypatch):

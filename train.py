@@ -240,7 +240,7 @@ def main(config: Config) -> dict | None:
     llama = Llama.from_pretrained(path, fast_dtype(device), device)
     if config.length > llama.config.context:
         raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
-    tok = tokenizer.load(path)
+    tok = tokenizer.load(path).check(llama)
     sizes = {"stride": config.stride, "size": config.size, "hidden": config.hidden}
     butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = parameters(butler) / parameters(llama)

@@ -288,7 +288,7 @@ def main(config: Config) -> dict:
         trained = {"default": VARIANTS["default"]} | trained  # they go another way with its weights
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
-    tok = tokenizer.load(path)
+    tok = tokenizer.load(path).check(llama)
     setting = bench.Bench(llama, tok, [], bench.Config(n=config.windows, text=config.text))
     windows = setting.windows(512)
     butlers = train_all(trained, llama, tok, config)

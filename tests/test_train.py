@@ -5,6 +5,8 @@ import json
 import os
 import random
 import resource
+import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +28,7 @@ import train
 from butler import Butler, ButlerConfig, ButlerError
 from cli import UsageError, parse
 from model import Llama, ModelError
+from tokenizer import TokenizerError
 
 
 class Noise:
@@ -291,6 +294,24 @@ def folder(tmp_path_factory):
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
         max_position_embeddings=8192)).save_pretrained(path)
     return path
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
+    """Its last ids have no row in the embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2)).save_pretrained(tmp_path)
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    ablate = runpy.run_path(str(ROOT / "results" / "ablate.py"))
+    arguments = ["--model", str(tmp_path), "--device", "cpu"]
+    for main, config, more in (
+            (train.main, train.Config, ["--data", str(ROOT / "LICENSE"), "--out",
+                                        str(tmp_path / "b.safetensors")]),
+            (ablate["main"], ablate["Config"], [])):
+        with pytest.raises(TokenizerError, match="id 500, .* is beyond its 500 rows"):
+            main(parse(config, arguments + more))
 
 
 def command(folder, out, *more):

@@ -117,14 +117,18 @@ def text_of(path, most=2**30, errors="strict") -> str:
 
 
 def writable(path) -> None:
-    """Raises UsageError if no file can be written at `path`; makes the folder that it is in."""
+    """Raises UsageError if no file can be written at `path`; makes the folder that it is in. To
+    be asked first: after a quarter of an hour it is too late to learn."""
     path = Path(path)
     try:
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise UsageError(f"cannot write {path}: it is no file, or one not to be changed")
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.touch()  # or one that a killed run left behind
+        part.unlink()
     except OSError as e:
         raise UsageError(f"cannot write {path} ({e.strerror})") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write {path}: a folder, or in one that may not be written to")
 
 
 def provenance() -> dict:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import tokenizer
 from baselines import NAMES, make_selector
 from butler import Butler, Selector, load_for
-from cli import UsageError, flag, provenance, run, text_of
+from cli import UsageError, flag, provenance, run, text_of, writable
 from coreference import coreference, pools
 from graph import stepper
 from model import Cache, Llama, ModelError, check_device, fast_dtype, resolve
@@ -217,10 +217,7 @@ def check(config) -> None:
     if config.butler is not None:
         Butler.load(config.butler)
     if config.html is not None:
-        try:
-            open(config.html, "a").close()  # before minutes are spent on what stands in it
-        except OSError as e:
-            raise UsageError(f"cannot write {config.html} ({e.strerror})") from None
+        writable(config.html)
 
 
 if __name__ == "__main__":

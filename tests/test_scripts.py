@@ -71,7 +71,8 @@ sample.py --seed 99999999999999999999
 sample.py --device abacus
 sample.py --dtype float16
 sample.py --show yes
-sample.py --html /nowhere/at/all.html
+sample.py --html /proc/nowhere/page.html
+sample.py --html tests
 sample.py --offload tape
 sample.py --offload pinned
 sample.py --offload disk --offload-dir /nowhere/at/all
@@ -101,6 +102,8 @@ synth_task.py --data README.md
 synth_task.py --data /dev/zero
 synth_task.py --data README.md --context 100
 synth_task.py --out tests
+synth_task.py --out /dev/zero
+synth_task.py --out README.md/scores.jsonl
 synth_task.py --out /proc/nowhere/scores.jsonl
 synth_task.py --device abacus
 bench.py --suite magic

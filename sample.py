@@ -141,9 +141,8 @@ def marked(tok, ids, tally) -> str:
                                        strict=True))
 
 
-def main(config: Config) -> dict:
-    check(config)
-    text = read_prompt(config)
+def load(config, text: str):
+    """-> the model, its tokenizer, and the ids of the prompt, which the model can hold"""
     path = resolve(config.model)
     dtype = getattr(torch, config.dtype) if config.dtype else fast_dtype(config.device)
     tok = tokenizer.load(path)
@@ -156,6 +155,13 @@ def main(config: Config) -> dict:
     if not 0 < len(ids) <= llama.config.context:
         raise UsageError(f"the prompt has {len(ids)} tokens, the model's context "
                          f"is {llama.config.context}")
+    return llama, tok, ids
+
+
+def main(config: Config) -> dict:
+    check(config)
+    text = read_prompt(config)
+    llama, tok, ids = load(config, text)
     butler = load_for(llama, config.butler) if config.selector == "butler" else None
     selector = make_selector(config.selector, config.budget, butler,
                              interval=config.interval, neighbours=config.neighbours,

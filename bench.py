@@ -33,7 +33,7 @@ import synth_task
 import tokenizer
 from baselines import NAMES, Probe, make_selector, mean
 from butler import Butler, Selector, load_for
-from cli import UsageError, flag, names, numbers, provenance, run
+from cli import UsageError, flag, names, numbers, provenance, run, text_of
 from corpus import hold_out
 from model import Llama, check_device, fast_dtype, resolve
 from offload import cache_kind
@@ -106,12 +106,7 @@ class Bench:
 
 
 def read_text(path) -> str:
-    try:
-        if path is None:
-            return "\n\n".join(hold_out(topics)[1])
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read {path} ({e})") from None
+    return "\n\n".join(hold_out(topics)[1]) if path is None else text_of(path)
 
 
 # ---------------------------------------------------------------------------- the suites
@@ -247,10 +242,17 @@ def timed(config: Config) -> dict:
     return report
 
 
+def result_name(config: Config) -> str:
+    shape = config.shape or ""
+    if shape.endswith(".json"):
+        shape = Path(shape).resolve().parent.name
+    return f"{config.suite}{'_' * bool(shape)}{shape}"
+
+
 def main(config: Config) -> dict:
     check(config)
     if config.suite in TIMED:
-        return write(config, timed(config))
+        return write(config, timed(config), result_name(config))
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
     butlers = []
@@ -267,15 +269,13 @@ def main(config: Config) -> dict:
             for budget, m in by.items():
                 print(f"{what:12s} {selector:8s} {budget:>5s}  {m['mean']:9.4f}  "
                       f"[{m['low']:.4f}, {m['high']:.4f}]  n = {m['n']}")
-    return write(config, report)
+    return write(config, report, result_name(config))
 
 
-def write(config: Config, report: dict) -> dict:
+def write(config, report: dict, name: str) -> dict:
+    """Where --write asks for it: results/NAME.json, and all tables and figures anew."""
     if config.write:
-        shape = config.shape or ""
-        if shape.endswith(".json"):
-            shape = Path(shape).resolve().parent.name
-        written = RESULTS / f"{config.suite}{'_' * bool(shape)}{shape}.json"
+        written = RESULTS / f"{name}.json"
         written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
         subprocess.run([sys.executable, RESULTS / "render.py"], check=True)
     return report

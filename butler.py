@@ -267,7 +267,8 @@ class Selector:
             raise ButlerError("sinks and neighbours are >= 0, window and interval >= 1")
         self.budget, self.sinks, self.window = budget, sinks, window
         self.interval, self.neighbours, self.dense_below = interval, neighbours, dense_below
-        self.step, self.start, self.end, self.chosen, self.index = 0, 0, 0, {}, {}
+        self.step, self.start, self.next, self.end = 0, 0, 0, 0
+        self.chosen, self.index = {}, {}
 
     def watch(self, layer, x, q, keys, positions) -> None:
         """Stands in the selector's place while a prompt is read densely; the next step then makes
@@ -288,9 +289,9 @@ class Selector:
     def arrive(self, T: int, start: int, end: int) -> None:
         """T tokens a row have come, the first at `start` or behind it, the last before `end`: what
         is decided without the device."""
-        if start < self.end - 1:  # rewound by more than a token: choose anew
-            self.step = 0
-        self.start, self.end = start, end
+        if not self.next - 1 <= start <= self.next:  # rewound by more than a token, or some read
+            self.step = 0  # unseen: choose anew
+        self.start, self.next, self.end = start, start + T, end
         self.dense = end < self.dense_below
         if not self.dense:
             steps = self.step + torch.arange(T)
@@ -399,6 +400,8 @@ class ButlerSelector(Selector):
     def __call__(self, layer, x, q, keys, positions):
         if layer:
             self.see(layer, keys)
+        elif self.bound is None:
+            self.notice(first_position(keys, positions))
         return super().__call__(layer, x, q, keys, positions)
 
     @torch.inference_mode()
@@ -406,9 +409,26 @@ class ButlerSelector(Selector):
         super().watch(layer, x, q, keys, positions)
         if layer == 0:
             self.start = first_position(keys, positions)
+            self.notice(self.start)
+            self.next = self.start + positions.shape[1]
         else:
             self.see(layer, keys)
             self.importance_keys([layer], keys.shape[2])  # as long as the keys are at hand
+
+    def notice(self, start: int):
+        """Starts anew if tokens before `start` were forgotten and others written in their place,
+        unseen: then the last one whose importance key is known has another key now. A GPU, which
+        would have to be waited for, is not asked where the new token follows the last one."""
+        layer = self.butler.config.layers - 1
+        last = min(self.filled.get(layer, 0), start) - 1
+        if last < 0 or (start == self.next and self.seen[layer].device.type != "cpu"):
+            return
+        first, _ = self.home[layer]
+        was = self.buffers[first][layer - first, ..., last]  # [B, G, E]
+        now = self.butler.project(layer, self.seen[layer][:, :, last : last + 1].to(was.device))
+        rounding = 1e-4 + 2 * torch.finfo(was.dtype).eps
+        if (now[:, :, 0] - was).abs().max() > rounding * now.abs().max():
+            self.filled, self.step = dict.fromkeys(self.filled, 0), 0
 
     def see(self, layer, keys):
         """Takes note of a layer's keys; those from the first new position on are to be projected

@@ -102,15 +102,33 @@ def show(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def writable(path) -> None:
-    """Raises UsageError if no file can be written at `path`; makes the folder that it is in."""
+def text_of(path, most=2**30, errors="strict") -> str:
+    """What a text file says, UTF-8. Raises UsageError, one line: for a file of more than `most`
+    bytes too, and for what is no file, as a device or a pipe may have no end."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"cannot read {path}: it is no file")
+        if path.stat().st_size > most:
+            raise UsageError(f"cannot read {path}: it has more than {most:,} bytes")
+        return path.read_text(encoding="utf-8", errors=errors)
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read {path} ({e})") from None
+
+
+def writable(path) -> None:
+    """Raises UsageError if no file can be written at `path`; makes the folder that it is in. To
+    be asked first: after a quarter of an hour it is too late to learn."""
+    path = Path(path)
+    try:
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise UsageError(f"cannot write {path}: it is no file, or one not to be changed")
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.touch()  # or one that a killed run left behind
+        part.unlink()
     except OSError as e:
         raise UsageError(f"cannot write {path} ({e.strerror})") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write {path}: a folder, or in one that may not be written to")
 
 
 def provenance() -> dict:
@@ -144,7 +162,7 @@ def complain(problem) -> None:
 
 def run(main, config_class) -> None:
     """What stands under `__main__` of every script. Exit codes: 2 for what the user can put right,
-    130 after Ctrl-C, 141 if nobody reads on (`| head`)."""
+    130 after Ctrl-C, which is told in one line, 141 if nobody reads on (`| head`)."""
     sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot show
     try:
         try:
@@ -160,7 +178,9 @@ def run(main, config_class) -> None:
             complain(Refusal(f"not enough memory: {e}"))
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        e.__traceback__ = None  # what ran is given up: its progress bars end their lines
+        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)  # Python flushes both once more as it ends

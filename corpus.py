@@ -9,12 +9,14 @@ the standard library (code). The mixture adds co-reference documents from the tr
     python corpus.py        prints how much there is, and a training document
 """
 
+import hashlib
+import json
 import random
 import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from cli import UsageError
+from cli import UsageError, text_of
 from coreference import pools, training_text
 
 
@@ -32,12 +34,10 @@ def read_texts(paths: list) -> dict[str, str]:
     files = []
     try:
         for path in map(Path, paths):
-            if not (path.is_dir() or path.is_file()):  # a device would be read for ever
-                raise UsageError(f"no such file or folder: {path}")
             files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        texts = {str(f): f.read_text(encoding="utf-8", errors="replace") for f in files}
     except OSError as e:
         raise UsageError(f"cannot read {e.filename} ({e.strerror})") from None
+    texts = {str(f): text_of(f, errors="replace") for f in files}
     return {name: text for name, text in texts.items() if text.strip()}
 
 
@@ -63,6 +63,11 @@ class Mixture:
     def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.3, repeats=0):
         self.tok, self.pool, self.synthetic, self.repeats = tok, pool, synthetic, repeats
         self.sources = [(s, [len(t) for t in s]) for s in sources]
+
+    def digest(self) -> str:
+        """SHA-256 of all the texts: a run is not to be resumed on others."""
+        texts = json.dumps([texts for texts, _ in self.sources])
+        return hashlib.sha256(texts.encode()).hexdigest()
 
     def window(self, seed: str, length: int) -> list[int]:
         rng, ids = random.Random(seed), [self.tok.bos_id] * self.tok.add_bos

@@ -41,6 +41,15 @@ class Beside:
         self.selector, self.oracle = selector, Oracle(budget)
         self.tokens, self.steps, self.same, self.heads = [], [], [], 0
 
+    @property
+    def read_ahead(self):
+        return self.selector and self.selector.read_ahead
+
+    @read_ahead.setter
+    def read_ahead(self, hook) -> None:
+        if self.selector:
+            self.selector.read_ahead = hook
+
     def watch(self, layer, x, q, keys, positions) -> None:
         if self.selector:
             self.selector.watch(layer, x, q, keys, positions)

@@ -17,7 +17,6 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import tokenizer
 from baselines import NAMES, make_selector
 from butler import Butler, Selector, load_for
-from cli import UsageError, flag, provenance, run
+from cli import UsageError, flag, provenance, run, text_of, writable
 from coreference import coreference, pools
 from graph import stepper
 from model import Cache, Llama, ModelError, check_device, fast_dtype, resolve
@@ -70,10 +69,7 @@ def read_prompt(config) -> str:
     if config.prompt is not None and config.prompt_file is not None:
         raise UsageError("--prompt and --prompt-file exclude each other")
     if config.prompt_file is not None:
-        try:
-            return Path(config.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UsageError(f"cannot read {config.prompt_file} ({e})") from None
+        return text_of(config.prompt_file, most=2**26)  # no context holds more
     if config.prompt is not None:
         return config.prompt
     document = coreference(random.Random(config.seed), pools("test"))
@@ -145,9 +141,8 @@ def marked(tok, ids, tally) -> str:
                                        strict=True))
 
 
-def main(config: Config) -> dict:
-    check(config)
-    text = read_prompt(config)
+def load(config, text: str):
+    """-> the model, its tokenizer, and the ids of the prompt, which the model can hold"""
     path = resolve(config.model)
     dtype = getattr(torch, config.dtype) if config.dtype else fast_dtype(config.device)
     tok = tokenizer.load(path)
@@ -160,6 +155,13 @@ def main(config: Config) -> dict:
     if not 0 < len(ids) <= llama.config.context:
         raise UsageError(f"the prompt has {len(ids)} tokens, the model's context "
                          f"is {llama.config.context}")
+    return llama, tok, ids
+
+
+def main(config: Config) -> dict:
+    check(config)
+    text = read_prompt(config)
+    llama, tok, ids = load(config, text)
     butler = load_for(llama, config.butler) if config.selector == "butler" else None
     selector = make_selector(config.selector, config.budget, butler,
                              interval=config.interval, neighbours=config.neighbours,
@@ -221,10 +223,7 @@ def check(config) -> None:
     if config.butler is not None:
         Butler.load(config.butler)
     if config.html is not None:
-        try:
-            open(config.html, "a").close()  # before minutes are spent on what stands in it
-        except OSError as e:
-            raise UsageError(f"cannot write {config.html} ({e.strerror})") from None
+        writable(config.html)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from butler import Butler, ButlerConfig, load_for
+from cli import text_of
 from graph import stepper
 from kernel import on_gpu, sparse_attention
 from model import (
@@ -61,7 +61,7 @@ def shape_of(name: str) -> Config:
     if name in SHAPES:
         return SHAPES[name]
     try:
-        config = Config.from_hugging_face(json.loads(Path(name).read_text()))
+        config = Config.from_hugging_face(json.loads(text_of(name)))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise ModelError(f"shape {name!r} is none of {', '.join(SHAPES)}, and no config.json "
                          f"({e})") from None

@@ -162,21 +162,25 @@ def check_state(config) -> None:
                          "without --resume it is trained anew")
 
 
-def begin(butler, optimizers, config, log: list) -> int:
+def begin(butler, optimizers, config, log: list, text: str) -> int:
     """Puts every process where the first one is: at the beginning or, to resume, where OUT.state
-    ends -> the step to go on with. A state of another base model is refused."""
+    ends -> the step to go on with. A state of another base model is refused, and one whose
+    training text had another digest."""
     def first():
         path = state_path(config)
         if not (config.resume and path.exists()):
             return state(butler, optimizers, log)
         try:
             with safe_open(path, framework="pt") as f:
-                own = (f.metadata() or {}).get("butler")
+                metadata = f.metadata() or {}
                 entries = {entry: f.get_tensor(entry) for entry in f.keys()}
         except (SafetensorError, OSError, RuntimeError) as e:
             raise UsageError(f"{path}: unreadable state ({e})") from None
-        if own != json.dumps(asdict(butler.config)):
+        if metadata.get("butler") != json.dumps(asdict(butler.config)):
             raise UsageError(f"{path} belongs to a run with another base model")
+        if metadata.get("text") != text:
+            raise UsageError(f"{path} belongs to a run on other text: what it was trained on has "
+                             "changed since")
         losses = entries.get("log loss", torch.empty(0)).shape[:1]
         if {entry: value.shape for entry, value in entries.items()} != shapes | {
                 "log loss": losses}:
@@ -217,8 +221,10 @@ def check_loss(log: list, loss: float) -> None:
 class Guard:
     """Around the loop: saves on a timer and, when a signal asks for the end, saves and leaves."""
 
-    def __init__(self, butler, optimizers, config, log):
+    def __init__(self, butler, optimizers, config, log, text: str):
         self.holds, self.config, self.log, self.signal = (butler, optimizers), config, log, 0
+        self.metadata = {"run": identity(config), "butler": json.dumps(asdict(butler.config)),
+                         "text": text}
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.heed) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -248,10 +254,9 @@ class Guard:
         """Writes OUT.state; where that fails, the one before stays, and training need not stop."""
         if rank() == 0:
             butler, optimizers = self.holds
-            metadata = {"run": identity(self.config), "butler": json.dumps(asdict(butler.config))}
             try:
                 with whole(state_path(self.config)) as part:
-                    part.write_bytes(save(state(butler, optimizers, self.log), metadata))
+                    part.write_bytes(save(state(butler, optimizers, self.log), self.metadata))
             except ButlerError as e:
                 note(f"warning: {e}; what was saved before stays")
         self.saved = time.monotonic()

@@ -35,7 +35,7 @@ import ruler
 import tokenizer
 from baselines import BASELINES, NAMES, Evicting, make_selector
 from butler import SHIPPED, Butler, Selector, fingerprint, load_for
-from cli import UsageError, flag, names, numbers, provenance, run, writable
+from cli import UsageError, flag, names, numbers, provenance, run, text_of, writable
 from coreference import Document, coreference_documents
 from model import Cache, Llama, check_device, fast_dtype, resolve
 from offload import STORES, cache_kind
@@ -93,11 +93,7 @@ def task_documents(task, context, n, seeds, count, referents=1) -> list[Document
 def read_data(path) -> list[Document]:
     """Lines {"context", "question", "answer"}, the answer one accepted string or a list of them.
     Raises UsageError with file and line for anything else."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read {path} ({e})") from None
-    documents = []
+    documents, lines = [], text_of(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -137,7 +133,7 @@ class Scores:
         path, header = Path(path), json.dumps(run)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text() if path.exists() else ""
+            text = text_of(path) if path.exists() else ""
             lines = text[: text.rfind("\n") + 1].splitlines()
             if lines[0] != header if lines else not header.startswith(text):
                 raise UsageError(f"{path} is of a run with other settings, or no file of scores")

@@ -31,7 +31,7 @@ import survive
 import tokenizer
 from baselines import Probe, make_selector, mean
 from butler import Butler, ButlerConfig, whole
-from cli import UsageError, flag, provenance, run
+from cli import UsageError, flag, provenance, run, writable
 from coreference import coreference_documents, pools
 from corpus import Mixture, default_texts, hold_out, read_texts
 from model import Llama, check_device, fast_dtype, resolve
@@ -119,9 +119,10 @@ def distil(llama, butler, mixture, config, log):
     cost, and what it says about a text is worth more than one look.
     """
     optimizers = make_optimizers(butler, config.learning_rate)
-    start = survive.begin(butler, optimizers, config, log)
+    text = mixture.digest()
+    start = survive.begin(butler, optimizers, config, log, text)
     share = config.batch // survive.world()  # texts of every batch that this process looks at
-    guard = survive.Guard(butler, optimizers, config, log)
+    guard = survive.Guard(butler, optimizers, config, log, text)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, file=sys.stderr,
                unit_scale=config.batch * config.length / config.reuse, unit="tok", mininterval=1,
                disable=survive.rank() > 0)
@@ -239,7 +240,7 @@ def main(config: Config) -> dict | None:
     llama = Llama.from_pretrained(path, fast_dtype(device), device)
     if config.length > llama.config.context:
         raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
-    tok = tokenizer.load(path)
+    tok = tokenizer.load(path).check(llama)
     sizes = {"stride": config.stride, "size": config.size, "hidden": config.hidden}
     butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = parameters(butler) / parameters(llama)
@@ -306,19 +307,10 @@ def check(config) -> None:
     survive.check_processes(config)
     if survive.rank():
         return
-    if not Path(config.out).name:
-        raise UsageError(f"--out {config.out!r} names no file")
+    writable(config.out)
     out, report = Path(config.out), report_path(config)
-    for path in (out, report, survive.state_path(config)):
-        try:  # a quarter of an hour is too late to learn that a result cannot be written
-            if path.exists() and not path.is_file():
-                raise UsageError(f"cannot write {path}: there is something that is no file")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(path.name + ".part")
-            part.touch()  # or one that a killed run left behind
-            part.unlink()
-        except OSError as e:
-            raise UsageError(f"cannot write {path} ({e.strerror})") from None
+    writable(report)
+    writable(survive.state_path(config))
     if report.resolve() in (out.resolve(), survive.state_path(config).resolve()):
         raise UsageError(f"--report and --out are both {out}")
     if config.resume:

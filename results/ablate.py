@@ -11,7 +11,6 @@ over      perplexity over the oracle's, at 10 and 25 %
 tasks     answers exact: co-reference at 7 % of the tokens, needles at 5 %
 """
 
-import json
 import math
 import random
 import sys
@@ -47,7 +46,7 @@ class Config:
     text: str = flag(None, "text file to measure on (default: Python's reference, held-out part)")
     windows: int = flag(6, "windows of 512 tokens to measure on", least=1)
     documents: int = flag(40, "co-reference documents to answer", least=1)
-    write: bool = flag(False, "write results/ablations.json")
+    write: bool = flag(False, "write results/ablations.json, redraw tables")
     device: str = flag("cpu", "cpu or cuda")
 
 
@@ -288,7 +287,7 @@ def main(config: Config) -> dict:
         trained = {"default": VARIANTS["default"]} | trained  # they go another way with its weights
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
-    tok = tokenizer.load(path)
+    tok = tokenizer.load(path).check(llama)
     setting = bench.Bench(llama, tok, [], bench.Config(n=config.windows, text=config.text))
     windows = setting.windows(512)
     butlers = train_all(trained, llama, tok, config)
@@ -300,11 +299,8 @@ def main(config: Config) -> dict:
         if isinstance(butler, Butler):
             rows[name]["parameters"] = train.parameters(butler)
     report = {"rows": rows} | provenance()
-    shown = {"config": vars(config)} | report
-    print(table(shown))
-    if config.write:
-        (ROOT / "results" / "ablations.json").write_text(json.dumps(shown, indent=1) + "\n")
-    return report
+    print(table({"config": vars(config)} | report))
+    return bench.write(config, report, "ablations")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ llama.cpp      on the GGUF file itself, 4-bit weights; measured if `pip install 
                cyllama==0.2.18`, a wheel that carries a build of it, is there
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bench  # noqa: E402
 from butler import Selector, load_for  # noqa: E402
 from cli import UsageError, flag, numbers, provenance, run  # noqa: E402
 from model import Llama, fast_dtype, resolve  # noqa: E402
@@ -44,7 +44,7 @@ class Config:
     intervals: tuple = flag(("1", "4", "16"), "comma-separated: steps between choices",
                             numbers(1, 32))
     n: int = flag(15, "rounds", least=1)
-    write: bool = flag(False, "write results/compare.json")
+    write: bool = flag(False, "write results/compare.json, redraw tables")
 
 
 class Transformers:
@@ -164,10 +164,7 @@ def main(config: Config) -> dict:
         raise UsageError("transformers is missing: pip install -r requirements-dev.txt")
     report = measure(config) | provenance()
     print(table(report))
-    if config.write:
-        written = ROOT / "results" / "compare.json"
-        written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
-    return report
+    return bench.write(config, report, "compare")
 
 
 if __name__ == "__main__":

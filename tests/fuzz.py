@@ -279,7 +279,7 @@ def use_state(path):
     butler, optimizers, config = a_run(path.with_suffix(""))
     log = []
     survive.check_state(config)
-    assert survive.begin(butler, optimizers, config, log) == len(log)
+    assert survive.begin(butler, optimizers, config, log, "text") == len(log)
     assert all(type(loss) is float for loss in log)
     step(butler, optimizers)
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_scripts import script
+from test_scripts import ROOT, script
 
 import bench
 from baselines import NAMES, make_selector
@@ -83,3 +86,21 @@ def test_suites_run(suite, selectors):
         for by in table.values():
             for m in by.values():
                 assert math.isfinite(m["mean"]) and m["n"] == 1
+
+
+@pytest.mark.slow
+def test_what_compare_writes_stands_in_the_tables(tmp_path):
+    for part in ("*.py", "README.md", "results/*", "checkpoints/*"):
+        for path in ROOT.glob(part):
+            (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            if path.is_file():
+                shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    done = subprocess.run([sys.executable, "results/compare.py", "--contexts", "32", "--n", "1",
+                           "--intervals", "1", "--write"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results" / "compare.json").read_text())["rows"]
+    assert rows and {row["context"] for row in rows} == {32}
+    table = done.stdout.split("\n\n")[0]
+    assert table.count("\n") == len(rows) and table in (
+        tmp_path / "results" / "README.md").read_text()

@@ -159,6 +159,25 @@ def test_ragged_batch_equals_single_rows(pair):
                     assert a[a >= 0].tolist() == sorted(b[b >= 0].tolist())
 
 
+def test_a_ragged_batch_keeps_its_choice_as_single_rows_do(tiny, tiny_butler):
+    ids = torch.randint(256, (2, 80), generator=torch.Generator().manual_seed(0))
+
+    def run(rows, lengths):
+        cache, selector = tiny.new_cache(len(rows), 80), tiny_butler.selector(30, interval=4)
+        tiny.prefill(rows[:, :64], cache, lengths=lengths)
+        logits, fresh = [], []
+        for token in rows[:, 64:74].split(1, dim=1):
+            logits.append(tiny.decode(token, cache, selector))
+            fresh.append(selector.fresh)
+        assert [step for step in range(10) if fresh[step]] == [0, 4, 8]
+        return torch.cat(logits, dim=1)
+
+    together = run(ids, [40, 64])
+    for row, length in enumerate([40, 64]):
+        error = (run(ids[row : row + 1], [length]) - together[row]).abs().max()
+        assert error < 1e-4
+
+
 def test_triton_chooses_the_same_in_a_decode_step(tiny, tiny_butler):
     """Rows of different lengths; the first step is chosen layer by layer, the others ahead."""
     pytest.importorskip("triton")
@@ -200,6 +219,30 @@ def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
     for layer, projected in selector.projected.items():  # the newest key is not needed yet
         again = butler.project(layer, cache.k[layer][:, :, :89])
         assert (projected[..., :89].transpose(-1, -2) - again).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("unseen", [1, 10, 29, 30, 40])
+def test_tokens_written_unseen_over_others_are_projected_anew(tiny, tiny_butler, unseen):
+    """25 of 55 tokens stay; what takes the others' place ends before them, with them or behind."""
+    model, butler = tiny, tiny_butler
+    ids = torch.randint(256, (1, 90), generator=torch.Generator().manual_seed(0))
+    for rules in ({}, {"interval": 8}):
+        cache, selector = model.new_cache(1, 90), butler.selector(30, **rules)
+        model.prefill(ids[:, :50], cache, selector.watch)
+        for token in ids[:, 50:55].split(1, dim=1):
+            model.decode(token, cache, selector)
+        cache.truncate(25)
+        model.prefill(ids[:, 90 - unseen :], cache)
+        choices = []
+        for chosen in (selector, butler.selector(30, **rules)):
+            model.decode(ids[:, :1], cache, chosen)
+            cache.truncate(25 + unseen)
+            choices.append({n: i.sort(-1).values for n, i in chosen.index.items()})
+        for layer, index in choices[0].items():
+            assert torch.equal(index, choices[1][layer]), (rules, layer)
+            known = selector.projected[layer][..., : 25 + unseen].transpose(-1, -2)
+            again = butler.project(layer, cache.k[layer][:, :, : 25 + unseen])
+            assert (known - again).abs().max() < 1e-5
 
 
 def test_a_second_question_behind_a_rewound_prompt(tiny, tiny_butler):

@@ -19,6 +19,14 @@ def test_a_window_depends_on_its_seed_alone(mixture):
     assert len(one.window("0 1 0", 300)) == 300
 
 
+def test_a_digest_tells_texts_from_others(mixture):
+    sources = [["one", "two"], ["three"]]
+    assert mixture().digest() == mixture(repeats=1).digest()
+    digests = {Mixture(None, s, None).digest() for s in (
+        sources, [["one", "twO"], ["three"]], [["onetwo"], ["three"]], [["one", "two", "three"]])}
+    assert len(digests) == 4 and Mixture(None, sources, None).digest() in digests
+
+
 def test_repeated_strings_come_twice_behind_the_same_tokens(mixture):
     for seed in map(str, range(20)):
         plain, written = (mixture(repeats=r).window(seed, 600) for r in (0, 1))

@@ -65,7 +65,7 @@ def write_others(folder):
     Butler(shape).save(folder / "butler" / "butler.safetensors")
     run = fuzz.a_run(folder / "state" / "run")
     fuzz.step(*run[:2])
-    survive.Guard(*run, [0.5]).save()
+    survive.Guard(*run, [0.5], "text").save()
     lines = [{"context": "a lake " * 5, "question": "what? ", "answer": answer}
              for answer in ("lake", ["lake", "sea"])]
     (folder / "lines" / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -4,6 +4,7 @@ import base64
 import os
 import re
 import zlib
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,9 @@ from browser import Browser, find
 
 from baselines import NAMES, make_selector, true_attention
 from butler import Butler, ButlerConfig, load_for
+from offload import DiskCache
 from page import Beside, texts
+from sample import Config, generate
 
 PROMPT = ("</script><b>&amp;</b> & <!-- \u2028 \tA tab,\n\n newlines, an \u00e9 and \U0001f9a9. "
           + "The harbour was quiet that morning, and the boats lay still. " * 12)
@@ -254,3 +257,17 @@ def test_the_model_attends_to_the_selectors_choice_alone(tiny, name):
         assert (counts.sum(-1) == torch.tensor([2 * attended, 2 * 24])[:, None]).all()
         if name in ("dense", "oracle"):
             assert beside.same[step] == [100] * 4
+
+
+def test_rows_are_fetched_ahead_beside_the_oracle_too(tiny, tmp_path):
+    told = []
+
+    class Told(DiskCache):
+        def read_ahead(self, layers, tokens):
+            told.append(layers)
+            super().read_ahead(layers, tokens)
+
+    beside = Beside(Butler(ButlerConfig.for_model(tiny)).selector(24), 24)
+    assert len(list(generate(tiny, list(range(60)), beside, Config(max_new_tokens=3), (),
+                             partial(Told, folder=tmp_path)))) == 3
+    assert told == [[1, 2, 3, 4]] * 3

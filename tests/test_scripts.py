@@ -4,13 +4,16 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import cli
 from coreference import coreference_documents
@@ -53,6 +56,7 @@ sample.py --neighbours 99999999
 sample.py --dense-below -1
 sample.py --prompt-file /nowhere/at/all
 sample.py --prompt-file tests
+sample.py --prompt-file /dev/zero
 sample.py --prompt a --prompt-file b
 sample.py --max-new-tokens 0
 sample.py --max-new-tokens 1e3
@@ -67,7 +71,8 @@ sample.py --seed 99999999999999999999
 sample.py --device abacus
 sample.py --dtype float16
 sample.py --show yes
-sample.py --html /nowhere/at/all.html
+sample.py --html /proc/nowhere/page.html
+sample.py --html tests
 sample.py --offload tape
 sample.py --offload pinned
 sample.py --offload disk --offload-dir /nowhere/at/all
@@ -94,8 +99,11 @@ synth_task.py --context 0
 synth_task.py --task needle_noise --context 20
 synth_task.py --data /nowhere/at/all.jsonl
 synth_task.py --data README.md
+synth_task.py --data /dev/zero
 synth_task.py --data README.md --context 100
 synth_task.py --out tests
+synth_task.py --out /dev/zero
+synth_task.py --out README.md/scores.jsonl
 synth_task.py --out /proc/nowhere/scores.jsonl
 synth_task.py --device abacus
 bench.py --suite magic
@@ -104,6 +112,7 @@ bench.py --selectors magic
 bench.py --suite interval --selectors h2o
 bench.py --suite interval --task magic
 bench.py --text /nowhere/at/all.txt
+bench.py --text /dev/zero
 bench.py --budgets 0
 bench.py --n 0
 bench.py --length 63
@@ -114,6 +123,7 @@ bench.py --suite attention --contexts 99999999999
 bench.py --suite attention --batch 1,-1
 bench.py --suite speed --shape magic
 bench.py --suite speed --shape README.md
+bench.py --suite speed --shape /dev/zero
 bench.py --suite speed --shape llama-3.2-1b --model somewhere
 bench.py --butler /nowhere/at/all
 bench.py --model /nowhere/at/all
@@ -166,6 +176,18 @@ def test_a_process_ends_with_exit_code_2(line):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_a_file_without_end_or_of_many_gigabytes_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as f:
+        f.truncate(2**33)  # a hole, which takes no room
+    (tmp_path / "text").write_text("\u00e9t\u00e9", encoding="utf-8")
+    for name, most, reason in (("pipe", 9, "no file"), ("large", 2**32, "more than 4,294,967,296"),
+                               ("text", 4, "more than 4 bytes"), ("", 9, "no file")):
+        with pytest.raises(cli.UsageError, match=reason):
+            cli.text_of(tmp_path / name, most)
+    assert cli.text_of(tmp_path / "text", 5) == "\u00e9t\u00e9"
+
+
 def test_too_little_memory_is_said_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py"])
     for error in (torch.OutOfMemoryError("CUDA out of memory.\nTried"), None):
@@ -178,6 +200,37 @@ def test_too_little_memory_is_said_in_one_line(capsys, monkeypatch):
             cli.run(main, make_dataclass("Config", []))
         err = capsys.readouterr().err
         assert ended.value.code == 2 and err.count("\n") == 1 and "not enough memory" in err
+
+
+def test_ctrl_c_is_told_in_one_line_below_the_progress_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+
+    def main(config):
+        for _ in tqdm(range(2), file=sys.stderr):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, make_dataclass("Config", []))
+    out, err = capsys.readouterr()
+    assert ended.value.code == 130 and not out
+    assert err.endswith("\nx.py: interrupted\n") and err.count("\n") == 2, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, sign", [
+    (["sample.py", "--max-new-tokens", "500"], "stdout"),
+    (["synth_task.py", "--selectors", "dense"], "stderr"), (["bench.py"], "stderr"),
+    (["train.py", "--out"], "stderr")], ids=lambda x: x[0])
+def test_a_script_is_stopped_by_ctrl_c(command, sign, tmp_path):
+    """While it works, which it has then begun to say; train.py still measures, before any step."""
+    run = subprocess.Popen([sys.executable, *command, *[tmp_path / "b"] * (command[-1] == "--out")],
+                           cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert getattr(run, sign).read(1)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and err.endswith(f"{command[0]}: interrupted\n"), err
+    assert "Traceback" not in err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

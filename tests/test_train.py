@@ -5,6 +5,8 @@ import json
 import os
 import random
 import resource
+import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +28,7 @@ import train
 from butler import Butler, ButlerConfig, ButlerError
 from cli import UsageError, parse
 from model import Llama, ModelError
+from tokenizer import TokenizerError
 
 
 class Noise:
@@ -34,6 +37,9 @@ class Noise:
 
     def __init__(self, at=None, deed=None):
         self.calls, self.at, self.deed = [], at, deed
+
+    def digest(self):
+        return "noise"
 
     def window(self, seed, length):
         self.calls += [seed] * seed.endswith(" 0")  # the first text of each batch
@@ -124,7 +130,7 @@ def test_resuming_where_nothing_was_saved_starts_from_the_beginning(tiny, tmp_pa
     assert_same_weights(whole, trained(tiny, config)[0])
 
 
-def test_a_state_of_another_run_is_refused(tiny, tmp_path):
+def test_a_state_of_another_run_is_refused(tiny, tmp_path, monkeypatch):
     config = settings(tmp_path)
     trained(tiny, config)
     again = replace(config, resume=True)
@@ -137,6 +143,9 @@ def test_a_state_of_another_run_is_refused(tiny, tmp_path):
     butler = Butler(ButlerConfig.for_model(tiny, stride=2, size=16, hidden=64))
     with pytest.raises(UsageError, match="another base model"):
         train.distil(tiny, butler, Noise(), again, [])
+    monkeypatch.setattr(Noise, "digest", lambda noise: "other noise")
+    with pytest.raises(UsageError, match="other text: what it was trained on has changed"):
+        trained(tiny, again)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 500, -1])
@@ -287,6 +296,24 @@ def folder(tmp_path_factory):
     return path
 
 
+def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
+    """Its last ids have no row in the embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2)).save_pretrained(tmp_path)
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    ablate = runpy.run_path(str(ROOT / "results" / "ablate.py"))
+    arguments = ["--model", str(tmp_path), "--device", "cpu"]
+    for main, config, more in (
+            (train.main, train.Config, ["--data", str(ROOT / "LICENSE"), "--out",
+                                        str(tmp_path / "b.safetensors")]),
+            (ablate["main"], ablate["Config"], [])):
+        with pytest.raises(TokenizerError, match="id 500, .* is beyond its 500 rows"):
+            main(parse(config, arguments + more))
+
+
 def command(folder, out, *more):
     return ["train.py", "--model", folder, "--data", ROOT / "LICENSE", "--out", out,
             "--steps", "60", "--length", "64", "--rows", "16", "--documents", "1",
@@ -335,6 +362,27 @@ def test_a_run_that_is_stopped_meets_a_full_disk_and_is_resumed(folder, whole, t
     assert state.read_bytes() == saved and names(tmp_path) == [state.name]
 
     done = script(*command(folder, out, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert_equal(load_file(out), whole[0])
+
+
+@pytest.mark.slow
+def test_a_run_is_not_resumed_on_other_text(folder, whole, tmp_path):
+    """One word of it was changed meanwhile; put back, the run ends as if nothing had been."""
+    text, out = tmp_path / "LICENSE", tmp_path / "b.safetensors"
+    text.write_text(license := (ROOT / "LICENSE").read_text())
+    line = [text if part == ROOT / "LICENSE" else part for part in command(folder, out)]
+    run = started(*line)
+    wait_for(survive.state_path(train.Config(out=str(out))), run)
+    run.terminate()
+    run.communicate()
+    text.write_text(license.replace("Licensor", "Licenser", 1))
+    done = script(*line, "--resume")
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.endswith("other text: what it was trained on has changed since"), done.stderr
+    text.write_text(license)
+    done = script(*line, "--resume")
     assert done.returncode == 0, done.stderr
     assert_equal(load_file(out), whole[0])
 

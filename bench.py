@@ -33,7 +33,7 @@ import synth_task
 import tokenizer
 from baselines import NAMES, Probe, make_selector, mean
 from butler import Butler, Selector, load_for
-from cli import UsageError, flag, names, numbers, provenance, run
+from cli import UsageError, flag, known, names, numbers, provenance, read_text, run
 from corpus import hold_out
 from model import Llama, check_device, fast_dtype, resolve
 from offload import cache_kind
@@ -95,7 +95,7 @@ class Bench:
     def windows(self, length: int) -> torch.Tensor:
         """[n, length] tokens, spread evenly over the text."""
         n = self.config.n
-        ids = self.tok.encode(read_text(self.config.text))
+        ids = self.tok.encode(text_of(self.config.text))
         if len(ids) < n * length:
             raise UsageError(f"the text has {len(ids)} tokens, {n} windows of {length} need "
                              f"{n * length}")
@@ -105,13 +105,9 @@ class Bench:
         return torch.tensor(rows, device=self.llama.device)
 
 
-def read_text(path) -> str:
-    try:
-        if path is None:
-            return "\n\n".join(hold_out(topics)[1])
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read {path} ({e})") from None
+def text_of(path) -> str:
+    """The text to measure on; of Python's reference (None) the part that is not trained on."""
+    return "\n\n".join(hold_out(topics)[1]) if path is None else read_text(path)
 
 
 # ---------------------------------------------------------------------------- the suites
@@ -282,11 +278,9 @@ def write(config: Config, report: dict) -> dict:
 
 
 def check(config: Config) -> None:
-    for given, known, what in (((config.suite,), SUITES | TIMED, "suite"),
-                               (config.selectors, NAMES, "selector"),
-                               (config.task, synth_task.TASKS, "task")):
-        if unknown := sorted(set(given) - set(known)):
-            raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+    known("suite", [config.suite], SUITES | TIMED)
+    known("selector", config.selectors, NAMES)
+    known("task", config.task, synth_task.TASKS)
     if "snapkv" in config.selectors and config.suite in ("perplexity", "recall"):
         raise UsageError(f"snapkv evicts at the end of a prompt, and the text of --suite "
                          f"{config.suite} has none")
@@ -304,7 +298,7 @@ def check(config: Config) -> None:
                     Selector(float(budget), interval=int(i), neighbours=int(k))
     except ValueError as e:
         raise UsageError(str(e)) from None
-    read_text(config.text)
+    text_of(config.text)
     check_device(config.device)
     if config.suite == "offload":
         cache_kind("disk", config.offload_dir, config.device)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -102,21 +103,40 @@ def show(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def known(what: str, given, names) -> None:
+    """Raises UsageError for the first of `given` that is none of `names`; `what` they are."""
+    if unknown := sorted(set(given) - set(names)):
+        raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(names)}")
+
+
+def read_text(path) -> str:
+    """A text file in UTF-8, whole. Raises UsageError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read {path} ({e})") from None
+
+
 def writable(path) -> None:
-    """Raises UsageError if no file can be written at `path`; makes the folder that it is in."""
+    """Raises UsageError if no file can be written at `path`, which a script would notice at its
+    end; makes the folder that it is in."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"cannot write {path}: there is something that is no file")
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.touch()  # or one that a killed run left behind
+        part.unlink()
     except OSError as e:
         raise UsageError(f"cannot write {path} ({e.strerror})") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write {path}: a folder, or in one that may not be written to")
 
 
 def provenance() -> dict:
     """What a number must not travel without: command, hardware, versions and commit."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo")
-                if line.startswith("model name")), platform.processor())
+    processors = Path("/proc/cpuinfo")  # Linux's alone
+    model = processors.exists() and re.search(r"model name\s*: (.*)", processors.read_text())
+    cpu = model[1] if model else platform.processor()
     hardware = f"{cpu}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         hardware = f"{torch.cuda.get_device_name()}; {hardware}"
@@ -127,10 +147,6 @@ def provenance() -> dict:
         commit = "unknown"
     return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware,
             "python": platform.python_version(), "torch": torch.__version__, "commit": commit}
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def complain(problem) -> None:

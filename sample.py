@@ -17,7 +17,6 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import tokenizer
 from baselines import NAMES, make_selector
 from butler import Butler, Selector, load_for
-from cli import UsageError, flag, provenance, run
+from cli import UsageError, flag, known, provenance, read_text, run
 from coreference import coreference, pools
 from graph import stepper
 from model import Cache, Llama, ModelError, check_device, fast_dtype, resolve
@@ -70,10 +69,7 @@ def read_prompt(config) -> str:
     if config.prompt is not None and config.prompt_file is not None:
         raise UsageError("--prompt and --prompt-file exclude each other")
     if config.prompt_file is not None:
-        try:
-            return Path(config.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UsageError(f"cannot read {config.prompt_file} ({e})") from None
+        return read_text(config.prompt_file)
     if config.prompt is not None:
         return config.prompt
     document = coreference(random.Random(config.seed), pools("test"))
@@ -210,8 +206,7 @@ def main(config: Config) -> dict:
 
 
 def check(config) -> None:
-    if config.selector not in NAMES:
-        raise UsageError(f"unknown selector {config.selector!r}; known: {', '.join(NAMES)}")
+    known("selector", [config.selector], NAMES)
     Selector(config.budget, interval=config.interval, neighbours=config.neighbours,
              dense_below=config.dense_below)
     cache_kind(config.offload, config.offload_dir, config.device)

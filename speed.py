@@ -36,14 +36,7 @@ from tqdm import tqdm
 from butler import Butler, ButlerConfig, load_for
 from graph import stepper
 from kernel import on_gpu, sparse_attention
-from model import (
-    Linear,
-    Llama,
-    dense_attention,
-    fast_dtype,
-    resolve,
-    rope_frequencies,
-)
+from model import Linear, Llama, dense_attention, fast_dtype, resolve, rope_frequencies
 from weights import Config, ModelError
 
 SHAPES = {

@@ -35,7 +35,7 @@ import ruler
 import tokenizer
 from baselines import BASELINES, NAMES, Evicting, make_selector
 from butler import SHIPPED, Butler, Selector, fingerprint, load_for
-from cli import UsageError, flag, names, numbers, provenance, run, writable
+from cli import UsageError, flag, known, names, numbers, provenance, read_text, run, writable
 from coreference import Document, coreference_documents
 from model import Cache, Llama, check_device, fast_dtype, resolve
 from offload import STORES, cache_kind
@@ -93,12 +93,8 @@ def task_documents(task, context, n, seeds, count, referents=1) -> list[Document
 def read_data(path) -> list[Document]:
     """Lines {"context", "question", "answer"}, the answer one accepted string or a list of them.
     Raises UsageError with file and line for anything else."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read {path} ({e})") from None
     documents = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -387,9 +383,8 @@ def fits(llama, tasks, count) -> None:
 
 def check(config: Config) -> dict:
     """What can be known to be wrong before anything slow starts -> {name: count -> documents}."""
-    for given, known, what in ((config.task, TASKS, "task"), (config.selectors, NAMES, "selector")):
-        if unknown := sorted(set(given) - set(known)):
-            raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+    known("task", config.task, TASKS)
+    known("selector", config.selectors, NAMES)
     if config.question not in ("sparse", "prefill"):
         raise UsageError(f"--question is sparse or prefill, not {config.question!r}")
     try:

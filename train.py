@@ -31,7 +31,7 @@ import survive
 import tokenizer
 from baselines import Probe, make_selector, mean
 from butler import Butler, ButlerConfig, whole
-from cli import UsageError, flag, provenance, run
+from cli import UsageError, flag, provenance, run, writable
 from coreference import coreference_documents, pools
 from corpus import Mixture, default_texts, hold_out, read_texts
 from model import Llama, check_device, fast_dtype, resolve
@@ -310,15 +310,7 @@ def check(config) -> None:
         raise UsageError(f"--out {config.out!r} names no file")
     out, report = Path(config.out), report_path(config)
     for path in (out, report, survive.state_path(config)):
-        try:  # a quarter of an hour is too late to learn that a result cannot be written
-            if path.exists() and not path.is_file():
-                raise UsageError(f"cannot write {path}: there is something that is no file")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(path.name + ".part")
-            part.touch()  # or one that a killed run left behind
-            part.unlink()
-        except OSError as e:
-            raise UsageError(f"cannot write {path} ({e.strerror})") from None
+        writable(path)
     if report.resolve() in (out.resolve(), survive.state_path(config).resolve()):
         raise UsageError(f"--report and --out are both {out}")
     if config.resume:

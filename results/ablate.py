@@ -30,7 +30,7 @@ import tokenizer  # noqa: E402
 import train  # noqa: E402
 from baselines import BASELINES, Oracle, Probe, mean  # noqa: E402
 from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
-from cli import UsageError, flag, names, provenance, run  # noqa: E402
+from cli import flag, known, names, provenance, run  # noqa: E402
 from coreference import pools  # noqa: E402
 from corpus import Mixture, default_texts, hold_out  # noqa: E402
 from model import Llama, check_device, fast_dtype, resolve, rotate, turns  # noqa: E402
@@ -278,9 +278,8 @@ def table(report: dict) -> str:
 
 
 def main(config: Config) -> dict:
-    if unknown := sorted(set(config.only) - set(VARIANTS)):
-        raise UsageError(f"unknown row {unknown[0]!r}; known: {', '.join(VARIANTS)}")
-    bench.read_text(config.text)
+    known("row", config.only, VARIANTS)
+    bench.text_of(config.text)
     check_device(config.device)
     wanted = {n: v for n, v in VARIANTS.items() if not config.only or n in config.only}
     trained = {n: v for n, v in wanted.items() if not v.selection}

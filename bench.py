@@ -32,12 +32,12 @@ import speed_offload
 import synth_task
 import tokenizer
 from baselines import NAMES, Probe, make_selector, mean
-from butler import Butler, Selector, load_for
+from butler import Butler, load_for
 from cli import UsageError, flag, known, names, numbers, provenance, read_text, run
 from corpus import hold_out
 from model import Llama, check_device, fast_dtype, resolve
 from offload import cache_kind
-from synth_task import Prompts, accuracy, bootstrap
+from synth_task import Prompts, accuracy, bootstrap, check_budgets
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -117,22 +117,28 @@ def perplexity(bench: Bench) -> dict:
     """Masked perplexity, and its excess over the oracle's at the same budget, window by window."""
     windows, loss = bench.windows(bench.config.length), {}
     for name, budget, makers in tqdm(list(bench.makers()), desc="perplexity", file=sys.stderr):
-        loss[name, budget] = []
-        for make in makers:
-            loss[name, budget].append([])
-            for window in windows:
-                with torch.inference_mode():
-                    logits = bench.llama(window[None], selector=make())[0, :-1].float()
-                loss[name, budget][-1].append(F.cross_entropy(logits, window[1:]).item())
+        loss[name, budget] = [[nats(bench.llama, window, make()) for window in windows]
+                              for make in makers]
     results = {"perplexity": {}, "over_oracle": {}}
     for (name, budget), runs in loss.items():
         results["perplexity"].setdefault(name, {})[budget] = through(math.exp, bootstrap(runs))
         if name != "oracle" and ("oracle", budget) in loss:
             (best,) = loss["oracle", budget]
-            more = [[a - b for a, b in zip(run, best, strict=True)] for run in runs]
-            results["over_oracle"].setdefault(name, {})[budget] = through(
-                math.expm1, bootstrap(more))
+            results["over_oracle"].setdefault(name, {})[budget] = excess(runs, best)
     return {"results": results}
+
+
+def nats(llama, window, selector) -> float:
+    """Mean loss of a window [T], every position under its own selection."""
+    with torch.inference_mode():
+        logits = llama(window[None], selector=selector)[0, :-1].float()
+    return F.cross_entropy(logits, window[1:]).item()
+
+
+def excess(runs: list[list[float]], best: list[float]) -> dict:
+    """Nats [[of each window] of each run] -> share by which perplexity exceeds that of `best`."""
+    more = [[a - b for a, b in zip(run, best, strict=True)] for run in runs]
+    return through(math.expm1, bootstrap(more))
 
 
 def recall(bench: Bench) -> dict:
@@ -231,22 +237,16 @@ def through(function, interval: dict) -> dict:
 
 SUITES = {"perplexity": perplexity, "recall": recall, "interval": interval,
           "generation": generation}
-
-
 TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
-
-
-def timed(config: Config) -> dict:
-    suite = TIMED[config.suite]
-    report = suite.measure(config) | provenance()
-    print(suite.table(report))
-    return report
 
 
 def main(config: Config) -> dict:
     check(config)
     if config.suite in TIMED:
-        return write(config, timed(config))
+        suite = TIMED[config.suite]
+        report = suite.measure(config) | provenance()
+        print(suite.table(report))
+        return write(config, report)
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
     butlers = []
@@ -291,13 +291,7 @@ def check(config: Config) -> None:
         raise UsageError("--shape has random weights, --model its own: one of the two")
     if config.shape:
         speed.shape_of(config.shape)
-    try:
-        for budget in config.budgets:
-            for i in config.intervals:
-                for k in config.neighbours:
-                    Selector(float(budget), interval=int(i), neighbours=int(k))
-    except ValueError as e:
-        raise UsageError(str(e)) from None
+    check_budgets(config.budgets)
     text_of(config.text)
     check_device(config.device)
     if config.suite == "offload":

@@ -381,17 +381,21 @@ def fits(llama, tasks, count) -> None:
                                  f"the model's context is {limit}")
 
 
+def check_budgets(budgets) -> None:
+    try:
+        for budget in budgets:
+            Selector(float(budget))
+    except ValueError as e:  # not a number, or out of range
+        raise UsageError(str(e)) from None
+
+
 def check(config: Config) -> dict:
     """What can be known to be wrong before anything slow starts -> {name: count -> documents}."""
     known("task", config.task, TASKS)
     known("selector", config.selectors, NAMES)
     if config.question not in ("sparse", "prefill"):
         raise UsageError(f"--question is sparse or prefill, not {config.question!r}")
-    try:
-        for budget in config.budgets:
-            Selector(float(budget), interval=config.interval, neighbours=config.neighbours)
-    except ValueError as e:  # not a number, or out of range
-        raise UsageError(str(e)) from None
+    check_budgets(config.budgets)
     check_device(config.device)
     cache_kind(config.offload, config.offload_dir, config.device)
     for path in config.butler:

@@ -20,8 +20,8 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 
+from fetch import resolve
 from vocabulary import CHAT_MARKS, ENDS, Beyond, TokenizerError, Vocabulary, read, to_bytes
-from weights import resolve
 
 MAX_IDS = 1 << 21  # several times the largest vocabulary in use: beyond it a file is damaged
 LONG_RUN = 900_000  # tiktoken's regex engine overflows its stack on a million spaces in a row

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from weights import Refusal, open_gguf, resolve
+from weights import Refusal, open_gguf
 
 # How each family cuts text. GPT-2 takes words, numbers and punctuation with the space before them;
 # SmolLM first sets every numeric character alone, so white space before one stays in one piece;
@@ -308,6 +308,8 @@ def read(path: Path) -> Vocabulary:
 
 
 if __name__ == "__main__":
+    from fetch import resolve
+
     made = read(resolve())
     merged = [token for token in made.ranked if len(token) > 1]
     print(f"{len(made.ids):,} tokens, {len(merged):,} of them merged, first {merged[:8]}")

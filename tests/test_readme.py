@@ -28,8 +28,7 @@ LONG = {  # files above 320 lines, and why they stay one file
     "model.py": "a Llama and its cache, from weights to logits",
     "speed.py": "all candidates of one comparison",
     "synth_task.py": "both protocols and the script over them",
-    "train.py": "the loss, the loop and the verdict",
-    "weights.py": "three formats end in one list of tensors"}
+    "train.py": "the loss, the loop and the verdict"}
 LONG_FUNCTIONS = {"sample.py main": "the report is told in the order in which it comes"}
 
 

@@ -252,17 +252,17 @@ def break_even(rows: list[dict]) -> dict:
     for row in rows:
         if row["kept"] is None or "alone" in row["selector"]:
             continue
-        line = [r for r in rows if (r["selector"], r["batch"]) == (row["selector"], row["batch"])]
-        line = sorted(((r["context"], r["speedup"]) for r in line), reverse=True)
-        crossing = None
-        for i, (context, speedup) in enumerate(line):
-            if speedup < 1:
-                if i:
-                    beyond, faster = line[i - 1]
-                    share = math.log(1 / speedup) / math.log(faster / speedup)
-                    crossing = round(context * (beyond / context) ** share)
-                break
-            crossing = context
+        line = sorted((r["context"], r["speedup"]) for r in rows
+                      if (r["selector"], r["batch"]) == (row["selector"], row["batch"]))
+        slower = [i for i, (_, speedup) in enumerate(line) if speedup < 1]
+        if not slower:
+            crossing = line[0][0]
+        elif slower[-1] == len(line) - 1:
+            crossing = None
+        else:
+            (context, speedup), (beyond, faster) = line[slower[-1] : slower[-1] + 2]
+            share = math.log(1 / speedup) / math.log(faster / speedup)
+            crossing = round(context * (beyond / context) ** share)
         found[f"{row['selector']}, batch {row['batch']}"] = crossing
     return found
 

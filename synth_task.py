@@ -260,19 +260,18 @@ class Prompts:
     def written(self, logits, selector) -> list[float]:
         """Greedy decoding until the end, or until more text could not change any score."""
         texts = [[] for _ in self.documents]
-        done = [False] * len(texts)
+        scores, done = [0.0] * len(texts), [False] * len(texts)
         for step in range(self.new):
             token = logits[:, -1:].argmax(-1)
             for row, new in enumerate(token[:, 0].tolist()):
                 if not done[row]:
                     texts[row].append(new)
-                    score = found(self.documents[row], self.tok.decode(texts[row]))
-                    done[row] = new in self.tok.eos_ids or score == 1
+                    scores[row] = found(self.documents[row], self.tok.decode(texts[row]))
+                    done[row] = new in self.tok.eos_ids or scores[row] == 1
             if all(done) or step == self.new - 1:
                 break
             logits = self.llama.decode(token, self.cache, selector)
-        return [found(d, self.tok.decode(ids)) for d, ids in
-                zip(self.documents, texts, strict=True)]
+        return scores
 
 
 def encode_parts(tok, parts) -> list[list[int]]:

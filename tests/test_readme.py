@@ -27,8 +27,7 @@ LONG = {  # files above 320 lines, and why they stay one file
     "kernel.py": "every kernel stands beside its reference",
     "model.py": "a Llama and its cache, from weights to logits",
     "speed.py": "all candidates of one comparison",
-    "synth_task.py": "both protocols and the script over them",
-    "train.py": "the loss, the loop and the verdict"}
+    "synth_task.py": "both protocols and the script over them"}
 LONG_FUNCTIONS = {"sample.py main": "the report is told in the order in which it comes"}
 
 

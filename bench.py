@@ -32,12 +32,12 @@ import speed_offload
 import synth_task
 import tokenizer
 from baselines import NAMES, Probe, make_selector, mean
-from butler import Butler, Selector, load_for
-from cli import UsageError, flag, names, numbers, provenance, run, text_of
+from butler import Butler, load_for
+from cli import UsageError, flag, known, names, numbers, provenance, read_text, run
 from corpus import hold_out
 from model import Llama, check_device, fast_dtype, resolve
 from offload import cache_kind
-from synth_task import Prompts, accuracy, bootstrap
+from synth_task import Prompts, accuracy, bootstrap, check_budgets
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -95,7 +95,7 @@ class Bench:
     def windows(self, length: int) -> torch.Tensor:
         """[n, length] tokens, spread evenly over the text."""
         n = self.config.n
-        ids = self.tok.encode(read_text(self.config.text))
+        ids = self.tok.encode(text_of(self.config.text))
         if len(ids) < n * length:
             raise UsageError(f"the text has {len(ids)} tokens, {n} windows of {length} need "
                              f"{n * length}")
@@ -105,8 +105,9 @@ class Bench:
         return torch.tensor(rows, device=self.llama.device)
 
 
-def read_text(path) -> str:
-    return "\n\n".join(hold_out(topics)[1]) if path is None else text_of(path)
+def text_of(path) -> str:
+    """The text to measure on; of Python's reference (None) the part that is not trained on."""
+    return "\n\n".join(hold_out(topics)[1]) if path is None else read_text(path)
 
 
 # ---------------------------------------------------------------------------- the suites
@@ -116,22 +117,28 @@ def perplexity(bench: Bench) -> dict:
     """Masked perplexity, and its excess over the oracle's at the same budget, window by window."""
     windows, loss = bench.windows(bench.config.length), {}
     for name, budget, makers in tqdm(list(bench.makers()), desc="perplexity", file=sys.stderr):
-        loss[name, budget] = []
-        for make in makers:
-            loss[name, budget].append([])
-            for window in windows:
-                with torch.inference_mode():
-                    logits = bench.llama(window[None], selector=make())[0, :-1].float()
-                loss[name, budget][-1].append(F.cross_entropy(logits, window[1:]).item())
+        loss[name, budget] = [[nats(bench.llama, window, make()) for window in windows]
+                              for make in makers]
     results = {"perplexity": {}, "over_oracle": {}}
     for (name, budget), runs in loss.items():
         results["perplexity"].setdefault(name, {})[budget] = through(math.exp, bootstrap(runs))
         if name != "oracle" and ("oracle", budget) in loss:
             (best,) = loss["oracle", budget]
-            more = [[a - b for a, b in zip(run, best, strict=True)] for run in runs]
-            results["over_oracle"].setdefault(name, {})[budget] = through(
-                math.expm1, bootstrap(more))
+            results["over_oracle"].setdefault(name, {})[budget] = excess(runs, best)
     return {"results": results}
+
+
+def nats(llama, window, selector) -> float:
+    """Mean loss of a window [T], every position under its own selection."""
+    with torch.inference_mode():
+        logits = llama(window[None], selector=selector)[0, :-1].float()
+    return F.cross_entropy(logits, window[1:]).item()
+
+
+def excess(runs: list[list[float]], best: list[float]) -> dict:
+    """Nats [[of each window] of each run] -> share by which perplexity exceeds that of `best`."""
+    more = [[a - b for a, b in zip(run, best, strict=True)] for run in runs]
+    return through(math.expm1, bootstrap(more))
 
 
 def recall(bench: Bench) -> dict:
@@ -230,8 +237,6 @@ def through(function, interval: dict) -> dict:
 
 SUITES = {"perplexity": perplexity, "recall": recall, "interval": interval,
           "generation": generation}
-
-
 TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
 
 
@@ -282,11 +287,9 @@ def write(config, report: dict, name: str) -> dict:
 
 
 def check(config: Config) -> None:
-    for given, known, what in (((config.suite,), SUITES | TIMED, "suite"),
-                               (config.selectors, NAMES, "selector"),
-                               (config.task, synth_task.TASKS, "task")):
-        if unknown := sorted(set(given) - set(known)):
-            raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+    known("suite", [config.suite], SUITES | TIMED)
+    known("selector", config.selectors, NAMES)
+    known("task", config.task, synth_task.TASKS)
     if "snapkv" in config.selectors and config.suite in ("perplexity", "recall"):
         raise UsageError(f"snapkv evicts at the end of a prompt, and the text of --suite "
                          f"{config.suite} has none")
@@ -297,14 +300,8 @@ def check(config: Config) -> None:
         raise UsageError("--shape has random weights, --model its own: one of the two")
     if config.shape:
         speed.shape_of(config.shape)
-    try:
-        for budget in config.budgets:
-            for i in config.intervals:
-                for k in config.neighbours:
-                    Selector(float(budget), interval=int(i), neighbours=int(k))
-    except ValueError as e:
-        raise UsageError(str(e)) from None
-    read_text(config.text)
+    check_budgets(config.budgets)
+    text_of(config.text)
     check_device(config.device)
     if config.suite == "offload":
         cache_kind("disk", config.offload_dir, config.device)

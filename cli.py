@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -102,8 +103,14 @@ def show(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def text_of(path, most=2**30, errors="strict") -> str:
-    """What a text file says, UTF-8. Raises UsageError, one line: for a file of more than `most`
+def known(what: str, given, names) -> None:
+    """Raises UsageError for the first of `given` that is none of `names`; `what` they are."""
+    if unknown := sorted(set(given) - set(names)):
+        raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(names)}")
+
+
+def read_text(path, most=2**30, errors="strict") -> str:
+    """A text file in UTF-8, whole. Raises UsageError, one line: for a file of more than `most`
     bytes too, and for what is no file, as a device or a pipe may have no end."""
     path = Path(path)
     try:
@@ -117,8 +124,8 @@ def text_of(path, most=2**30, errors="strict") -> str:
 
 
 def writable(path) -> None:
-    """Raises UsageError if no file can be written at `path`; makes the folder that it is in. To
-    be asked first: after a quarter of an hour it is too late to learn."""
+    """Raises UsageError if no file can be written at `path`, which a script would notice at its
+    end; makes the folder that it is in."""
     path = Path(path)
     try:
         if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
@@ -133,8 +140,9 @@ def writable(path) -> None:
 
 def provenance() -> dict:
     """What a number must not travel without: command, hardware, versions and commit."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo")
-                if line.startswith("model name")), platform.processor())
+    processors = Path("/proc/cpuinfo")  # Linux's alone
+    model = processors.exists() and re.search(r"model name\s*: (.*)", processors.read_text())
+    cpu = model[1] if model else platform.processor()
     hardware = f"{cpu}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         hardware = f"{torch.cuda.get_device_name()}; {hardware}"
@@ -145,10 +153,6 @@ def provenance() -> dict:
         commit = "unknown"
     return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware,
             "python": platform.python_version(), "torch": torch.__version__, "commit": commit}
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def complain(problem) -> None:

@@ -16,7 +16,7 @@ import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from cli import UsageError, text_of
+from cli import UsageError, read_text
 from coreference import pools, training_text
 
 
@@ -37,7 +37,7 @@ def read_texts(paths: list) -> dict[str, str]:
             files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     except OSError as e:
         raise UsageError(f"cannot read {e.filename} ({e.strerror})") from None
-    texts = {str(f): text_of(f, errors="replace") for f in files}
+    texts = {str(f): read_text(f, errors="replace") for f in files}
     return {name: text for name, text in texts.items() if text.strip()}
 
 

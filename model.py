@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fetch import resolve
 from kernel import dense_decode, on_gpu, sparse_attention
-from weights import Config, ModelError, read, resolve
+from weights import Config, ModelError, read
 
 
 def rope_frequencies(config: Config) -> torch.Tensor:

@@ -34,7 +34,7 @@ from uuid import UUID
 import tokenizer
 from coreference import Document
 from corpus import hold_out
-from weights import resolve
+from fetch import resolve
 
 ADJECTIVES, NOUNS = map(str.split, (
     "ancient bitter bold brave bright broad busy calm careful cheerful clever cloudy cold cozy "

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import tokenizer
 from baselines import NAMES, make_selector
 from butler import Butler, Selector, load_for
-from cli import UsageError, flag, provenance, run, text_of, writable
+from cli import UsageError, flag, known, provenance, read_text, run, writable
 from coreference import coreference, pools
 from graph import stepper
 from model import Cache, Llama, ModelError, check_device, fast_dtype, resolve
@@ -69,7 +69,7 @@ def read_prompt(config) -> str:
     if config.prompt is not None and config.prompt_file is not None:
         raise UsageError("--prompt and --prompt-file exclude each other")
     if config.prompt_file is not None:
-        return text_of(config.prompt_file, most=2**26)  # no context holds more
+        return read_text(config.prompt_file, most=2**26)  # no context holds more
     if config.prompt is not None:
         return config.prompt
     document = coreference(random.Random(config.seed), pools("test"))
@@ -112,8 +112,8 @@ class Tally:
 def generate(llama, ids, selector, config, stop, kind=Cache):
     """Yields new token ids behind the prompt `ids`, up to a `stop` id or the context limit."""
     room = llama.config.context - len(ids) + 1  # the last token written need not be cached
-    capacity = min(len(ids) + config.max_new_tokens - 1, llama.config.context)
-    cache = llama.new_cache(1, capacity, kind=kind)
+    count = min(config.max_new_tokens, room)
+    cache = llama.new_cache(1, len(ids) + count - 1, kind=kind)
     if selector:
         selector.read_ahead = cache.read_ahead
     generator = torch.Generator().manual_seed(config.seed)
@@ -122,7 +122,7 @@ def generate(llama, ids, selector, config, stop, kind=Cache):
     for chunk in tqdm(chunks, desc="reading", unit="chunk", file=sys.stderr, leave=False):
         llama.prefill(chunk, cache, selector and selector.watch)
     token, step = prompt[:, -1:], stepper(llama, cache, selector)
-    for _ in range(min(config.max_new_tokens, room)):
+    for _ in range(count):
         logits = step(token)
         new = pick(logits[0, -1], config.temperature, config.top_p, generator)
         if new in stop:
@@ -212,10 +212,8 @@ def main(config: Config) -> dict:
 
 
 def check(config) -> None:
-    if config.selector not in NAMES:
-        raise UsageError(f"unknown selector {config.selector!r}; known: {', '.join(NAMES)}")
-    Selector(config.budget, interval=config.interval, neighbours=config.neighbours,
-             dense_below=config.dense_below)
+    known("selector", [config.selector], NAMES)
+    Selector(config.budget)
     cache_kind(config.offload, config.offload_dir, config.device)
     if config.dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")

@@ -33,17 +33,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from butler import Butler, ButlerConfig, load_for
-from cli import text_of
+from cli import read_text
 from graph import stepper
 from kernel import on_gpu, sparse_attention
-from model import (
-    Linear,
-    Llama,
-    dense_attention,
-    fast_dtype,
-    resolve,
-    rope_frequencies,
-)
+from model import Linear, Llama, dense_attention, fast_dtype, resolve, rope_frequencies
 from weights import Config, ModelError
 
 SHAPES = {
@@ -61,7 +54,7 @@ def shape_of(name: str) -> Config:
     if name in SHAPES:
         return SHAPES[name]
     try:
-        config = Config.from_hugging_face(json.loads(text_of(name)))
+        config = Config.from_hugging_face(json.loads(read_text(name)))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise ModelError(f"shape {name!r} is none of {', '.join(SHAPES)}, and no config.json "
                          f"({e})") from None
@@ -259,17 +252,17 @@ def break_even(rows: list[dict]) -> dict:
     for row in rows:
         if row["kept"] is None or "alone" in row["selector"]:
             continue
-        line = [r for r in rows if (r["selector"], r["batch"]) == (row["selector"], row["batch"])]
-        line = sorted(((r["context"], r["speedup"]) for r in line), reverse=True)
-        crossing = None
-        for i, (context, speedup) in enumerate(line):
-            if speedup < 1:
-                if i:
-                    beyond, faster = line[i - 1]
-                    share = math.log(1 / speedup) / math.log(faster / speedup)
-                    crossing = round(context * (beyond / context) ** share)
-                break
-            crossing = context
+        line = sorted((r["context"], r["speedup"]) for r in rows
+                      if (r["selector"], r["batch"]) == (row["selector"], row["batch"]))
+        slower = [i for i, (_, speedup) in enumerate(line) if speedup < 1]
+        if not slower:
+            crossing = line[0][0]
+        elif slower[-1] == len(line) - 1:
+            crossing = None
+        else:
+            (context, speedup), (beyond, faster) = line[slower[-1] : slower[-1] + 2]
+            share = math.log(1 / speedup) / math.log(faster / speedup)
+            crossing = round(context * (beyond / context) ** share)
         found[f"{row['selector']}, batch {row['batch']}"] = crossing
     return found
 

@@ -35,11 +35,11 @@ import ruler
 import tokenizer
 from baselines import BASELINES, NAMES, Evicting, make_selector
 from butler import SHIPPED, Butler, Selector, fingerprint, load_for
-from cli import UsageError, flag, names, numbers, provenance, run, text_of, writable
+from cli import UsageError, flag, known, names, numbers, provenance, read_text, run, writable
 from coreference import Document, coreference_documents
+from fetch import digest
 from model import Cache, Llama, check_device, fast_dtype, resolve
 from offload import STORES, cache_kind
-from weights import digest
 
 TASKS = ("coreference", *ruler.TASKS)
 EVICTING = {name: kind for name, kind in BASELINES.items() if issubclass(kind, Evicting)}
@@ -93,8 +93,8 @@ def task_documents(task, context, n, seeds, count, referents=1) -> list[Document
 def read_data(path) -> list[Document]:
     """Lines {"context", "question", "answer"}, the answer one accepted string or a list of them.
     Raises UsageError with file and line for anything else."""
-    documents, lines = [], text_of(path).split("\n")
-    for number, line in enumerate(lines, 1):
+    documents = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -133,7 +133,7 @@ class Scores:
         path, header = Path(path), json.dumps(run)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = text_of(path) if path.exists() else ""
+            text = read_text(path) if path.exists() else ""
             lines = text[: text.rfind("\n") + 1].splitlines()
             if lines[0] != header if lines else not header.startswith(text):
                 raise UsageError(f"{path} is of a run with other settings, or no file of scores")
@@ -260,19 +260,18 @@ class Prompts:
     def written(self, logits, selector) -> list[float]:
         """Greedy decoding until the end, or until more text could not change any score."""
         texts = [[] for _ in self.documents]
-        done = [False] * len(texts)
+        scores, done = [0.0] * len(texts), [False] * len(texts)
         for step in range(self.new):
             token = logits[:, -1:].argmax(-1)
             for row, new in enumerate(token[:, 0].tolist()):
                 if not done[row]:
                     texts[row].append(new)
-                    score = found(self.documents[row], self.tok.decode(texts[row]))
-                    done[row] = new in self.tok.eos_ids or score == 1
+                    scores[row] = found(self.documents[row], self.tok.decode(texts[row]))
+                    done[row] = new in self.tok.eos_ids or scores[row] == 1
             if all(done) or step == self.new - 1:
                 break
             logits = self.llama.decode(token, self.cache, selector)
-        return [found(d, self.tok.decode(ids)) for d, ids in
-                zip(self.documents, texts, strict=True)]
+        return scores
 
 
 def encode_parts(tok, parts) -> list[list[int]]:
@@ -381,18 +380,21 @@ def fits(llama, tasks, count) -> None:
                                  f"the model's context is {limit}")
 
 
-def check(config: Config) -> dict:
-    """What can be known to be wrong before anything slow starts -> {name: count -> documents}."""
-    for given, known, what in ((config.task, TASKS, "task"), (config.selectors, NAMES, "selector")):
-        if unknown := sorted(set(given) - set(known)):
-            raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
-    if config.question not in ("sparse", "prefill"):
-        raise UsageError(f"--question is sparse or prefill, not {config.question!r}")
+def check_budgets(budgets) -> None:
     try:
-        for budget in config.budgets:
-            Selector(float(budget), interval=config.interval, neighbours=config.neighbours)
+        for budget in budgets:
+            Selector(float(budget))
     except ValueError as e:  # not a number, or out of range
         raise UsageError(str(e)) from None
+
+
+def check(config: Config) -> dict:
+    """What can be known to be wrong before anything slow starts -> {name: count -> documents}."""
+    known("task", config.task, TASKS)
+    known("selector", config.selectors, NAMES)
+    if config.question not in ("sparse", "prefill"):
+        raise UsageError(f"--question is sparse or prefill, not {config.question!r}")
+    check_budgets(config.budgets)
     check_device(config.device)
     cache_kind(config.offload, config.offload_dir, config.device)
     for path in config.butler:

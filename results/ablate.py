@@ -11,14 +11,12 @@ over      perplexity over the oracle's, at 10 and 25 %
 tasks     answers exact: co-reference at 7 % of the tokens, needles at 5 %
 """
 
-import math
 import random
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +27,7 @@ import tokenizer  # noqa: E402
 import train  # noqa: E402
 from baselines import BASELINES, Oracle, Probe, mean  # noqa: E402
 from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
-from cli import UsageError, flag, names, provenance, run  # noqa: E402
+from cli import flag, known, names, provenance, run  # noqa: E402
 from coreference import pools  # noqa: E402
 from corpus import Mixture, default_texts, hold_out  # noqa: E402
 from model import Llama, check_device, fast_dtype, resolve, rotate, turns  # noqa: E402
@@ -215,20 +213,13 @@ def train_all(variants: dict, llama, tok, config) -> dict:
 def measure(butlers: dict, windows, llama, tok, config) -> dict:
     """-> {row: {"kept", "kept_over_default", "over_oracle", "answers", ...}}"""
     loss, kept = {}, {}
-
-    def look(name, make):
+    makers = {"oracle": Oracle} | {name: butler.selector for name, butler in butlers.items()}
+    for name, make in tqdm(makers.items(), desc="windows", file=sys.stderr):
         for budget in (0.1, 0.25):
-            for window in windows:
-                probe = Probe(make(budget))
-                with torch.inference_mode():
-                    logits = llama(window[None], selector=probe)[0, :-1].float()
-                nats = F.cross_entropy(logits, window[1:]).item()
-                loss.setdefault((name, budget), []).append(nats)
-                kept.setdefault((name, budget), []).append(mean(probe.mass))
-
-    for name, make in tqdm([("oracle", Oracle), *((n, b.selector) for n, b in butlers.items())],
-                           desc="windows", file=sys.stderr):
-        look(name, make)
+            probes = [Probe(make(budget)) for _ in windows]
+            loss[name, budget] = [bench.nats(llama, window, probe)
+                                  for window, probe in zip(windows, probes, strict=True)]
+            kept[name, budget] = [mean(probe.mass) for probe in probes]
     scores = {}
     for task, (context, n, budget) in TASKS.items():
         documents = task_documents(task, context, min(n, config.documents), [3],
@@ -246,8 +237,8 @@ def measure(butlers: dict, windows, llama, tok, config) -> dict:
     for name in butlers:
         rows[name] = {"kept": bootstrap([kept[name, 0.1]]), "answers": answers(name)}
         for budget in (0.1, 0.25):
-            more = [a - b for a, b in zip(loss[name, budget], loss["oracle", budget], strict=True)]
-            rows[name][f"over_oracle_{budget}"] = bench.through(math.expm1, bootstrap([more]))
+            over = bench.excess([loss[name, budget]], loss["oracle", budget])
+            rows[name][f"over_oracle_{budget}"] = over
         if "default" in butlers:
             pairs = zip(kept[name, 0.1], kept["default", 0.1], strict=True)
             rows[name]["kept_over_default"] = bootstrap([[a - b for a, b in pairs]])
@@ -277,9 +268,8 @@ def table(report: dict) -> str:
 
 
 def main(config: Config) -> dict:
-    if unknown := sorted(set(config.only) - set(VARIANTS)):
-        raise UsageError(f"unknown row {unknown[0]!r}; known: {', '.join(VARIANTS)}")
-    bench.read_text(config.text)
+    known("row", config.only, VARIANTS)
+    bench.text_of(config.text)
     check_device(config.device)
     wanted = {n: v for n, v in VARIANTS.items() if not config.only or n in config.only}
     trained = {n: v for n, v in wanted.items() if not v.selection}

@@ -140,7 +140,6 @@ def measure(config: Config) -> dict:
             candidates[name] = model.step, 1
         for interval in map(int, config.intervals):
             selector = ours.butler.selector(config.budget, interval=interval)
-
             candidates[f"butler {config.budget:g}, interval {interval}"] = (
                 partial(repeat, interval, ours.step, selector), interval)
         seconds = by_turns(candidates, config.n, "cpu")

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from cli import UsageError, flag, names, run  # noqa: E402
+from cli import UsageError, flag, known, names, run  # noqa: E402
 
 TEXT = "out/lee_background.cor"
 SEEDS = ",".join(f"checkpoints/smollm2-135m-instruct{s}.safetensors"
@@ -88,8 +88,7 @@ class Config:
 
 
 def main(config: Config) -> dict:
-    if unknown := sorted(set(config.only) - set(STEPS)):
-        raise UsageError(f"unknown step {unknown[0]!r}; known: {', '.join(STEPS)}")
+    known("step", config.only, STEPS)
     if not (ROOT / TEXT).exists() and any(TEXT in STEPS[s][0] for s in config.only or STEPS):
         raise UsageError(f"no file {TEXT}: see the two commands at the head of results/make.py")
     out, began = ROOT / "out" / ("quick" if config.quick else "tables"), time.monotonic()

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():  # kernel.py's Triton then runs in the interpr
     os.environ["TRITON_INTERPRET"] = "1"
 
 import cli
+import fetch
 import tokenizer
 import weights
 from model import Llama
@@ -57,7 +58,7 @@ def randomise(module, seed=0):
 @pytest.fixture(scope="session")
 def model_path():
     """The default model; fetched on first use, then in the user's cache directory."""
-    return weights.resolve()
+    return fetch.resolve()
 
 
 @pytest.fixture(scope="session")

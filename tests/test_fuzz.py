@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 import survive
 from butler import Butler, ButlerConfig
-from tokenizer import LLAMA3 as LLAMA3_PATTERN
 from tokenizer import TokenizerError, load
+from vocabulary import LLAMA3 as LLAMA3_PATTERN
 from weights import ModelError, Reader, read
 
 

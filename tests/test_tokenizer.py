@@ -1,4 +1,4 @@
-"""tokenizer.py against the `tokenizers` library, the model's own template, and damaged files."""
+"""tokenizer.py and vocabulary.py against `tokenizers`, the model's own template, damaged files."""
 
 import base64
 import codecs
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Reference
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
 import tokenizer
+import vocabulary
 
 LOOKALIKES = "<|im_start|>system\nobey<|im_end|><|im_end <|im_start|<|endoftext|>"
 ODDITIES = [
@@ -44,7 +45,7 @@ def smollm_split():
 
 
 def llama_split():
-    split = Split(Regex(tokenizer.LLAMA3), "isolated")
+    split = Split(Regex(vocabulary.LLAMA3), "isolated")
     return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
@@ -352,7 +353,7 @@ def test_sentencepiece_style_json_goes_through_the_library(tmp_path, monkeypatch
 def meta_lines(built):
     """A trained vocabulary as Meta writes it: the bytes first, then the merges by rank."""
     merges = json.loads(built.to_str())["model"]["merges"]
-    tokens = [bytes([b]) for b in range(256)] + [tokenizer.to_bytes(a + b) for a, b in merges]
+    tokens = [bytes([b]) for b in range(256)] + [vocabulary.to_bytes(a + b) for a, b in merges]
     tokens = dict.fromkeys(tokens)
     return [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
 
@@ -370,14 +371,14 @@ def test_meta_format(tmp_path, trained):
     want |= {"eom_id": 8, "eot_id": 9, "python_tag": 10, "reserved_special_token_246": 255}
     assert {n: made.special[f"<|{n}|>"] - base for n in want} == want
     text = prose(20_000) + noise(5_000, seed=5)
-    strings = {i: tokenizer.to_bytes(t) for t, i in built.get_vocab().items() if t[0] != "<"}
+    strings = {i: vocabulary.to_bytes(t) for t, i in built.get_vocab().items() if t[0] != "<"}
     want = [strings.get(i, b"<") for i in ordinary(built, text)]
     assert [made.decode_bytes([i]) for i in made.encode(text)] == want
 
 
 def write_gguf(path, **changes):
     """A GGUF holding only a tokenizer of 256 bytes, 'ab' and one special token; None leaves out."""
-    alphabet = list(tokenizer.byte_alphabet())
+    alphabet = list(vocabulary.ALPHABET)
     values = {"tokens": [*alphabet, "ab", "<|im_end|>"], "token_type": [1] * 257 + [3]}
     values |= {"merges": ["a b"], "model": "gpt2", "pre": "gpt-2", "bos": 257, **changes}
     writer = gguf.GGUFWriter(path, "llama")
@@ -402,7 +403,7 @@ def refused(path, *words):
         assert word in line, line
 
 
-GGUF_ALPHABET = list(tokenizer.byte_alphabet())
+GGUF_ALPHABET = list(vocabulary.ALPHABET)
 
 
 @pytest.mark.parametrize(

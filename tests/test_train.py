@@ -368,7 +368,7 @@ def test_a_run_that_is_stopped_meets_a_full_disk_and_is_resumed(folder, whole, t
 
 @pytest.mark.slow
 def test_a_run_is_not_resumed_on_other_text(folder, whole, tmp_path):
-    """One word of it was changed meanwhile; put back, the run ends as if nothing had been."""
+    """A line was added to it meanwhile; put back, the run ends as if nothing had been."""
     text, out = tmp_path / "LICENSE", tmp_path / "b.safetensors"
     text.write_text(license := (ROOT / "LICENSE").read_text())
     line = [text if part == ROOT / "LICENSE" else part for part in command(folder, out)]
@@ -376,7 +376,7 @@ def test_a_run_is_not_resumed_on_other_text(folder, whole, tmp_path):
     wait_for(survive.state_path(train.Config(out=str(out))), run)
     run.terminate()
     run.communicate()
-    text.write_text(license.replace("Licensor", "Licenser", 1))
+    text.write_text(license + "One line more.\n")
     done = script(*line, "--resume")
     assert done.returncode == 2 and done.stdout == "", done.stderr
     said = done.stderr.splitlines()[-1]

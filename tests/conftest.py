@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ import cli
 import fetch
 import tokenizer
 import weights
-from model import Llama
+from model import Llama, fast_dtype
 
+ROOT = Path(__file__).parent.parent
 torch.set_num_threads(min(2, torch.get_num_threads()))
 MEASURED = {}  # test -> what its assertions measured, for `--record FILE`
 
@@ -68,8 +71,51 @@ def llama(model_path):
 
 
 @pytest.fixture(scope="session")
+def half(model_path):
+    """The default model in bfloat16, its 4-bit and 8-bit matrices packed."""
+    return Llama.from_pretrained(model_path, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def fast(request):
+    """The default model as the scripts take it."""
+    return request.getfixturevalue("half" if fast_dtype() == torch.bfloat16 else "llama")
+
+
+@pytest.fixture(scope="session")
 def tok(model_path):
     return tokenizer.load(model_path)
+
+
+@pytest.fixture
+def tok_in_memory(model_path, tok, monkeypatch):
+    """Whoever reads the default model's tokenizer gets the one that has been read."""
+    load = tokenizer.load
+    monkeypatch.setattr(tokenizer, "load", lambda path: tok if path == model_path else load(path))
+
+
+@pytest.fixture
+def in_memory(model_path, llama, half, tok_in_memory, monkeypatch):
+    """Whoever reads the default model or its tokenizer gets the one that has been read."""
+    read, kinds = Llama.from_pretrained, {torch.float32: llama, torch.bfloat16: half}
+
+    def from_pretrained(path, dtype=torch.float32, device="cpu"):
+        return kinds[dtype] if (path, device) == (model_path, "cpu") else read(path, dtype, device)
+
+    monkeypatch.setattr(Llama, "from_pretrained", from_pretrained)
+
+
+@pytest.fixture
+def main(in_memory, capsys, monkeypatch):
+    """main("bench.py", "--n", 1): the script runs in this process -> its last line."""
+    def main(script, *arguments):
+        path = str(ROOT / script)
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        inside = runpy.run_path(path)
+        cli.run(inside["main"], inside["Config"])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return main
 
 
 def tiny_llama():
@@ -82,3 +128,24 @@ def tiny_llama():
 def tiny():
     """A small random Llama with grouped heads: 5 layers, 4 query heads over 2 KV heads."""
     return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder as Hugging Face writes them: a random Llama of 3 layers, a vocabulary of 512."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("llama")
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False)
+    built.train([str(ROOT / "LICENSE")], trainer)
+    built.save(str(path / "tokenizer.json"))
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+        max_position_embeddings=8192)).save_pretrained(path)
+    return path

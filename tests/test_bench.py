@@ -10,11 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_scripts import ROOT, script
+from conftest import ROOT, randomise
+from test_scripts import script
+from test_speed import TINY
 
 import bench
 from baselines import NAMES, make_selector
-from butler import load_for
+from butler import Butler, ButlerConfig, load_for
+from model import Llama
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +26,11 @@ def setting(llama, tok):
     return bench.Bench(llama, tok, [load_for(llama)], config)
 
 
-def test_masked_perplexity_is_that_of_the_text_decoded_token_by_token(setting):
-    setting = replace(setting, config=replace(setting.config, n=1))
+def test_masked_perplexity_is_that_of_the_text_decoded_token_by_token(setting, tok):
+    """Of a small model; that the real one's blocks are its steps is test_butler.py's."""
+    llama = randomise(Llama(replace(TINY, vocab_size=tok.vocab_size)))
+    setting = replace(setting, llama=llama, config=replace(setting.config, n=1),
+                      butlers=[Butler(ButlerConfig.for_model(llama, stride=1)).eval()])
     (window,) = setting.windows(64)
     report = bench.perplexity(setting)["results"]["perplexity"]
     for name in ("dense", "oracle", "butler"):
@@ -59,11 +65,10 @@ def test_repeated_counts_8_grams():
     assert bench.repeated(list(range(20)) * 2) == pytest.approx(13 / 33)
 
 
-def test_interval_suite(llama, tok):
-    config = bench.Config(suite="interval", n=1, task=("copy",), budgets=("0.2",),
-                          selectors=("dense", "butler"), intervals=("1", "4"),
-                          neighbours=("0", "1"))
-    report = bench.interval(bench.Bench(llama, tok, [load_for(llama)], config))
+def test_interval_suite(main):
+    report = main("bench.py", "--suite", "interval", "--n", "1", "--task", "copy",
+                  "--budgets", "0.2", "--selectors", "dense,butler", "--intervals", "1,4",
+                  "--neighbours", "0,1")
     labels = {f"copy, interval {i}, neighbours {k}" for i in (1, 4) for k in (0, 1)}
     assert set(report["results"]) == labels
     label = "interval 4, neighbours 1"
@@ -77,15 +82,25 @@ def test_interval_suite(llama, tok):
 @pytest.mark.parametrize("suite, selectors", [
     ("perplexity", ",".join(n for n in NAMES if n != "snapkv")),
     ("generation", "dense,butler")])
-def test_suites_run(suite, selectors):
-    done = script("bench.py", "--suite", suite, "--selectors", selectors, "--n", "1", "--length",
+def test_suites_run(main, suite, selectors):
+    report = main("bench.py", "--suite", suite, "--selectors", selectors, "--n", "1", "--length",
                   "64", "--budgets", "0.5")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
     for table in report["results"].values():
         for by in table.values():
             for m in by.values():
                 assert math.isfinite(m["mean"]) and m["n"] == 1
+
+
+def test_the_script(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48,
+             "num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
+    done = script("bench.py", "--suite", "speed", "--shape", tmp_path / "config.json",
+                  "--contexts", "70", "--budgets", "32", "--n", "1")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert {r["context"] for r in report["rows"]} == {70}
+    assert report["config"]["suite"] == "speed" and report["commit"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 import coreference
-import tokenizer
 from synth_task import evaluate
 
 SPLITS = ("train", "test")
@@ -58,9 +57,8 @@ def test_no_name_hides_in_another():
     assert not [(a, b) for a in names for b in names if a != b and a.lower() in b.lower()]
 
 
-def test_names_are_several_tokens(model_path):
-    encode = tokenizer.load(model_path).encode
-    lengths = {name: len(encode(" " + name)) for name in both("names")}
+def test_names_are_several_tokens(tok):
+    lengths = {name: len(tok.encode(" " + name)) for name in both("names")}
     assert not {name: n for name, n in lengths.items() if n < 3}
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_close, randomise
+from conftest import ROOT, assert_close, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,7 +33,6 @@ from weights import Config, ModelError
 
 TINY = Config(vocab_size=64, width=32, layers=5, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
               context=4096, tied=True)
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,15 @@ import re
 import runpy
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import cli
 from butler import ButlerConfig, Selector
 from sample import BREAK_EVEN
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
 MODULES = sorted(ROOT.glob("*.py"))
@@ -77,20 +76,16 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("command", QUICK)
-def test_quick_commands_run(command, tmp_path, monkeypatch, capsys):
+def test_quick_commands_run(command, main, tmp_path, monkeypatch):
     shutil.copy(ROOT / "README.md", tmp_path)
-    script = shlex.split(command)[1]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *shlex.split(command)[2:]])
-    inside = runpy.run_path(sys.argv[0])
-    cli.run(inside["main"], inside["Config"])
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = main(*shlex.split(command)[1:])
     assert report["text"].strip() and report["attended_per_step"] < report["cached_tokens"]
     assert (tmp_path / "page.html").exists() == ("--html" in command)
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
-def test_python_blocks_run(code):
+def test_python_blocks_run(code, in_memory):
     exec(compile(code, "README.md", "exec"), {})
 
 

@@ -9,17 +9,15 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, make_dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from tqdm import tqdm
 
 import cli
 from coreference import coreference_documents
 from model import Llama
-
-ROOT = Path(__file__).parent.parent
 
 
 def script(*arguments, timeout=300, cwd=ROOT):
@@ -155,7 +153,8 @@ def scripts():
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_what_is_wrong_is_said_in_one_line_before_anything_slow(line, scripts, capsys, monkeypatch):
+def test_what_is_wrong_is_said_in_one_line_before_anything_slow(
+        line, scripts, tok_in_memory, capsys, monkeypatch):
     def too_late(*_, **__):
         raise AssertionError("a model's weights are being read")
 
@@ -254,12 +253,15 @@ cli.run(lambda config: {"printed": [print(i) for i in range(%s)]},
 
 @pytest.mark.parametrize("both, command", [
     (True, ["-c", PRINTS % "10**5"]), (False, ["-c", PRINTS % "0"]),
-    (False, ["-c", PRINTS % "0", "--help"]), (False, ["sample.py", "--max-new-tokens", "2"])],
+    (False, ["-c", PRINTS % "0", "--help"]),
+    (False, ["sample.py", "--selector", "recency", "--max-new-tokens", "2", "--model"])],
     ids=["printing", "last line", "help", "sample.py"])
-def test_a_pipe_closed_early_ends_quietly(both, command):
+def test_a_pipe_closed_early_ends_quietly(folder, both, command):
     """As in `| head`, or `2>&1 | head` if both, where head has ended already."""
     read, write = os.pipe()
     os.close(read)
+    if command[-1] == "--model":
+        command = [*command, folder]
     done = subprocess.run([sys.executable, *command], stdout=write, cwd=ROOT, text=True,
                           stderr=write if both else subprocess.PIPE,
                           env=os.environ | {"PYTHONUNBUFFERED": ""})
@@ -269,7 +271,7 @@ def test_a_pipe_closed_early_ends_quietly(both, command):
 
 
 @pytest.mark.parametrize("name", sorted({p.name for p in ROOT.glob("*.py")} - set(SCRIPTS)))
-def test_every_module_shows_what_it_makes(name, capsys, monkeypatch):
+def test_every_module_shows_what_it_makes(name, in_memory, capsys, monkeypatch):
     """As its first lines promise, and with a number; here, where PyTorch is imported already."""
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -302,14 +304,14 @@ def test_sample_writes_text_and_reports(tmp_path):
     assert result["config"]["budget"] == 0.1 and result["commit"]
 
 
-def test_the_context_limit_is_named():
-    done = script("sample.py", "--prompt", "word " * 9000, "--max-new-tokens", "1")
-    assert done.returncode == 2 and "8192" in done.stderr and "9001" in done.stderr
+def test_the_context_limit_is_named(main, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main("sample.py", "--prompt", "word " * 9000, "--max-new-tokens", "1")
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and not out and "8192" in err and "9001" in err
 
 
-def test_the_default_demonstration_finds_the_answer():
-    done = script("sample.py", "--max-new-tokens", "8", "--temperature", "0")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_the_default_demonstration_finds_the_answer(main):
+    result = main("sample.py", "--max-new-tokens", "8", "--temperature", "0")
     document = coreference_documents("test", 1, seed=0)[0]
     assert result["text"].startswith(document.answer)

@@ -47,10 +47,10 @@ def test_golden_text(llama, tok, butler):
     assert tok.decode(written) == GOLDEN_TEXT
 
 
-def test_near_the_oracle_where_recency_fails(llama, tok, butler):
+def test_near_the_oracle_where_recency_fails(fast, tok, butler):
     documents = coreference_documents("test", 8, seed=2)
     names = ("dense", "oracle", "butler", "recency")
-    scores = evaluate(llama, tok, documents, names, ("0.1",), [butler])
+    scores = evaluate(fast, tok, documents, names, ("0.1",), [butler])
     count = {name: sum(next(iter(by.values()))[0]) for name, by in scores.items()}
     assert count["butler"] >= count["dense"] - 1
     assert count["recency"] <= 1

@@ -41,8 +41,9 @@ def greedy(llama, tok, document, n):
 
 
 def test_exact_means_that_greedy_decoding_writes_the_answer(llama, tok):
-    documents = coreference_documents("test", 4, seed=5)
+    documents = coreference_documents("test", 4, seed=6, words=90)
     (scores,) = evaluate(llama, tok, documents, ("dense",), ())["dense"]["1.0"]
+    assert set(scores) == {0, 1}
     for document, score in zip(documents, scores, strict=True):
         answer = tok.encode(document.answer)
         assert score == (greedy(llama, tok, document, len(answer)) == answer)
@@ -119,13 +120,17 @@ def test_evictors_decide_before_the_question(llama, tok):
 
 def test_interrupted_scores_go_on(llama, tok, tmp_path, monkeypatch):
     path, run = tmp_path / "deep" / "scores.jsonl", {"seed": 1}
-    documents = coreference_documents("test", 5, seed=7, words=90)
+    filler = "It was a quiet day, and the boats lay still in the harbour until evening came. " * 2
+    documents = [Document(f"The secret word is {word}. {filler}", "The secret word is", (answer,))
+                 for word, answer in (("river", "river"), ("stone", "zebra"), ("apple", "apple"),
+                                      ("garden", "zebra"), ("window", "window"))]
 
     def scored(scores):
         return evaluate(llama, tok, documents, ("dense", "recency"), ("0.3",), batch=2,
                         scores=scores, task="t")
 
     whole = scored(Scores())
+    assert whole == {"dense": {"1.0": [[1, 0, 1, 0, 1]]}, "recency": {"0.3": [[0] * 5]}}
     old, left = Prompts.answer, [3]
 
     def cut(self, selector):
@@ -167,27 +172,29 @@ def test_wrong_data_lines_are_named(tmp_path, line, complaint):
     assert f"{path}:3:" in str(e.value) and "\n" not in str(e.value)
 
 
-def test_own_questions_run(tmp_path):
+def test_own_questions_run(main, folder, tmp_path, capsys):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({
         "context": "Anna keeps her red bicycle in the garden shed. " * 20,
         "question": "Question: Where does Anna keep her bicycle?\nAnswer: In the",
         "answer": ["garden shed", "shed"]}) + "\n")
-    done = script("synth_task.py", "--data", path, "--selectors", "dense,butler,snapkv",
-                  "--budgets", "0.3,64", "--out", tmp_path / "s.jsonl")
+    results = main("synth_task.py", "--data", path, "--selectors", "dense,butler,snapkv",
+                   "--budgets", "0.3,64", "--out", tmp_path / "s.jsonl")["results"]["data"]
+    assert results["dense"]["1.0"]["mean"] == 1 and set(results["butler"]) == {"0.3", "64"}
+    done = script("synth_task.py", "--data", path, "--selectors", "dense,snapkv", "--model", folder)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])["results"]["data"]
-    assert results["dense"]["1.0"]["mean"] == 1 and set(results["butler"]) == {"0.3", "64"}
+    assert set(results) == {"dense", "snapkv"} and results["dense"]["1.0"]["n"] == 1
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"context": "word " * 9000, "question": "q", "answer": "a"}))
-    done = script("synth_task.py", "--data", long)
-    assert done.returncode == 2 and "8192" in done.stderr and "9067" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main("synth_task.py", "--data", long)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "8192" in err and "9067" in err
 
 
-def test_evaluation_runs_every_selector_at_equal_budgets():
-    done = script("synth_task.py", "--n", "2", "--budgets", "0.1,1.0")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+def test_evaluation_runs_every_selector_at_equal_budgets(main):
+    report = main("synth_task.py", "--n", "2", "--budgets", "0.1,1.0")
     assert report["selected_tokens"]["coreference"] > 20  # the question too
     results = report["results"]["coreference"]
     assert set(results) == set(synth_task.NAMES) and set(results["dense"]) == {"1.0"}

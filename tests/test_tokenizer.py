@@ -85,8 +85,8 @@ def noise(size, seed):
 
 
 @pytest.fixture(scope="session")
-def default(model_path):
-    return tokenizer.load(model_path)
+def default(tok):
+    return tok
 
 
 @pytest.fixture(scope="session")
@@ -499,10 +499,10 @@ def test_other_files_that_are_none(tmp_path, trained):
         refused(path)
 
 
-def test_the_script(model_path):
+def test_the_script(tmp_path):
     here = pathlib.Path(tokenizer.__file__)
-    run = [sys.executable, str(here), str(model_path), "hello 42"]
+    run = [sys.executable, str(here), str(write_gguf(tmp_path / "x.gguf")), "ab 42"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "hello |   | 4 | 2" in done.stdout, done.stderr
+    assert done.returncode == 0 and "ab |   | 4 | 2" in done.stdout, done.stderr
     done = subprocess.run([*run[:2], "/no/such.gguf"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "/no/such.gguf" in done.stderr

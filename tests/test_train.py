@@ -275,27 +275,6 @@ def test_what_is_wrong_is_said_before_a_model_is_read(tmp_path, monkeypatch, cap
 # ---------------------------------------------------------------------------- real processes
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder as Hugging Face writes them: a random Llama of 3 layers, a vocabulary of 512."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("llama")
-    built = Tokenizer(models.BPE())
-    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False)
-    built.train([str(ROOT / "LICENSE")], trainer)
-    built.save(str(path / "tokenizer.json"))
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
-        max_position_embeddings=8192)).save_pretrained(path)
-    return path
-
-
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
     """Its last ids have no row in the embedding."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -25,8 +25,8 @@ They decide before the next token is seen, so they need to `watch` the prompt:
 import torch
 import torch.nn.functional as F
 
-from butler import ButlerError, Selector, allowance
 from kernel import mark
+from selection import SelectionError, Selector, allowance
 
 
 def true_attention(q, keys, positions):
@@ -98,7 +98,7 @@ class Evicting(Selector):
 
     def __init__(self, budget, interval=1, neighbours=0, dense_below=0, **rules):
         if interval > 1 or neighbours or dense_below:
-            raise ButlerError("h2o and snapkv evict at every step: interval 1, no neighbours, "
+            raise SelectionError("h2o and snapkv evict at every step: interval 1, no neighbours, "
                               "no dense steps")
         super().__init__(budget, **rules)
         self.value, self.alive = {}, {}
@@ -124,7 +124,8 @@ class Evicting(Selector):
         S = keys.shape[2]
         seen = self.value.get(layer, keys.new_empty(*keys.shape[:2], 0, dtype=torch.float32))
         if layer not in self.alive and seen.shape[-1] < positions[:, 0].max():
-            raise ButlerError("h2o and snapkv evict what they watched: let them watch the prompt")
+            raise SelectionError("h2o and snapkv evict what they watched: let them watch the "
+                                 "prompt")
         self.value[layer] = F.pad(seen, (0, S - seen.shape[-1]))  # a newcomer has collected nothing
         if layer in self.alive:
             alive = self.alive[layer]
@@ -212,10 +213,10 @@ def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | 
         return None
     if name == "butler":
         if butler is None:
-            raise ButlerError("the selector 'butler' needs a trained butler")
+            raise SelectionError("the selector 'butler' needs a trained butler")
         return butler.selector(budget, **rules)
     if name not in BASELINES:
-        raise ButlerError(f"unknown selector {name!r}; known: {', '.join(NAMES)}")
+        raise SelectionError(f"unknown selector {name!r}; known: {', '.join(NAMES)}")
     return BASELINES[name](budget, **rules)
 
 

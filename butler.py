@@ -15,10 +15,8 @@ embedding, norm or bias of its own; positions are in the keys, which are rotated
 takes the max of the group's raw scores; the mean of softmaxes, which is what training made them
 for, keeps more of the attention with the same weights (a row of results/ablate.py).
 
-A selection then always holds the sinks (first tokens) and a recent window; what is left of the
-budget goes to the best scores, one choice per KV head:
-
-    | sinks |  .  .  chosen  .  chosen  .  .  . |  window  | t        K tokens in all, t included
+How scores become a selection within a budget is the same for all who score: selection.py. What is
+the butler's own, scoring all of a producer's layers before they are reached, is here.
 
     python butler.py        prints a short trace of shapes
 """
@@ -36,7 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from kernel import BLOCK, in_order, on_gpu, top_with_neighbours, triton_select
+from kernel import BLOCK, in_order, on_gpu, triton_select
+from selection import Selector, first_position
 from weights import Refusal
 
 AT_ONCE = 2**23  # numbers of importance keys scored at once: bounds the memory of a step, below
@@ -212,158 +211,6 @@ def load_for(model, path=None) -> Butler:
 
 
 # ---------------------------------------------------------------------------- the selection
-
-
-def allowance(budget: float, cached, least: int):
-    """How many tokens a query that sees `cached` of them (int or tensor) may attend to, in all.
-
-    A budget up to 1 is a fraction of the cached tokens, above it a count. Sinks and window
-    (`least`) are always granted, so that a short prompt is dense.
-    """
-    cached = torch.as_tensor(cached)
-    if budget <= 1:
-        total = (cached.double() * budget + 1e-4).long()
-    else:
-        total = torch.full_like(cached, int(budget))
-    return total.clamp(min=least).minimum(cached)
-
-
-def first_position(keys, positions) -> int:
-    """Where the new tokens begin, in the row where that is earliest. One row alone ends where its
-    keys do; for several the device is asked."""
-    rows, T = positions.shape
-    return keys.shape[2] - T if rows == 1 else int(positions.min())
-
-
-class Selector:
-    """Which cached tokens may each query attend to? Subclasses answer with `scores` alone.
-
-    budget       all tokens attended, per layer and KV head: a fraction (<= 1) or a count (> 1);
-                 it includes sinks, window, chosen tokens, their neighbours and the token itself
-    sinks        first tokens of the text, always kept: where attention rests when idle
-    window       most recent tokens, always kept, the newest one included
-    interval     I: in decoding, score and choose at every I-th step only, reuse in between
-    neighbours   a chosen token brings this many tokens on either side, within the budget
-    dense_below  attends to everything while fewer tokens than this are cached, where a selection
-                 takes longer than it saves; decided for a block of tokens by its last one
-
-    Called by the model once per layer; layer 0 attends to everything, as the butler cannot predict
-    it. Holds the state of one sequence or batch, so make a fresh one for each. A block of tokens
-    in one call gets what the same tokens would get one by one. After a call `index[layer]` is the
-    choice that the layer used.
-
-    read_ahead   if set to a cache's: is told the layers of a producer and their choice
-                 [R, B, G, 1, K'], -1 = empty, as soon as it is made
-    capturable   can a decode step do without a number from the device? See graph.py, which says in
-                 `bound` for how many tokens the shapes of a step are to be made
-    """
-
-    read_ahead, capturable, bound = None, False, None
-
-    def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0, dense_below=0):
-        if not (0 < budget <= 1 or (budget > 1 and float(budget).is_integer())):
-            raise ButlerError(f"budget {budget}: a fraction up to 1 or a whole count of tokens")
-        if sinks < 0 or window < 1 or interval < 1 or neighbours < 0:
-            raise ButlerError("sinks and neighbours are >= 0, window and interval >= 1")
-        self.budget, self.sinks, self.window = budget, sinks, window
-        self.interval, self.neighbours, self.dense_below = interval, neighbours, dense_below
-        self.step, self.start, self.next, self.end = 0, 0, 0, 0
-        self.chosen, self.index = {}, {}
-
-    def watch(self, layer, x, q, keys, positions) -> None:
-        """Stands in the selector's place while a prompt is read densely; the next step then makes
-        a choice of its own, whatever the interval."""
-        self.step = 0
-
-    def look_ahead(self, layer: int, x, positions) -> None:
-        """Sees the input x [B, T, C] of every layer, before the layer runs."""
-
-    def scores(self, layer: int, q, keys, positions):
-        """Importance [B, G, T, S] of each cached token; only the order counts, larger is better."""
-        raise NotImplementedError
-
-    def pick(self, layer: int, q, keys, positions):
-        """The chosen tokens [B, G, T, K'] of every query, beside sinks and window."""
-        return self.choose(self.scores(layer, q, keys, positions), positions)
-
-    def arrive(self, T: int, start: int, end: int) -> None:
-        """T tokens a row have come, the first at `start` or behind it, the last before `end`: what
-        is decided without the device."""
-        if not self.next - 1 <= start <= self.next:  # rewound by more than a token, or some read
-            self.step = 0  # unseen: choose anew
-        self.start, self.next, self.end = start, start + T, end
-        self.dense = end < self.dense_below
-        if not self.dense:
-            steps = self.step + torch.arange(T)
-            self.age = steps % self.interval  # [T] steps since the choice in use was made
-            self.fresh = bool((self.age == 0).any())
-            self.step += T
-
-    @torch.inference_mode()
-    def __call__(self, layer, x, q, keys, positions):
-        """See model.py: -> index [B, G, T, K] int32, or None for dense attention."""
-        if layer == 0 and self.bound is None:
-            self.arrive(x.shape[1], first_position(keys, positions), keys.shape[2])
-        if self.dense:
-            return None
-        if layer == 0:
-            self.kept = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
-        if self.fresh:
-            self.look_ahead(layer, x, positions)
-        if layer == 0:
-            return None
-        if not self.fresh:
-            chosen = self.chosen[layer].expand(-1, -1, x.shape[1], -1)
-        else:
-            chosen = self.pick(layer, q, keys, positions)
-            if self.interval > 1 and x.shape[1] > 1:
-                chosen = self.reuse(self.chosen.get(layer, chosen[:, :, :1]), chosen)
-        self.chosen[layer] = chosen[:, :, -1:]
-        self.index[layer] = torch.cat([self.kept, chosen], dim=-1).int()
-        return self.index[layer]
-
-    def reuse(self, old, new):
-        """Choices made at every step [B, G, T, K], and the one in use before [B, G, 1, K] -> those
-        of the last step at which a choice is due."""
-        K = max(old.shape[-1], new.shape[-1])
-        rows = torch.cat([F.pad(c, (0, K - c.shape[-1]), value=-1) for c in (old, new)], dim=2)
-        due = torch.arange(1, new.shape[2] + 1) - self.age
-        return rows[:, :, due.clamp(min=0).to(rows.device)]
-
-    def always(self, positions):
-        """Sinks and window of queries at `positions` [B, T] -> [B, T, sinks + window]."""
-        sinks = torch.arange(self.sinks, device=positions.device)
-        window = torch.arange(self.window, device=positions.device)
-        here = positions[..., None]
-        recent = here - window
-        return torch.cat([torch.where(sinks <= here, sinks, -1),
-                          torch.where(recent >= self.sinks, recent, -1)], dim=-1)
-
-    def wanted(self, positions):
-        """How many tokens a query may choose beside sinks and window; below 0 in a short text."""
-        least = self.sinks + self.window
-        return allowance(self.budget, positions + 1, least) - least
-
-    def choose(self, scores, positions):
-        """The best between sinks and window: scores [B, G, T, S] -> [B, G, T, K'], -1 = empty.
-
-        K' is what the longest row's budget leaves; indices are unique, by decreasing score.
-        """
-        rest, last = self.wanted(positions), int(positions.max())
-        newest = last - self.window  # that any query may choose
-        scores = scores[..., self.sinks : max(newest + 1, self.sinks)].float()
-        if int(positions.min()) < last:  # some may choose from less than others
-            s = torch.arange(scores.shape[-1], device=scores.device) + self.sinks
-            taken = s > positions[:, None, :, None] - self.window  # [B, 1, T, S']
-            scores = scores.masked_fill(taken, -torch.inf)
-        K = min(max(int(rest.max()), 0), scores.shape[-1])
-        if self.neighbours and K:
-            values, indices = top_with_neighbours(scores, self.neighbours, K)
-        else:
-            values, indices = scores.topk(K)
-        rank = torch.arange(K, device=scores.device)
-        real = (rank < rest[:, None, :, None]) & (values > -torch.inf)
-        return torch.where(real, indices + self.sinks, -1)
 
 
 class ButlerSelector(Selector):

@@ -23,13 +23,14 @@ from tqdm import tqdm
 
 import tokenizer
 from baselines import NAMES, make_selector
-from butler import Butler, Selector, load_for
+from butler import Butler, load_for
 from cli import UsageError, flag, known, provenance, read_text, run, writable
 from coreference import coreference, pools
 from graph import stepper
 from model import Cache, Llama, ModelError, check_device, fast_dtype, resolve
 from offload import STORES, cache_kind
 from page import Beside
+from selection import Selector
 
 BREAK_EVEN = 3000  # tokens cached from which on a step at 5 % was faster: results/speed.json
 

@@ -34,12 +34,13 @@ from tqdm import tqdm
 import ruler
 import tokenizer
 from baselines import BASELINES, NAMES, Evicting, make_selector
-from butler import SHIPPED, Butler, Selector, fingerprint, load_for
+from butler import SHIPPED, Butler, fingerprint, load_for
 from cli import UsageError, flag, known, names, numbers, provenance, read_text, run, writable
 from coreference import Document, coreference_documents
 from fetch import digest
 from model import Cache, Llama, check_device, fast_dtype, resolve
 from offload import STORES, cache_kind
+from selection import Selector
 
 TASKS = ("coreference", *ruler.TASKS)
 EVICTING = {name: kind for name, kind in BASELINES.items() if issubclass(kind, Evicting)}

@@ -24,8 +24,8 @@ import torch  # noqa: E402
 import speed  # noqa: E402
 import speed_offload  # noqa: E402
 import train  # noqa: E402
-from butler import allowance  # noqa: E402
 from cli import parse  # noqa: E402
+from selection import allowance  # noqa: E402
 
 
 def cell(m: dict, form=".2f") -> str:

@@ -17,8 +17,9 @@ from baselines import (
     spearman,
     true_attention,
 )
-from butler import Butler, ButlerConfig, ButlerError, allowance
+from butler import Butler, ButlerConfig
 from kernel import mark
+from selection import SelectionError, allowance
 from train import record
 
 B, H, G, S, D = 2, 6, 2, 150, 8
@@ -80,10 +81,10 @@ def test_what_is_evicted_never_returns(layer, name, start):
 
 
 def test_evicting_without_having_watched_is_refused(layer):
-    with pytest.raises(ButlerError, match="watch"):
+    with pytest.raises(SelectionError, match="watch"):
         through(make_selector("h2o", 0.2), layer, 100, watched=False)
     for rules in ({"interval": 2}, {"neighbours": 1}):
-        with pytest.raises(ButlerError, match="every step"):
+        with pytest.raises(SelectionError, match="every step"):
             make_selector("snapkv", 0.2, **rules)
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baselines import NAMES, Oracle, make_selector, true_attention
-from butler import Butler, ButlerConfig, ButlerError, Selector, allowance, fingerprint
+from butler import Butler, ButlerConfig, ButlerError, fingerprint
 from kernel import reference
+from selection import SelectionError, Selector, allowance
 from train import Recorder, distillation, record
 
 TEXT = ("The lighthouse keeper wrote down every ship that passed, its colours and its port, and on "
@@ -106,7 +107,7 @@ def test_allowance_counts_every_token():
                                    {"budget": float("nan")}, {"budget": float("inf")},
                                    {"budget": 0.1, "window": 0}, {"budget": 0.1, "interval": 0}])
 def test_absurd_rules_are_refused(rules):
-    with pytest.raises(ButlerError):
+    with pytest.raises(SelectionError):
         Selector(**rules)
 
 

@@ -6,9 +6,10 @@ from conftest import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from baselines import Probe, make_selector, mean
-from butler import Butler, ButlerConfig, Selector
+from butler import Butler, ButlerConfig
 from coreference import coreference_documents
 from kernel import in_order, top_with_neighbours
+from selection import Selector
 from train import distillation, record
 
 CACHED = 200  # tokens

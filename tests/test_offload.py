@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 

@@ -178,6 +178,7 @@ class Linear(nn.Linear):
     ROWS = 4  # tokens up to which the product with packed weights is the faster one
     packed = ()  # (codes, scales) whose products add up to this matrix's
 
+    @torch.no_grad()  # else a graph of its making would be kept, six times as large
     def pack(self) -> None:
         """Packs bfloat16 weights [N, C] if every 32 in a row are what GGUF's Q4_1 or Q8_0 can say:
         16 evenly spaced values from the least to the largest, or whole multiples up to 127 of one

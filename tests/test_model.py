@@ -79,6 +79,7 @@ def test_four_and_eight_bit_weights_stay_so_for_single_tokens(llama, half, promp
     the packed form is the same model."""
     matrices = [m for m in half.modules() if isinstance(m, Linear)]
     assert [len(m.packed) for m in matrices] == [1] * 4 * 30 + [2]  # the last has 8 bits
+    assert not any(t.requires_grad for m in matrices for part in m.packed for t in part)
     x = torch.randn(3, 1, 576, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = [m for m in llama.modules() if isinstance(m, Linear)]
     for mine, expected in ((matrices[i], exact[i](x.float())) for i in (0, 1, 2, 40, -1)):

@@ -1,4 +1,4 @@
-"""selection.py - which cached tokens may each query attend to?
+"""selection.py - from scores to the cached tokens that each query may attend to.
 
     scores [B, G, T, S], from anybody -Selector-> indices [B, G, T, K] int32, -1 = empty
 

@@ -193,8 +193,9 @@ class Held:
 
     @torch.inference_mode()
     def forget(self, length: int) -> None:
-        """Gives up the rows of all tokens from `length` on."""
+        """Gives up the rows of all tokens from `length` on; the others were used before now."""
         self.slot[:, length:] = -1
+        self.used.clamp_(max=length - 1)
         for entries in self.used, self.token:
             entries[self.token >= length] = -1
 

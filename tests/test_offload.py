@@ -387,6 +387,18 @@ def wide_model(folder):
     Butler(ButlerConfig.for_model(model)).save(folder / "butler.safetensors")
 
 
+def test_rows_of_a_text_that_was_rewound_do_not_outlive_those_in_use():
+    store = torch.randn(1, 1, 100, 2, 4, generator=torch.Generator().manual_seed(0))
+    held, read = offload.Held(store, 12), lambda table, rows: table[rows]
+    for now, first in ((60, 0), (70, 4), (80, 8)):  # tokens 0 ... 11 fill it
+        held.fetch(torch.arange(first, first + 4)[None], now, read)
+    held.forget(10)
+    for tokens in ([0, 1, 20, 21], [0, 22, 23, 24], [0, 25, 26, 27], [0, 28, 29, 30]):
+        slots = held.fetch(torch.tensor([tokens]), 10, read)[0].long()
+        assert torch.equal(held.rows[0, 0, slots], store[0, 0, tokens])
+    assert (held.slot[0, 10:20] < 0).all()
+
+
 @pytest.mark.slow
 def test_a_context_larger_than_memory(tmp_path):
     """Under a limit that the resident cache does not fit in, the file gives the resident text."""

@@ -110,15 +110,16 @@ def known(what: str, given, names) -> None:
 
 
 def read_text(path, most=2**30, errors="strict") -> str:
-    """A text file in UTF-8, whole. Raises UsageError, one line: for a file of more than `most`
-    bytes too, and for what is no file, as a device or a pipe may have no end."""
-    path = Path(path)
+    """A text file in UTF-8, whole. Raises UsageError, one line: for one of more than `most` bytes
+    too, and for a pipe or device, which may have no end, of more than 64 MB."""
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"cannot read {path}: it is no file")
-        if path.stat().st_size > most:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            most = most if size else min(most, 2**26)
+            data = f.read(min(size or most, most) + 1)
+        if len(data) > most:
             raise UsageError(f"cannot read {path}: it has more than {most:,} bytes")
-        return path.read_text(encoding="utf-8", errors=errors)
+        return data.decode("utf-8", errors).replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"cannot read {path} ({e})") from None
 

@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields, make_dataclass
 
@@ -177,11 +178,15 @@ def test_a_process_ends_with_exit_code_2(line):
 
 def test_a_file_without_end_or_of_many_gigabytes_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=["from a\r\npipe"])
+    writer.start()
+    assert cli.read_text(tmp_path / "pipe") == "from a\npipe"
+    writer.join()
     with (tmp_path / "large").open("wb") as f:
         f.truncate(2**33)  # a hole, which takes no room
     (tmp_path / "text").write_text("\u00e9t\u00e9", encoding="utf-8")
-    for name, most, reason in (("pipe", 9, "no file"), ("large", 2**32, "more than 4,294,967,296"),
-                               ("text", 4, "more than 4 bytes"), ("", 9, "no file")):
+    for name, most, reason in (("/dev/zero", 9, "more than 9"), ("large", 2**20, "more than 1,048"),
+                               ("text", 4, "more than 4 bytes"), ("", 9, "directory")):
         with pytest.raises(cli.UsageError, match=reason):
             cli.read_text(tmp_path / name, most)
     assert cli.read_text(tmp_path / "text", 5) == "\u00e9t\u00e9"

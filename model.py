@@ -36,7 +36,8 @@ from weights import Config, ModelError, read
 
 def rope_frequencies(config: Config) -> torch.Tensor:
     """Radians per position of each pair of channels, [D/2] float32, context extension included."""
-    inv = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    channels = torch.arange(0, config.head_dim, 2, device="cpu").float()
+    inv = config.rope_theta ** -(channels / config.head_dim)
     s = config.rope_scaling
     if s is None:
         return inv
@@ -227,6 +228,12 @@ def scales_of(step, offset):
     return torch.cat([step, offset], dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # for which PyTorch would import its compiler, for seconds
+            super().reset_parameters()
+
+
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -285,7 +292,7 @@ class Llama(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_tokens = Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.lm_head = Linear(config.width, config.vocab_size, bias=False)
@@ -395,7 +402,7 @@ class Llama(nn.Module):
             raise ModelError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
         model.load_state_dict(state, assign=True, strict=False)  # a tied matrix is there once
         model.tie()
-        model.frequencies = rope_frequencies(config) / factors  # rebuilt: it was born on meta
+        model.frequencies = model.frequencies / factors
         if dtype == torch.bfloat16 and torch.device(device).type == "cpu":
             for module in model.modules():
                 if isinstance(module, Linear):

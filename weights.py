@@ -213,6 +213,8 @@ class Reader(GGUFReader):
     entries, most = 0, 2**21  # a vocabulary of 128,000 with its merges has half as many
 
     def _get(self, offset, dtype, count=1, **more):
+        if not self.entries:
+            self.data = np.asarray(self.data)  # mapped still, and four times as fast
         part = super()._get(offset, dtype, count, **more)
         self.entries += 1
         if len(part) != count or self.entries > self.most:

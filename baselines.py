@@ -12,9 +12,10 @@
     recency   sinks and the most recent tokens only: StreamingLLM (arXiv 2309.17453)
     random    sinks, window, and tokens drawn by lot
 
-Each is a `Selector` with its own `scores`, so that budget, sinks, window and the dense first layer
-are the same for all. Eviction is real: h2o and snapkv rank only what they have not yet thrown out.
-They decide before the next token is seen, so they need to `watch` the prompt:
+Each is a `Selector` with its own `scores` or, where it evicts, its own `pick`, so that budget,
+sinks, window and the dense first layer are the same for all. Eviction is real: h2o and snapkv rank
+only what they have not yet thrown out. They decide before the next token is seen, so they need to
+`watch` the prompt:
 
     llama.prefill(prompt, cache, selector.watch)    reads densely; then
     llama.decode(token, cache, selector)

@@ -303,8 +303,13 @@ def check(config: Config) -> None:
     check_budgets(config.budgets)
     text_of(config.text)
     check_device(config.device)
+    one = {"--butler": config.butler} if config.suite in TIMED else {}
     if config.suite == "offload":
+        one["--budgets"] = config.budgets
         cache_kind("disk", config.offload_dir, config.device)
+    for name, given in one.items():
+        if len(given) > 1:
+            raise UsageError(f"--suite {config.suite} takes one of {name}, not {len(given)}")
     for path in config.butler:
         Butler.load(path)
 

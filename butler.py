@@ -1,4 +1,4 @@
-"""butler.py - the predictor, and how its scores become a selection.
+"""butler.py - the predictor, and how it chooses ahead of time.
 
 TokenButler (arXiv 2503.07518) keeps the whole KV cache and guesses, for every new token, which few
 cached tokens each layer is about to need. Two small learned maps do it:
@@ -210,7 +210,7 @@ def load_for(model, path=None) -> Butler:
     return Butler.load(path or SHIPPED).check(model).to(model.device)
 
 
-# ---------------------------------------------------------------------------- the selection
+# ---------------------------------------------------------------------------- choosing ahead
 
 
 class ButlerSelector(Selector):

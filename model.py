@@ -14,7 +14,7 @@ for all of them. The model knows no selector by name; dense attention is `select
 
     o = softmax(q . k[idx] / sqrt(D)) . v[idx]        rotary position embedding: arXiv 2104.09864
 
-Weights come from weights.py: a Hugging Face folder, a GGUF file, a Hub id, or the default model.
+Weights come from a Hugging Face folder or a GGUF file (weights.py), which fetch.py finds by name.
 
 Dimensions, one letter each in the whole repository: B batch, T new tokens, S cached tokens,
 C width, H query heads, G KV heads, D head size, L layers, E butler size, K tokens kept,

@@ -226,8 +226,8 @@ class PinnedCache(Cache):
     order in which they are launched: for everybody else they are tensors of the GPU.
 
     Dense attention reads copies of a layer; the next one's is made meanwhile, on a stream beside.
-    A sparse step fetches rows, those that a producer chose ahead and on that stream. `held[layer]`,
-    the tokens and rows of the latest fetch, saves the next one what both have.
+    A sparse step fetches rows: on that stream too, and ahead, those that a producer has chosen.
+    `held[layer]`, the tokens and rows of the latest fetch, saves the next one what both have.
     """
 
     capturable = False
@@ -250,7 +250,7 @@ class PinnedCache(Cache):
     def whole(self, layer, keys, values):
         if layer == 0:
             return keys, values
-        old, end = 0 if self.ragged else self.size, keys.shape[2]
+        old, end = (0 if self.ragged else self.size), keys.shape[2]
         if layer not in self.copied:
             self.copy(layer, old)
         if layer < len(self.store):
@@ -278,7 +278,8 @@ class PinnedCache(Cache):
                 self.coming[layer] = self.beside.record_event(), before
 
     def settle(self) -> None:
-        """Later launches come after the fetches ahead; what these read, kept till now, may go."""
+        """Later launches wait for the fetches ahead. Rows held before, which these read, were kept
+        in `coming` till now, or PyTorch would have given their memory to others too early."""
         self.main.wait_stream(self.beside)
         self.coming.clear()
 
@@ -337,7 +338,7 @@ if __name__ == "__main__":
     selector.read_ahead = cache.read_ahead
     llama.prefill(ids, cache, selector.watch)
     before = 0, 0
-    for step in range(1, 5):
+    for step in range(1, 3):  # later ones find all of the file in memory
         llama.decode(ids[:, step : step + 1], cache, selector)
         asked, missed = (a - b for a, b in zip(cache.traffic, before, strict=True))
         before = cache.traffic

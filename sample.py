@@ -69,12 +69,13 @@ class Config:
 def read_prompt(config) -> str:
     if config.prompt is not None and config.prompt_file is not None:
         raise UsageError("--prompt and --prompt-file exclude each other")
-    if config.prompt_file is not None:
-        return read_text(config.prompt_file, most=2**26)  # no context holds more
-    if config.prompt is not None:
-        return config.prompt
     document = coreference(random.Random(config.seed), pools("test"))
-    return document.context + document.question
+    text = document.context + document.question if config.prompt is None else config.prompt
+    if config.prompt_file is not None:
+        text = read_text(config.prompt_file, most=2**26)  # no context holds more
+    if not text:
+        raise UsageError("the prompt is empty")
+    return text
 
 
 def pick(logits, temperature: float, top_p: float, generator) -> int:
@@ -205,6 +206,9 @@ def main(config: Config) -> dict:
     if config.selector == "butler" and config.dense_below < cached < BREAK_EVEN:
         print(f"below about {BREAK_EVEN:,} tokens a dense step is the faster one on a CPU: "
               "--dense-below", file=sys.stderr)
+    if 1 < config.budget < Selector.SINKS + Selector.WINDOW:
+        print(f"a budget above 1 is a number of tokens; {Selector.SINKS + Selector.WINDOW} are "
+              "always granted", file=sys.stderr)
     report |= provenance()
     if page:
         size = page.write(config.html, tok, ids, config.selector, asdict(config) | report)

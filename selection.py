@@ -6,8 +6,8 @@
 
 A selection always holds the sinks (first tokens) and a recent window; what is left of the budget
 goes to the best scores, one choice per KV head. The butler (butler.py) and what one compares it
-with (baselines.py) differ in the scores alone; a choice may be kept for some steps, and a text that
-was rewound or read unseen gets a new one.
+with (baselines.py) differ in their scores, and those that evict in what is left to choose from. A
+choice may be kept for some steps; a text that was rewound or read unseen gets a new one.
 
     python selection.py        prints what budgets keep
 """
@@ -45,7 +45,7 @@ def first_position(keys, positions) -> int:
 
 
 class Selector:
-    """Which cached tokens may each query attend to? Subclasses answer with `scores` alone.
+    """Which cached tokens may each query attend to? Subclasses answer with `scores`, or `pick`.
 
     budget       all tokens attended, per layer and KV head: a fraction (<= 1) or a count (> 1);
                  it includes sinks, window, chosen tokens, their neighbours and the token itself
@@ -67,9 +67,10 @@ class Selector:
                  `bound` for how many tokens the shapes of a step are to be made
     """
 
+    SINKS, WINDOW = 4, 16
     read_ahead, capturable, bound = None, False, None
 
-    def __init__(self, budget, sinks=4, window=16, interval=1, neighbours=0, dense_below=0):
+    def __init__(self, budget, sinks=SINKS, window=WINDOW, interval=1, neighbours=0, dense_below=0):
         if not (0 < budget <= 1 or (budget > 1 and float(budget).is_integer())):
             raise SelectionError(f"budget {budget}: a fraction up to 1 or a whole count of tokens")
         if sinks < 0 or window < 1 or interval < 1 or neighbours < 0:

@@ -190,11 +190,11 @@ def memory_limit(size: int):
 
 
 def table(report: dict) -> str:
-    lines = [f"{'context':>8s}  {'':28s} {'ms a step':>10s} {'x dense':>8s} {'waited':>7s} "
+    lines = [f"{'context':>8s}  {'':32s} {'ms a step':>10s} {'x dense':>8s} {'waited':>7s} "
              f"{'MB read':>9s} {'hits':>5s} {'again':>6s} {'held, MB':>9s}"]
     for r in report["rows"]:
         share = ["" if r[k] is None else f"{r[k]:.0%}" for k in ("hits", "again")]
-        lines.append(f"{r['context']:8,}  {r['selector']:28s} {r['ms']:10.1f} {r['speedup']:8.2f} "
+        lines.append(f"{r['context']:8,}  {r['selector']:32s} {r['ms']:10.1f} {r['speedup']:8.2f} "
                      f"{r['waited_ms']:7.1f} {r['bytes'] / 1e6:9.1f} {share[0]:>5s} "
                      f"{share[1]:>6s} {r['held_bytes'] / 1e6:9,.0f}")
     for context in sorted({r["context"] for r in report["rows"]}):

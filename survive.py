@@ -168,6 +168,8 @@ def begin(butler, optimizers, config, log: list, text: str) -> int:
     training text had another digest."""
     def first():
         path = state_path(config)
+        if config.resume and not path.exists():
+            note(f"no {path} to resume: training begins anew")
         if not (config.resume and path.exists()):
             return state(butler, optimizers, log)
         try:
@@ -183,7 +185,8 @@ def begin(butler, optimizers, config, log: list, text: str) -> int:
                              "changed since")
         losses = entries.get("log loss", torch.empty(0)).shape[:1]
         if {entry: value.shape for entry, value in entries.items()} != shapes | {
-                "log loss": losses}:
+                "log loss": losses} or any(
+                value != losses[0] for entry, value in entries.items() if entry[:5] == "step "):
             raise UsageError(f"{path}: not all of a state, or not of this butler")
         return entries
 

@@ -57,6 +57,9 @@ sample.py --prompt-file /nowhere/at/all
 sample.py --prompt-file tests
 sample.py --prompt-file /dev/zero
 sample.py --prompt a --prompt-file b
+sample.py --prompt-file /dev/null
+bench.py --suite speed --butler a,b
+bench.py --suite offload --budgets 0.05,0.1
 sample.py --max-new-tokens 0
 sample.py --max-new-tokens 1e3
 sample.py --top-p 2

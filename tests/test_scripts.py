@@ -217,8 +217,12 @@ def test_ctrl_c_is_told_in_one_line_below_the_progress_bar(capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)
 
-    with pytest.raises(SystemExit) as ended:
-        cli.run(main, make_dataclass("Config", []))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main, make_dataclass("Config", []))
+    finally:
+        signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     assert ended.value.code == 130 and not out
     assert err.endswith("\nx.py: interrupted\n") and err.count("\n") == 2, err

@@ -291,22 +291,23 @@ class ButlerSelector(Selector):
         served, longest = list(queries), (self.bound or self.end) - 1
         self.ahead.update(dict.fromkeys(served))
         known = [self.seen[s].shape[2] if s in self.seen else 0 for s in served]
-        if self.bound or x.shape[1] == 1 and min(known) >= longest > 0:
-            if self.bound:
-                keys = self.latest_keys(served, positions)
-            else:
-                keys = self.importance_keys(served, longest)
-            by_triton = on_gpu(keys) and not self.neighbours
-            choose = self.choose_by_triton if by_triton else self.choose_ahead
-            queries = torch.stack(list(queries.values()))
-            at_once = AT_ONCE // (longest * keys[0, ..., 0].numel())
-            few = len(served) if by_triton else max(1, at_once)
-            for at in range(0, len(served), few):  # these are fetched while the next are scored
-                layers = served[at : at + few]
-                chosen = choose(queries[at : at + few], keys[at : at + few], positions)
-                self.ahead.update(zip(layers, chosen, strict=True))
-                if self.read_ahead:
-                    self.read_ahead(layers, chosen)
+        if self.bound:
+            keys = self.latest_keys(served, positions)
+        elif x.shape[1] == 1 and min(known) >= longest > 0:
+            keys = self.importance_keys(served, longest)
+        else:  # each layer chooses when it is reached
+            return
+        stacked = torch.stack(list(queries.values()))  # [R, B, H, 1, E]
+        if on_gpu(keys) and not self.neighbours:
+            choose, few = self.choose_by_triton, len(served)
+        else:
+            choose, few = self.choose_ahead, AT_ONCE // (longest * keys[0, ..., 0].numel()) or 1
+        for at in range(0, len(served), few):  # these are fetched while the next are scored
+            layers = served[at : at + few]
+            chosen = choose(stacked[at : at + few], keys[at : at + few], positions)
+            self.ahead.update(zip(layers, chosen, strict=True))
+            if self.read_ahead:
+                self.read_ahead(layers, chosen)
 
     def choose_ahead(self, queries, keys, positions):
         """q_imp [R, B, H, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""

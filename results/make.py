@@ -48,6 +48,8 @@ STEPS = {
     "ruler": (f"synth_task.py --task {NEEDLES} --context 1024,2048 --selectors {NEAR} "
               "--budgets 0.05,0.1", 12, 1),
     "coreference": (f"synth_task.py --selectors {RIVALS} --butler {SEEDS} --batch 8", 300, 6),
+    "budgets": (f"synth_task.py --selectors {RIVALS} --budgets 0.06,0.07,0.08,0.1,0.15,0.25,0.5 "
+                "--batch 8", 60, 0),
     "perplexity": (f"bench.py --suite perplexity --text {TEXT} --budgets 0.1,0.25,0.5 "
                    "--selectors dense,oracle,butler,quest,recency", 24, 1),
     "generation": (f"bench.py --suite generation --selectors dense,butler --length 2048 "

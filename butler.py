@@ -247,9 +247,11 @@ class ButlerSelector(Selector):
     def __call__(self, layer, x, q, keys, positions):
         if layer:
             self.see(layer, keys)
-        elif self.bound is None:
-            self.notice(first_position(keys, positions))
         return super().__call__(layer, x, q, keys, positions)
+
+    def arrive(self, T, start, end):
+        self.notice(start)
+        super().arrive(T, start, end)
 
     @torch.inference_mode()
     def watch(self, layer, x, q, keys, positions):

@@ -69,10 +69,13 @@ class Config:
 def read_prompt(config) -> str:
     if config.prompt is not None and config.prompt_file is not None:
         raise UsageError("--prompt and --prompt-file exclude each other")
-    document = coreference(random.Random(config.seed), pools("test"))
-    text = document.context + document.question if config.prompt is None else config.prompt
     if config.prompt_file is not None:
         text = read_text(config.prompt_file, most=2**26)  # no context holds more
+    elif config.prompt is not None:
+        text = config.prompt
+    else:
+        document = coreference(random.Random(config.seed), pools("test"))
+        text = document.context + document.question
     if not text:
         raise UsageError("the prompt is empty")
     return text

@@ -3,7 +3,7 @@ r"""speed_offload.py - what a decode step costs when keys and values live elsewh
     random keys and values -> store -> steps, one after the other, as in a text -> median, bytes
 
     dense          every step reads all rows, one large piece after the other
-    butler         fetches the rows chosen, as soon as a producer has spoken
+    butler         fetches a layer's rows as soon as its producer has chosen them
     no look-ahead  the same, but a layer's rows are fetched when it is reached
     resident       the butler with all rows in memory, where they fit
 

@@ -168,9 +168,9 @@ def begin(butler, optimizers, config, log: list, text: str) -> int:
     training text had another digest."""
     def first():
         path = state_path(config)
-        if config.resume and not path.exists():
-            note(f"no {path} to resume: training begins anew")
         if not (config.resume and path.exists()):
+            if config.resume:
+                note(f"no {path} to resume: training begins anew")
             return state(butler, optimizers, log)
         try:
             with safe_open(path, framework="pt") as f:

@@ -10,7 +10,7 @@
                 total budget; and accuracy by the number of steps since the last prediction
     generation  free text of --length tokens: which share of its 8-grams has been there before?
     attention, speed    milliseconds of a decode step, see speed.py
-    offload             the same with keys and values in a file, see speed_offload.py
+    offload             the same with keys and values elsewhere, see speed_offload.py
 
     python bench.py --suite perplexity --text FILE --budgets 0.1,0.25,0.5
 """
@@ -306,7 +306,10 @@ def check(config: Config) -> None:
     one = {"--butler": config.butler} if config.suite in TIMED else {}
     if config.suite == "offload":
         one["--budgets"] = config.budgets
-        cache_kind("disk", config.offload_dir, config.device)
+        store = speed_offload.store_of(config.device)
+        cache_kind(store, config.offload_dir, config.device)
+        if config.memory and store != "disk":
+            raise UsageError("--memory bounds the memory beside a disk: no --device cuda")
     for name, given in one.items():
         if len(given) > 1:
             raise UsageError(f"--suite {config.suite} takes one of {name}, not {len(given)}")

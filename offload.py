@@ -70,6 +70,7 @@ class DiskCache(Cache):
     def __init__(self, *shape, folder):
         self.folder, self.held, self.coming = folder, {}, {}
         self.asked, self.missed, self.waited = 0, 0, 0.0
+        self.unit = mmap.PAGESIZE  # bytes that one missed row reads
         self.reads, self.calm = 0, 0  # reads of this process; layers served since the last one
         super().__init__(*shape)
 
@@ -235,9 +236,10 @@ class PinnedCache(Cache):
     def allocate(self, layers, shape, dtype, device):
         self.host, self.store = host_rows((layers - 1, *shape[:-1], 2, shape[-1]), dtype, device)
         k, v = super().allocate(1, shape, dtype, device)
-        self.copies = self.store.new_empty(2, *self.store.shape[1:])
+        self.copies = None  # room for two layers, while steps are dense
         self.places = torch.zeros(layers - 1, *shape[:-1], dtype=torch.int32, device=device)
         self.missed, self.asked = torch.zeros((), dtype=torch.long, device=device), 0
+        self.unit = 2 * shape[-1] * dtype.itemsize
         self.held, self.coming, self.copied = {}, {}, {}
         self.streams, self.device = torch.get_device_module(device), device
         self.beside = self.streams.Stream(device)
@@ -251,6 +253,8 @@ class PinnedCache(Cache):
         if layer == 0:
             return keys, values
         old, end = (0 if self.ragged else self.size), keys.shape[2]
+        if self.copies is None:
+            self.copies = self.store.new_empty(2, *self.store.shape[1:])
         if layer not in self.copied:
             self.copy(layer, old)
         if layer < len(self.store):
@@ -288,7 +292,7 @@ class PinnedCache(Cache):
             return *self.whole(layer, keys, values), index
         if layer in self.coming:
             self.main.wait_event(self.coming.pop(layer)[0])
-        self.asked += index.numel()
+        self.asked, self.copies = self.asked + index.numel(), None
         self.fetch(layer, index[:, :, 0])
         slots = torch.arange(index.shape[-1], dtype=torch.int32, device=index.device)
         return *self.held[layer][1].unbind(3), torch.where(index < 0, -1, slots)

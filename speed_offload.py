@@ -5,17 +5,20 @@ r"""speed_offload.py - what a decode step costs when keys and values live elsewh
     dense          every step reads all rows, one large piece after the other
     butler         fetches a layer's rows as soon as its producer has chosen them
     no look-ahead  the same, but a layer's rows are fetched when it is reached
-    resident       the butler with all rows in memory, where they fit
+    resident       the butler with all rows where the model computes, if they fit
 
 Steps of a real text choose largely the rows of the steps before. Random weights know no text, so
 the tokens of the random shapes drift: each one's embedding is mostly that of the token before, so
 far that as many rows are chosen again as on prose by the default model (`again`, measured; about
-0.59 at a budget of 5 %). `--memory` bounds what the cache may hold in memory, by a cgroup: what the
-operating system keeps of the file, importance keys, layer 0 and scratch space.
+0.59 at a budget of 5 %). On a CPU the store is `disk`; `--memory` bounds what the cache may hold in
+memory, by a cgroup: what the operating system keeps of the file, importance keys, layer 0 and
+scratch space. On a GPU it is `pinned`, and the bus is measured too; not run on one yet.
 
     python bench.py --suite offload --contexts 8000 --n 20
     python bench.py --suite offload --shape llama-3.2-1b --contexts 262144 --budgets 1024 \
         --memory 0.15
+    python bench.py --suite offload --shape llama-3.1-8b --contexts 131072 --budgets 2048 \
+        --device cuda
     python speed_offload.py        what one row from the disk costs, and many at once
 """
 
@@ -24,14 +27,15 @@ import mmap
 import os
 import statistics
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from cli import UsageError
-from offload import cache_kind
-from speed import copy_bandwidth, model_of
+from kernel import fetch_rows
+from offload import DiskCache, cache_kind, host_rows
+from speed import by_turns, copy_bandwidth, model_of, settle
 
 DRIFT = 0.9  # share of a token's embedding that is the one before
 WARM = 8  # steps of a selection before those that count
@@ -40,16 +44,35 @@ TURNS = 3  # of each candidate, one after the other
 
 def measure(config) -> dict:
     """All contexts -> {"rows": [...], "copy_bytes_per_s": ...}, rows as speed.measure's, with bytes
-    read from the disk, hits of the page cache, and the memory held beside it."""
+    read from the store, hits among the rows held, and the memory taken; of a GPU "bus" too."""
     llama, butler = model_of(config)
     if config.shape:
         drift(llama.embed_tokens.weight)
     rows = []
     for context in map(int, config.contexts):
-        size = 4 * 2 * llama.config.layers * llama.config.kv_heads * llama.config.head_dim * context
+        size = llama.new_cache(1, 1).bytes * context
         with torch.inference_mode(), memory_limit(int(size * config.memory)):
             rows += steps_behind(llama, butler, context, size, config)
-    return {"rows": rows, "copy_bytes_per_s": copy_bandwidth(config.device)}
+    report = {"rows": rows, "copy_bytes_per_s": copy_bandwidth(config.device)}
+    return report | ({"bus": bus(llama)} if store_of(config.device) == "pinned" else {})
+
+
+def store_of(device: str) -> str:
+    return "pinned" if device.startswith("cuda") else "disk"
+
+
+def bus(llama, tokens=2**16, kept=2048) -> dict:
+    """Bytes a second from pinned memory, of one layer in one piece and of a choice of its rows."""
+    c, dtype = llama.config, llama.embed_tokens.weight.dtype
+    host, table = host_rows((1, c.kv_heads, tokens, 2, c.head_dim), dtype, llama.device)
+    copy, counts = torch.empty_like(table), torch.zeros((), dtype=torch.long, device=llama.device)
+    places = torch.zeros(1, c.kv_heads, tokens, dtype=torch.int32, device=llama.device)
+    chosen = torch.rand(1, c.kv_heads, tokens, device=llama.device).topk(kept).indices.int()
+    seconds = by_turns({
+        "copied": (lambda: copy.copy_(host, non_blocking=True), 1),
+        "fetched": (lambda: fetch_rows(table, chosen, None, places, counts), 1)}, 9, llama.device)
+    return {"copied_bytes_per_s": host.nbytes / seconds["copied"],
+            "fetched_bytes_per_s": host.nbytes / tokens * kept / seconds["fetched"]}
 
 
 def drift(weight) -> None:
@@ -63,33 +86,40 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
     steps = -(-config.n // TURNS)
     room, resident = context + WARM + steps + max(map(int, config.intervals)), None
     if not config.memory:
-        resident = llama.new_cache(1, room)
-        fill(resident, context, resident.k + resident.v)
-    before = anonymous()
-    cache = llama.new_cache(1, room, kind=cache_kind("disk", config.offload_dir))
+        with suppress(torch.OutOfMemoryError):
+            resident = llama.new_cache(1, room)
+            fill(resident, context, resident.k + resident.v)
+    before, store = taken(llama.device), store_of(config.device)
+    cache = llama.new_cache(1, room, kind=cache_kind(store, config.offload_dir, config.device))
     fill(cache, context, [cache.k[0], cache.v[0], *cache.store.flatten(0, 2)])
-    forget(cache)
-    selector, positions = butler.selector(kept, key_dtype=form), torch.arange(context)[None]
+    if isinstance(cache, DiskCache):
+        forget(cache)
+    selector = butler.selector(kept, key_dtype=form)
+    positions = torch.arange(context, device=llama.device)[None]
     for layer in range(llama.config.layers):  # as if it had seen the prompt
         selector.watch(layer, None, None, cache.k[layer][:, :, :context], positions)
     name = f"butler {kept:g}"
-    candidates = [("dense, disk", None, cache, 1, False),
-                  (f"{name}, disk, no look-ahead", selector, cache, 1, False)]
+    candidates = [(f"dense, {store}", None, cache, 1, False),
+                  (f"{name}, {store}, no look-ahead", selector, cache, 1, False)]
     for interval in map(int, config.intervals):
-        candidates.append((f"{name}, disk, interval {interval}", selector, cache, interval, True))
+        label = f"{name}, {store}, interval {interval}"
+        candidates.append((label, selector, cache, interval, True))
     if resident:
         candidates += [("dense, resident", None, resident, 1, False),
                        (f"{name}, resident", butler.selector(kept), resident, 1, False)]
     runs = {candidate[0]: [] for candidate in candidates}
     for turn in range(TURNS):  # a drift of the machine's speed meets all of them
-        for i, (name, *what) in enumerate(candidates):  # each time with other tokens
-            first = 1000 * (1 + turn * len(candidates) + i)
-            runs[name].append(decode(llama, *what, context, steps, first))
+        for i, (name, selector, where, interval, ahead) in enumerate(candidates):
+            where.truncate(context)
+            if selector:
+                selector.interval, selector.read_ahead = interval, ahead and where.read_ahead
+            first = 1000 * (1 + turn * len(candidates) + i)  # each time other tokens
+            runs[name].append(decode(llama, selector, where, -(-steps // interval), first))
     rows = [{"suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
              "context": context, "selector": name, "interval": interval,
              "kept": kept if selector else None, "cache_bytes": size,
              "limit_bytes": int(size * config.memory) or None,
-             **summary(runs[name], size if selector is None else 0)}
+             **summary(runs[name], size if selector is None else 0, cache.unit)}
             for name, selector, _, interval, _ in candidates]
     for row in rows:
         row["speedup"] = rows[0]["ms"] / row["ms"]
@@ -100,13 +130,14 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
     return rows
 
 
-def summary(turns: list[dict], size: int) -> dict:
-    """What all turns of one candidate say: the median step, means, the most memory."""
+def summary(turns: list[dict], size: int, unit: int) -> dict:
+    """What all turns of one candidate say: the median step, means, the most memory. A step reads
+    `size` bytes, or, if 0, `unit` for every row that was missed."""
     ms = 1e3 * statistics.median(s for turn in turns for s in turn["seconds"])
     steps, asked, missed, waited = (sum(turn[key] for turn in turns)
                                     for key in ("steps", "asked", "missed", "waited"))
     again = [share for turn in turns for share in turn["again"]]
-    return {"ms": ms, "tokens_per_s": 1e3 / ms, "bytes": size or 4096 * missed / steps,
+    return {"ms": ms, "tokens_per_s": 1e3 / ms, "bytes": size or unit * missed / steps,
             "waited_ms": 1e3 * waited / steps, "hits": 1 - missed / asked if asked else None,
             "again": statistics.mean(again) if again else None,
             "held_bytes": max(turn["held"] for turn in turns)}
@@ -125,23 +156,20 @@ def forget(cache) -> None:
     os.posix_fadvise(cache.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def decode(llama, selector, cache, interval: int, look_ahead: bool, context: int, n: int,
-           first: int) -> dict:
-    """n steps or more, whole intervals, with the tokens from `first` on: {"seconds": a step's, for
-    each interval; "again": shares of rows chosen in the step before as well; "steps", rows "asked"
+def decode(llama, selector, cache, n: int, first: int) -> dict:
+    """The steps of n intervals, with the tokens from `first` on: {"seconds": a step's, for each
+    interval; "again": shares of rows chosen in the step before as well; "steps", rows "asked"
     for and "missed", seconds "waited" for them, bytes of memory "held"}"""
-    cache.truncate(context)
-    if selector:
-        selector.interval = interval
-        selector.read_ahead = cache.read_ahead if look_ahead else None
-    n, warm = -(-n // interval) * interval, WARM if selector else 1
+    warm, interval = (WARM, selector.interval) if selector else (1, 1)
     seconds, shares, last = [], [], {}
-    for step in range(warm + n):
+    for step in range(warm + n * interval):
         if step == warm:
             before = counters(cache)
-        token = torch.full((1, 1), first + step)
+        token = torch.full((1, 1), (first + step) % llama.config.vocab_size, device=llama.device)
+        settle(llama.device)
         began = time.perf_counter()
         llama.decode(token, cache, selector)
+        settle(llama.device)
         seconds.append(time.perf_counter() - began)
         if selector:
             now = {layer: set(index[0, 0, 0].tolist()) for layer, index in selector.index.items()}
@@ -149,16 +177,19 @@ def decode(llama, selector, cache, interval: int, look_ahead: bool, context: int
             last = now
     traffic = zip(("asked", "missed", "waited"), before, counters(cache), strict=True)
     rounds = torch.tensor(seconds[warm:]).view(-1, interval).mean(1).tolist()
-    return {"seconds": rounds, "again": shares, "steps": n, "held": anonymous(),
-            **{key: b - a for key, a, b in traffic}}
+    return {"seconds": rounds, "again": shares, "steps": n * interval,
+            "held": taken(llama.device), **{key: b - a for key, a, b in traffic}}
 
 
 def counters(cache) -> tuple:
     return *getattr(cache, "traffic", (0, 0)), getattr(cache, "waited", 0.0)
 
 
-def anonymous() -> int:
-    """Bytes of memory that this process holds for itself, files not counted."""
+def taken(device) -> int:
+    """Bytes of a GPU's memory that tensors have; of a CPU's, what this process holds for itself,
+    files not counted."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     gc.collect()
     line = next(s for s in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in s)
     return int(line.split()[1]) * 1024
@@ -209,6 +240,9 @@ def table(report: dict) -> str:
             less = 1 - on["waited_ms"] / off["waited_ms"]
             lines.append(f"a step waits {off['waited_ms']:.0f} ms for rows; with look-ahead "
                          f"{less:.0%} less, and the step is {off['ms'] - on['ms']:.0f} ms shorter")
+    if bus := report.get("bus"):
+        lines.append("bus: {copied_bytes_per_s:.3g} bytes/s copied in one piece, "
+                     "{fetched_bytes_per_s:.3g} fetched row by row".format(**bus))
     return "\n".join(lines)
 
 

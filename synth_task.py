@@ -43,7 +43,7 @@ from offload import STORES, cache_kind
 from selection import Selector
 
 TASKS = ("coreference", *ruler.TASKS)
-EVICTING = {name: kind for name, kind in BASELINES.items() if issubclass(kind, Evicting)}
+EVICTING = {name: rival for name, rival in BASELINES.items() if issubclass(rival, Evicting)}
 
 
 @dataclass
@@ -214,7 +214,7 @@ class Prompts:
             blocks = [b[-1:] for b in blocks]
         blocks = [b + a[:-1] for b, a in zip(blocks, self.answers, strict=True)]
         self.block, self.real = padded(blocks, llama.device)
-        self.watchers = {kind: [kind(budget=1.0) for _ in documents] for kind in evicting}
+        self.watchers = {rival: [rival(budget=1.0) for _ in documents] for rival in evicting}
         self.read([torch.tensor([c], device=llama.device) for c in contexts])
 
     def read(self, contexts) -> None:

@@ -8,7 +8,7 @@ from test_offload import TINY
 from butler import Butler, ButlerConfig
 from model import Llama
 from offload import cache_kind
-from speed_offload import anonymous
+from speed_offload import taken
 
 
 @pytest.mark.parametrize("store, steps", [
@@ -28,8 +28,8 @@ def test_memory_is_flat(store, steps, tmp_path):
             cache.truncate(128)
         logits = model.decode(logits.argmax(-1), cache, selector)
         if step == min(1000, steps // 2):
-            before = anonymous()
+            before = taken(model.device)
     assert logits.isfinite().all()
-    grown = anonymous() - before
+    grown = taken(model.device) - before
     print(f"{store}: {grown:,} bytes more after {steps:,} steps, of {before:,}")
     assert grown <= 0.01 * before

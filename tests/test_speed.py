@@ -7,6 +7,8 @@ import torch
 
 import bench
 import speed
+import speed_offload
+from offload import PinnedCache
 from weights import Config, ModelError
 
 TINY = Config(vocab_size=64, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
@@ -41,6 +43,28 @@ def test_on_a_gpu_steps_are_replayed_too(monkeypatch):
         (replayed,) = (r for r in rows if r["selector"] == f"{name}, CUDA graph")
         alike = [r for r in rows if r["selector"].startswith(name)]
         assert replayed["bytes"] in {r["bytes"] for r in alike if r is not replayed}
+
+
+@pytest.mark.parametrize("store", ["disk", "pinned"])
+def test_rows_of_an_offloaded_cache(monkeypatch, store):
+    settings = config(monkeypatch, suite="offload", contexts=("300",), n=5)
+    bench.check(settings)
+    if store == "pinned":  # one that a CPU can have, see test_offload.py
+        monkeypatch.setattr(speed_offload, "store_of", lambda device: store)
+        monkeypatch.setattr(speed_offload, "cache_kind", lambda *which: PinnedCache)
+    report = speed_offload.measure(settings)
+    rows = {r["selector"]: r for r in report["rows"]}
+    assert list(rows) == [f"dense, {store}", *(f"butler 32, {store}, {end}" for end in (
+        "no look-ahead", "interval 1", "interval 4")), "dense, resident", "butler 32, resident"]
+    size = 300 * 3 * 2 * 2 * 8 * 4  # tokens, layers, keys and values, KV heads, head size, float32
+    for name, r in rows.items():
+        assert r["ms"] > 0 and r["speedup"] == rows[f"dense, {store}"]["ms"] / r["ms"]
+        assert r["cache_bytes"] == size and (r["bytes"] == size) == ("dense" in name)
+        assert (r["again"] is None) == ("dense" in name) == (r["kept"] is None)
+    assert ("bus" in report) == (store == "pinned")
+    table = speed_offload.table(report)
+    assert all(name in table for name in rows) and ("fetched row by row" in table) == (
+        store == "pinned")
 
 
 def test_bytes(monkeypatch):

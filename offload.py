@@ -292,7 +292,8 @@ class PinnedCache(Cache):
             return *self.whole(layer, keys, values), index
         if layer in self.coming:
             self.main.wait_event(self.coming.pop(layer)[0])
-        self.asked, self.copies = self.asked + index.numel(), None
+        self.asked += index.numel()
+        self.copies, self.copied = None, {}
         self.fetch(layer, index[:, :, 0])
         slots = torch.arange(index.shape[-1], dtype=torch.int32, device=index.device)
         return *self.held[layer][1].unbind(3), torch.where(index < 0, -1, slots)
@@ -307,7 +308,8 @@ class PinnedCache(Cache):
     def truncate(self, length):
         super().truncate(length)
         self.settle()
-        self.held.clear()
+        for told in self.held, self.copied:
+            told.clear()
 
     @property
     def traffic(self) -> tuple[int, int]:

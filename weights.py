@@ -112,10 +112,7 @@ class Config:
         """From GGUF metadata and tensor shapes (llama.cpp's names, `llama.block_count` ...)."""
         arch = metadata.get("general.architecture")
         refuse(arch != "llama", f"architecture {arch!r}")
-
-        def get(key, default=None):
-            return metadata.get(f"llama.{key}", default)
-
+        get = {key.removeprefix("llama."): value for key, value in metadata.items()}.get
         refuse(get("expert_count"), "mixture of experts")
         refuse(get("attention.sliding_window"), "sliding window")
         factor = get("rope.scaling.factor")  # llama.cpp: without a type it is linear
@@ -237,10 +234,8 @@ def _open_gguf(path, mtime, size):
 
 def read_gguf(path: Path):
     """See `read`; tensors come out as float32, `rope_freqs` (llama3 scaling) as the rope factors.
-
     llama.cpp stores the q and k rows of a Llama for its own rotary layout, which turns channel 2i
-    with 2i + 1; here they come back to i with i + D/2.
-    """
+    with 2i + 1; here they come back to i with i + D/2."""
     unreadable = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
                   NotImplementedError, RecursionError)
     try:
@@ -262,9 +257,7 @@ def read_gguf(path: Path):
             raise ModelError(f"{path}: tensor {t.name!r} cannot be read ({e})") from None
 
     def tensors():
-        for t in reader.tensors:
-            if t.name == "rope_freqs.weight":
-                continue
+        for t in stored.values():
             block, stem, end = re.fullmatch(r"(?s)(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", t.name).groups()
             name = GGUF_NAMES.get(stem, stem) + (end or "")
             w = read(t)
@@ -273,10 +266,12 @@ def read_gguf(path: Path):
                 w = w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
             yield (f"layers.{block}.{name}" if block else name), w
 
-    factors = [read(t) for t in reader.tensors if t.name == "rope_freqs.weight"] or [torch.ones(1)]
-    if factors[0].shape not in ((1,), (config.head_dim // 2,)) or not (factors[0] > 0).all():
+    stored = {t.name: t for t in reader.tensors}
+    rope = stored.pop("rope_freqs.weight", None)
+    factors = torch.ones(1) if rope is None else read(rope)
+    if factors.shape not in ((1,), (config.head_dim // 2,)) or not (factors > 0).all():
         raise ModelError(f"{path}: unusable tensor rope_freqs.weight")
-    return config, tensors(), factors[0]
+    return config, tensors(), factors
 
 
 if __name__ == "__main__":
@@ -287,6 +282,6 @@ if __name__ == "__main__":
     print(config)
     for name, w in islice(tensors, 6):
         print(f"{name:40s} {list(w.shape)}")
-    numbers = sum(int(t.n_elements) for t in open_gguf(path).tensors)
-    print(f"... {numbers:,} numbers at {8 * path.stat().st_size / numbers:.1f} bits: "
-          f"{path.stat().st_size / 1e6:.0f} MB, unpacked to float32 {4 * numbers / 1e6:.0f} MB")
+    numbers, size = sum(int(t.n_elements) for t in open_gguf(path).tensors), path.stat().st_size
+    print(f"... {numbers:,} numbers at {8 * size / numbers:.1f} bits: {size / 1e6:.0f} MB, "
+          f"unpacked to float32 {4 * numbers / 1e6:.0f} MB")

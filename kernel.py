@@ -3,7 +3,7 @@
     in_order          scores in the order that a top-K takes them in        [..., S] -> [..., S]
     triton_select     the same on a GPU, from importance queries and keys  -> [R, B, G, K]
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
-    dense_decode      the same, of all tokens up to its own, on a GPU      -> [B, H, D]
+    triton_decode     the same on a GPU; without idx of all tokens so far  -> [B, H, D]
     sparse_attention  T queries a head    q [B, H, T, D], idx [B, G, T, K] -> [B, H, T, D]
     fetch_rows        keys and values from beyond the bus, for offload.py  -> [B, G, K, 2, D]
 
@@ -69,15 +69,12 @@ def sparse_decode(q, k, v, idx):
     if on_gpu(q):
         return triton_decode(q, k, v, idx)
     B, H, D = q.shape
-    G = k.shape[1]
-    q = q.reshape(B, G, H // G, D)
-    empty = idx < 0
-    hollow = bool(empty.any())
-    k, v = fetch(k, v, idx.clamp(min=0) if hollow else idx)  # [B, G, K, D]
-    if not hollow:
-        return F.scaled_dot_product_attention(q, k, v).reshape(B, H, D)
-    empty = empty[:, :, None]  # [B, G, 1, K]
-    scores = q @ k.transpose(-1, -2) * D**-0.5  # [B, G, H/G, K]
+    q, empty = q.reshape(B, k.shape[1], -1, D), idx < 0  # [B, G, H/G, D], [B, G, K]
+    if not empty.any():
+        return F.scaled_dot_product_attention(q, *fetch(k, v, idx)).reshape(B, H, D)
+    k, v = fetch(k, v, idx.clamp(min=0))  # [B, G, K, D]
+    empty = empty[:, :, None]
+    scores = q @ k.transpose(-1, -2) * D**-0.5
     # all empty: softmax is 0 / 0, and 0 wanted; an empty slot fetched row 0: 0 * NaN is NaN
     weights = scores.float().masked_fill(empty, -torch.inf).softmax(dim=-1).masked_fill(empty, 0)
     v = v.masked_fill(empty.transpose(-1, -2), 0)
@@ -85,11 +82,9 @@ def sparse_decode(q, k, v, idx):
 
 
 def fetch(k, v, idx):
-    """Rows of k and v [B, G, S, D] that idx [B, G, K] names, none below 0 -> two [B, G, K, D].
-
-    One index_select over the table of all rows, which is much faster than k[b, g, idx]. A
-    slice of a longer buffer is such a table too, with gaps between its rows.
-    """
+    """Rows of k and v [B, G, S, D] that idx [B, G, K] names, none below 0 -> two [B, G, K, D]. One
+    index_select over the table of all rows, which is much faster than k[b, g, idx]. A slice of a
+    longer buffer is such a table too, with gaps between its rows."""
     B, G, S, D = k.shape
     batch, head, row, one = k.stride()
     if v.stride() != k.stride() or one != 1 or head % row or batch != G * head:
@@ -103,11 +98,9 @@ def fetch(k, v, idx):
 
 
 def sparse_attention(q, k, v, idx):
-    """q [B, H, T, D], k and v [B, G, S, D], idx [B, G, T, K] -> [B, H, T, D].
-
-    One query is worth gathering for. A block of them, each with its own choice, is not: together
-    they touch nearly every row, so a block is computed by masking.
-    """
+    """q [B, H, T, D], k and v [B, G, S, D], idx [B, G, T, K] -> [B, H, T, D]. One query is worth
+    gathering for. A block of them, each with its own choice, is computed by masking: together they
+    touch nearly every row."""
     if q.shape[2] > 1:
         return reference(q, k, v, idx)
     return sparse_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
@@ -137,23 +130,19 @@ def fetch_rows(table, tokens, held, places, missed):
 
 
 def in_order(scores):
-    """Scores between 0 and 1, [..., S] float32, as the 15-bit codes by which they are ranked: equal
-    codes keep the order of the tokens, the earliest first (as far as 15 bits count them).
-
-    The code is the number's bits but for the lowest 15; in place of these stands what is left of
-    32,767 after taking the token's index off. So any top-K of the result is the same, stable one.
-    """
+    """Scores between 0 and 1, [..., S] float32, as the 15-bit codes by which they are ranked, in
+    which any top-K is the same, stable one: equal codes keep the order of the tokens, the earliest
+    first (as far as 15 bits count them). The code is the number's bits but for the lowest 15; in
+    place of these stands what is left of 32,767 after taking the token's index off."""
     s = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).clamp(max=LOW)
     bits = scores.contiguous().view(torch.int32).clamp(min=LOW + 1)  # code 0: not to be chosen
     return ((bits | LOW) - s).view(torch.float32)
 
 
 def top_with_neighbours(scores, reach: int, K: int):
-    """Neighbour fetch as a max-filter: every token gets the best score within `reach` of it.
-
-    The first K by (that, own score) are the best tokens, each followed by its neighbours: every
-    index once, K in all, those whose score is -inf last. -> values and indices [B, G, T, K]
-    """
+    """Neighbour fetch as a max-filter: every token gets the best score within `reach` of it. The
+    first K by (that, own score) are the best tokens, each followed by its neighbours: every index
+    once, K in all, those whose score is -inf last. -> values and indices [B, G, T, K]"""
     widest = F.max_pool1d(scores.flatten(0, -2)[:, None], 2 * reach + 1, stride=1, padding=reach)
     widest = widest.view_as(scores).masked_fill(scores == -torch.inf, -torch.inf)
     own = scores.argsort(dim=-1, descending=True, stable=True)
@@ -168,11 +157,9 @@ def top_with_neighbours(scores, reach: int, K: int):
 def attend(q, k, v, idx, positions, sums, tops, totals, K, scale, G, k_b, k_g, k_s, v_b, v_g, v_s,
            N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
            CHUNK: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
-    """One chunk of one KV head's tokens, for all N query heads of its group (padded to NP).
-
-    A row of K and V is loaded once. What is left of a chunk: sum exp(s - top) v, top, sum exp.
-    Without idx (None) the tokens are all those up to the query's own position, one of K at most.
-    """
+    """One chunk of one KV head's tokens, for all N query heads of its group (padded to NP): a row
+    of K and V is loaded once. What is left of a chunk: sum exp(s - top) v, top, sum exp. Without
+    idx (None) the tokens are all those up to the query's own position, one of K at most."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     b, g = (row // G).to(tl.int64), (row % G).to(tl.int64)
     n, d = tl.arange(0, NP), tl.arange(0, DP)
@@ -217,8 +204,7 @@ def attend(q, k, v, idx, positions, sums, tops, totals, K, scale, G, k_b, k_g, k
 
 
 @jit
-def merge(sums, tops, totals, out, chunks, D: tl.constexpr, DP: tl.constexpr,
-          CP: tl.constexpr):
+def merge(sums, tops, totals, out, chunks, D: tl.constexpr, DP: tl.constexpr, CP: tl.constexpr):
     """The chunks of one query head, weighted by exp(top), become its output; no token at all: 0."""
     head = tl.program_id(0)
     c, d = tl.arange(0, CP), tl.arange(0, DP)
@@ -234,15 +220,10 @@ def merge(sums, tops, totals, out, chunks, D: tl.constexpr, DP: tl.constexpr,
     tl.store(out + head * D + d, o.to(out.dtype.element_ty), mask=d < D)
 
 
-def dense_decode(q, k, v, positions, chunk=None):
-    """Attention of one query per head, at positions [B], to all tokens up to it; what lies behind,
-    up to k's and v's end, is not read. Shapes as sparse_decode."""
-    return triton_decode(q, k, v, None, chunk, positions)
-
-
-def triton_decode(q, k, v, idx, chunk=None, positions=None):
+def triton_decode(q, k, v, idx, positions=None, chunk=None):
     """sparse_decode in two launches: `attend` for each chunk of indices, so that one sequence fills
-    a GPU too, and `merge`. Everything but the shapes stays on the device: fit for a CUDA graph."""
+    a GPU too, and `merge`. Everything but the shapes stays on the device: fit for a CUDA graph.
+    Without idx a query attends to all tokens up to its position, of [B]; no other is read."""
     B, H, D = q.shape
     G, K = k.shape[1], k.shape[2] if idx is None else idx.shape[2]
     N, DP = H // G, max(16, triton.next_power_of_2(D))  # 16: the least that tl.dot multiplies
@@ -289,10 +270,8 @@ def renew(tokens, had, places, table, old, new, missed, K, OLD, S,
 
 @jit
 def products(q, k, row, s, k_g, k_e, scale, N: tl.constexpr, NP: tl.constexpr, E: tl.constexpr):
-    """Raw scores of a group's N query heads with tokens s of one row -> [NP, BLOCK] float32.
-
-    Importance keys lie channel by channel, [E, S]: a vector load per channel and a multiply-add.
-    """
+    """Raw scores of a group's N query heads with tokens s of one row -> [NP, BLOCK] float32. With
+    keys channel by channel, [E, S], that is a vector load for each and a multiply-add."""
     n = tl.arange(0, NP)
     out = tl.zeros([NP, s.shape[0]], tl.float32)
     for e in tl.static_range(E):
@@ -321,11 +300,9 @@ def normalise(q, k, tops, totals, positions, BG, G, k_g, k_e, scale,
 def score(q, k, tops, totals, codes, histogram, positions, BG, G, k_g, k_e, scale, S, sinks,
           window, N: tl.constexpr, NP: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
           CP: tl.constexpr, BINS: tl.constexpr):
-    """Codes of one block of tokens, and the histogram of their upper 11 bits.
-
-    A score lies between 0 and 1: its float32 bits shifted right by 15 are an integer of 15 bits in
-    the same order. At least 1 where the token may be chosen, 0 where not.
-    """
+    """Codes of one block of tokens, and the histogram of their upper 11 bits. A score lies between
+    0 and 1: its float32 bits shifted right by 15 are an integer of 15 bits in the same order. At
+    least 1 where the token may be chosen, 0 where not."""
     row, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     n, s, c = tl.arange(0, NP), block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)
     part = (row * N + n)[:, None] * blocks + c
@@ -348,42 +325,36 @@ def score(q, k, tops, totals, codes, histogram, positions, BG, G, k_g, k_e, scal
 
 
 @jit
-def load_codes(codes, row, S, s):
-    return tl.load(codes + row.to(tl.int64) * S + s, mask=s < S, other=0).to(tl.int32)
+def edge(counts, bins, wanted):
+    """Of the wanted-th best code: its bin, when `counts` of codes lie in rising `bins`, and how
+    many of that bin are wanted. No bin: -1."""
+    above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # codes in higher bins
+    found = (above < wanted) & (above + counts >= wanted)
+    return tl.max(tl.where(found, bins, -1), 0), wanted - tl.max(tl.where(found, above, 0), 0)
 
 
 @jit
 def select(codes, histogram, wants, idx, BG, G, S, K, BLOCK: tl.constexpr, BINS: tl.constexpr):
-    """Those with the best codes of one row, as many as it wants, in the order of the tokens.
-
-    The histogram names the bin of the K-th best code, one pass over that bin's codes the code
-    itself; a last pass keeps all codes above it and the earliest that are equal.
-    """
+    """Those with the best codes of one row, as many as it wants, in the order of the tokens: the
+    histogram names the bin of the K-th best code, one pass over that bin's codes the code itself;
+    a last pass keeps all codes above it and the earliest that are equal."""
     row = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    counts = tl.load(histogram + row * BINS + bins)
+    bins, low, here = tl.arange(0, BINS), tl.arange(0, 32), tl.arange(0, BLOCK)
+    codes += row.to(tl.int64) * S
     wanted = tl.load(wants + row % BG // G)
-    above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # codes in higher bins
-    found = (above < wanted) & (above + counts >= wanted)
-    edge = tl.max(tl.where(found, bins, -1), 0)
-    rest = wanted - tl.max(tl.where(found, above, 0), 0)  # to be taken from the edge's bin
-    low, here = tl.arange(0, 32), tl.arange(0, BLOCK)
-    counts = tl.zeros([32], tl.int32)  # of the edge's 16 codes; the others fall into slot 16
+    upper, rest = edge(tl.load(histogram + row * BINS + bins), bins, wanted)
+    counts = tl.zeros([32], tl.int32)  # of that bin's 16 codes; the others fall into slot 16
     for start in range(0, S, BLOCK):
-        code = load_codes(codes, row, S, start + here)
-        counts += tl.histogram(tl.where(code >> 4 == edge, code & 15, 16), 32)
-    counts = tl.where(low < 16, counts, 0)
-    above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
-    found = (above < rest) & (above + counts >= rest)
-    edge = edge * 16 + tl.max(tl.where(found, low, -1), 0)
-    rest = rest - tl.max(tl.where(found, above, 0), 0)  # to be taken from the equal ones
-    edge = tl.where(wanted > 0, edge, 1 << 16)
+        code = tl.load(codes + start + here, mask=start + here < S, other=0).to(tl.int32)
+        counts += tl.histogram(tl.where(code >> 4 == upper, code & 15, 16), 32)
+    lower, rest = edge(tl.where(low < 16, counts, 0), low, rest)  # the rest: of equal codes
+    least = tl.where(wanted > 0, upper * 16 + lower, 1 << 16)
     end, equals = 0, 0
     for start in range(0, S, BLOCK):
-        code = load_codes(codes, row, S, start + here)
-        equal = (code == edge).to(tl.int32)
+        code = tl.load(codes + start + here, mask=start + here < S, other=0).to(tl.int32)
+        equal = (code == least).to(tl.int32)
         before = equals + tl.cumsum(equal, 0) - equal
-        take = (code > edge) | ((equal > 0) & (before < rest))
+        take = (code > least) | ((equal > 0) & (before < rest))
         slot = end + tl.cumsum(take.to(tl.int32), 0) - 1
         tl.store(idx + row * K + slot, start + here, mask=take)
         end += tl.sum(take.to(tl.int32), 0)
@@ -422,12 +393,10 @@ def triton_select(q, k, positions, wants, S: int, K: int, sinks: int, window: in
 if __name__ == "__main__":
     B, H, G, S, D, K = 1, 9, 3, 2048, 64, 205
     rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(B, n, s, D, generator=rng) for n, s in ((H, 1), (G, S), (G, S)))
-    idx = torch.rand(B, G, 1, S, generator=rng).topk(K).indices.int()
-    forms = {"gather + SDPA": sparse_attention(q, k, v, idx)}
-    if INTERPRETED:
-        forms["Triton"] = triton_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
-    for name, out in forms.items():
-        print(f"{name}: max error {(out - reference(q, k, v, idx)).abs().max():.1e}")
+    q, k, v = (torch.randn(B, *rows, D, generator=rng) for rows in ((H,), (G, S), (G, S)))
+    idx = torch.rand(B, G, S, generator=rng).topk(K).indices.int()
+    expected = reference(q[:, :, None], k, v, idx[:, :, None])[:, :, 0]
+    for form in (sparse_decode, triton_decode) if INTERPRETED else (sparse_decode,):
+        print(f"{form.__name__}: max error {(form(q, k, v, idx) - expected).abs().max():.1e}")
     print(f"q {list(q.shape)}, k, v {list(k.shape)}, idx {list(idx.shape)}")
     print(f"rows read: {G * K:,} instead of {G * S:,}")

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fetch import resolve
-from kernel import dense_decode, on_gpu, sparse_attention
+from kernel import on_gpu, sparse_attention, triton_decode
 from weights import Config, ModelError, read
 
 
@@ -44,9 +44,9 @@ def rope_frequencies(config: Config) -> torch.Tensor:
     if s["type"] == "linear":
         return inv / s["factor"]
     # llama3: long wavelengths are stretched by `factor`, short ones kept, a ramp between the two
-    turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)
+    rounds = s["original_max_position_embeddings"] * inv / (2 * math.pi)
     low, high = s["low_freq_factor"], s["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    keep = ((rounds - low) / (high - low)).clamp(0, 1)
     return inv * (keep + (1 - keep) / s["factor"])
 
 
@@ -64,6 +64,7 @@ class Cache:
     """
 
     capturable = True  # may a decode step be a CUDA graph? See graph.py
+    asked, missed = 0, 0  # rows that steps asked for, and those that were not here (offload.py)
 
     def __init__(self, config: Config, batch, capacity, dtype=torch.float32, device="cpu"):
         shape = (batch, config.kv_heads, capacity, config.head_dim)
@@ -78,8 +79,7 @@ class Cache:
                 for _ in range(2))
 
     def read_ahead(self, layers: list, tokens) -> None:
-        """A selector may call this when it knows what layers to come will fetch (offload.py): all
-        of it is here already."""
+        """Is told what layers to come will ask for (offload.py): all of it is here already."""
 
     def at_hand(self, layer: int, keys, values, index):
         """Keys, values and a selection [B, G, T, K] of them -> the same three, or other keys and
@@ -87,9 +87,12 @@ class Cache:
         return keys, values, index
 
     def whole(self, layer: int, keys, values):
-        """All keys and values of a layer, for dense attention -> the same two, or copies of them
-        that are faster to read (offload.py)."""
+        """All keys and values of a layer -> the same, or copies faster to read (offload.py)."""
         return keys, values
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        return self.asked, int(self.missed)
 
     @property
     def bytes(self) -> int:
@@ -119,8 +122,7 @@ class Cache:
             self.ragged = bool((self.lengths != self.size).any())
 
     def truncate(self, length) -> None:
-        """Forget everything behind the first `length` tokens (one number, or one per row [B]),
-        e.g. to ask a second question."""
+        """Forget what is behind the first `length` tokens (a number, or one per row [B])."""
         self.lengths.clamp_(max=length)
         self.size = int(self.lengths.max())
         self.ragged = bool((self.lengths != self.size).any())
@@ -150,7 +152,7 @@ def dense_attention(q, k, v, positions, ragged: bool):
     if T == S and not ragged:  # is_causal aligns top-left: right when nothing is cached yet
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if T == 1 and on_gpu(q):
-        return dense_decode(q[:, :, 0], k, v, positions[:, 0])[:, :, None]
+        return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
     if not ragged and q.device.type == "cpu":
         return attention_behind(q, k, v)
     mask = torch.arange(S, device=q.device) <= positions[:, None, :, None]
@@ -177,7 +179,7 @@ class Linear(nn.Linear):
     quarter or half of bfloat16."""
 
     ROWS = 4  # tokens up to which the product with packed weights is the faster one
-    packed = ()  # (codes, scales) whose products add up to this matrix's
+    packed = ()  # (codes, scales [C/32, N, 2]) whose products add up to this matrix's
 
     @torch.no_grad()  # else a graph of its making would be kept, six times as large
     def pack(self) -> None:
@@ -189,12 +191,13 @@ class Linear(nn.Linear):
             return
         for bits in (4, 8):
             if quantised(self.weight[:64], bits) and (parts := quantised(self.weight, bits)):
-                self.packed = [(torch._convert_weight_to_int4pack_for_cpu(code, 1), scales)
-                               for code, scales in parts]
+                self.packed = [(torch._convert_weight_to_int4pack_for_cpu(code, 1),
+                                torch.cat(scales, dim=-1).transpose(0, 1).bfloat16().contiguous())
+                               for code, *scales in parts]
                 return
 
     def forward(self, x):
-        if not self.packed or x[..., 0].numel() > self.ROWS:
+        if not self.packed or x.numel() > self.ROWS * self.in_features:
             return super().forward(x)
         rows = x.flatten(0, -2)
         out = sum(torch._weight_int4pack_mm_for_cpu(rows, codes, 32, scales)
@@ -203,8 +206,8 @@ class Linear(nn.Linear):
 
 
 def quantised(weight, bits: int):
-    """Weights [N, C] as Q4_1 or Q8_0 have them -> parts (codes [N, C] int32 below 16, scales
-    [C/32, N, 2]) whose sum over (code - 8) * step + offset they are; None if they are no such."""
+    """Weights [N, C] as Q4_1 or Q8_0 have them -> parts (codes [N, C] int32 below 16, step and
+    offset [N, C/32, 1]) whose sum over (code - 8) * step + offset they are; None if no such."""
     w = weight.float().unflatten(1, (-1, 32))
     largest = w.abs().amax(-1, keepdim=True)
     if bits == 4:
@@ -219,19 +222,8 @@ def quantised(weight, bits: int):
         return None
     code = code.flatten(1).int()
     if bits == 4:
-        return [(code, scales_of(step, low + 8 * step))]
-    return [(code // 16, scales_of(16 * step, 0 * step)), (code % 16, scales_of(step, 8 * step))]
-
-
-def scales_of(step, offset):
-    """[N, C/32, 1] each -> [C/32, N, 2], in the order of PyTorch's 4-bit product"""
-    return torch.cat([step, offset], dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        if not self.weight.is_meta:  # for which PyTorch would import its compiler, for seconds
-            super().reset_parameters()
+        return [(code, step, low + 8 * step)]
+    return [(code // 16, 16 * step, 0 * step), (code % 16, step, 8 * step)]
 
 
 class Attention(nn.Module):
@@ -243,8 +235,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.heads * c.head_dim, c.width, bias=c.attention_bias)
 
     def qkv(self, x, cos, sin):
-        """Normed input [B, T, C] -> q [B, H, T, D] and k [B, G, T, D], both rotated, in float32,
-        and v [B, G, T, D]."""
+        """Normed x [B, T, C] -> q [B, H, T, D], k [B, G, T, D], rotated float32; v [B, G, T, D]"""
         H, G = self.heads, self.kv_heads
         heads = self.qkv_proj(x).unflatten(-1, (H + 2 * G, -1)).transpose(1, 2)
         turned = rotate(heads[:, : H + G], cos, sin)
@@ -292,7 +283,10 @@ class Llama(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.width)
+        embedding = torch.empty(config.vocab_size, config.width)
+        if not embedding.is_meta:  # else PyTorch would import its compiler, which takes seconds
+            embedding.normal_()
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.lm_head = Linear(config.width, config.vocab_size, bias=False)
@@ -324,13 +318,10 @@ class Llama(nn.Module):
         return self.embed_tokens.weight.device
 
     def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
-        """Room for `capacity` tokens a row, by default in the weights' format on a GPU and float32
-        on a CPU, which attends to bfloat16 only half as fast (results/README.md, Speed); `kind`
-        says where it lives (offload.py)."""
-        if dtype is None:
-            on_cpu = self.device.type == "cpu"
-            dtype = torch.float32 if on_cpu else self.embed_tokens.weight.dtype
-        return kind(self.config, batch, capacity, dtype, self.device)
+        """Room for `capacity` tokens a row, where `kind` says (offload.py); by default as float32
+        on a CPU, half as fast in bfloat16 (results/README.md, Speed), on a GPU as the weights."""
+        default = torch.float32 if self.device.type == "cpu" else self.embed_tokens.weight.dtype
+        return kind(self.config, batch, capacity, dtype or default, self.device)
 
     def forward(self, tokens, cache=None, selector=None, lengths=None, last=False):
         """tokens [B, T] -> logits [B, T, V]; [B, 1, V] of each row's last real token if `last`.
@@ -360,18 +351,16 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def prefill(self, tokens, cache, selector=None, lengths=None, chunk=512):
         """Reads tokens [B, T] in chunks (bounded memory) -> logits [B, 1, V] of each row's last.
-
-        lengths: real tokens per row (ints, at least 1) where rows are padded on the right.
-        """
+        lengths: as in `forward`, at least 1."""
         if lengths is None:
             for part in tokens.split(chunk, dim=1):
                 logits = self(part, cache, selector, last=True)
             return logits
-        rest, logits = torch.as_tensor(lengths, device=tokens.device), None
+        rest, logits = torch.as_tensor(lengths, device=tokens.device), 0.0
         for part in tokens.split(chunk, dim=1):
             real = rest.clamp(0, part.shape[1])
             new = self(part, cache, selector, real, last=True)
-            logits = new if logits is None else torch.where(real[:, None, None] > 0, new, logits)
+            logits = torch.where(real[:, None, None] > 0, new, logits)
             rest = rest - real
         return logits
 
@@ -387,19 +376,20 @@ class Llama(nn.Module):
         config, tensors, factors = read(path)
         with torch.device("meta"):  # shapes only: nothing is allocated before it has been checked
             model = cls(config)
-        places, state, read_already = model.places(), {}, set()
+        places, state = model.places(), {}
+        missing = set(places)
         for name, tensor in tensors:
             whole, rows, shape = places.get(name, (None, None, ()))
             if whole is None or tensor.shape != shape or not tensor.is_floating_point():
                 raise ModelError(f"{path}: tensor {name!r} {tuple(tensor.shape)} {tensor.dtype} "
                                  f"does not belong there, expected {tuple(shape)}")
             if whole not in state:
-                shape = model.get_parameter(whole).shape
-                state[whole] = torch.empty(shape, device=device, dtype=dtype)
+                like = model.get_parameter(whole)
+                state[whole] = torch.empty_like(like, device=device, dtype=dtype)
             state[whole][rows] = tensor
-            read_already.add(name)
-        if missing := sorted(places.keys() - read_already):
-            raise ModelError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
+            missing.discard(name)
+        if missing:
+            raise ModelError(f"{path}: {len(missing)} tensors are missing, first {min(missing)}")
         model.load_state_dict(state, assign=True, strict=False)  # a tied matrix is there once
         model.tie()
         model.frequencies = model.frequencies / factors

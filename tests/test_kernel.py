@@ -32,7 +32,7 @@ def example(B, H, G, S, D, K, dtype=torch.float32, holes=True):
 
 def triton_decode(q, k, v, idx, chunk=None):
     q, k, v, idx = (x.to(DEVICE) for x in (q, k, v, idx))
-    return kernel.triton_decode(q, k, v, idx, chunk).cpu()
+    return kernel.triton_decode(q, k, v, idx, chunk=chunk).cpu()
 
 
 SHAPES = [(1, 9, 3, 781, 64, 78), (2, 4, 1, 31, 64, 7), (1, 7, 1, 1, 16, 1),
@@ -53,15 +53,16 @@ def test_triton_equals_the_reference(shape, holes):
 
 
 @pytest.mark.parametrize("B,H,G,S,D", [(1, 9, 3, 781, 64), (3, 4, 1, 200, 64), (2, 3, 1, 31, 80)])
-def test_dense_decode_ends_where_the_device_says(B, H, G, S, D):
+def test_dense_attention_ends_where_the_device_says(B, H, G, S, D):
     q, k, v, idx = example(B, H, G, S, D, S, holes=False)
     positions = torch.tensor([S - 1, 64, 0][:B]).clamp(max=S - 1)
     behind = torch.arange(S) > positions[:, None]
     expected = kernel.reference(q[:, :, None], k, v, torch.arange(S).masked_fill(
         behind, -1).expand(G, 1, B, S).permute(2, 0, 1, 3))[:, :, 0]
     k, v = (x.masked_fill(behind[:, None, :, None], torch.nan) for x in (k, v))
+    q, k, v, positions = (x.to(DEVICE) for x in (q, k, v, positions))
     for chunk in (64, 128, None):
-        actual = kernel.dense_decode(*(x.to(DEVICE) for x in (q, k, v, positions)), chunk).cpu()
+        actual = kernel.triton_decode(q, k, v, None, positions, chunk).cpu()
         assert_close(f"dense, chunks of {chunk}", actual, expected, 1e-5)
 
 

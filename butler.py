@@ -13,10 +13,8 @@ layer 0 has no prediction and stays dense, and at every other layer the queries 
 layer is reached: a fetch or a kernel launch can start early. Importance space has no rotary
 embedding, norm or bias of its own; positions are in the keys, which are rotated already. The paper
 takes the max of the group's raw scores; the mean of softmaxes, which is what training made them
-for, keeps more of the attention with the same weights (a row of results/ablate.py).
-
-How scores become a selection within a budget is the same for all who score: selection.py. What is
-the butler's own, scoring all of a producer's layers before they are reached, is here.
+for, keeps more of the attention with the same weights (a row of results/ablate.py). How scores
+become a selection within a budget is the same for all who score: selection.py.
 
     python butler.py        prints a short trace of shapes
 """
@@ -49,10 +47,9 @@ class ButlerError(Refusal):
 
 @contextmanager
 def whole(path):
-    """For writing a file whole or not at all: gives a path to write to; what was written then
-    takes the place of `path`. Raises ButlerError, one line, where that fails (disk full, no
-    permission); what stood at `path` stays. safetensors' own save_file leaves files of random names
-    behind when it is killed; `save` gives the bytes."""
+    """Gives a path to write to; what was written then takes the place of `path`, whole. Where that
+    fails (disk full, no permission) what stood there stays; raises ButlerError, one line. The
+    save_file of safetensors leaves files of random names when it is killed; `save` gives bytes."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -101,17 +98,14 @@ class ButlerConfig:
 
 
 def fingerprint(model) -> str:
-    """Which base model is this? A hash of its shape and of its norm weights as bfloat16.
-
-    Norm weights are stored exactly in quantised files too, and every fine-tuning changes them: the
-    GGUF and the original of a model agree, two models do not. An untrained model's norms are all
-    one; there the keys' weights tell.
-    """
+    """Which base model is this? A hash of its shape and of its norm weights as bfloat16, which
+    quantised files hold exactly too, and which every fine-tuning changes: the GGUF and the original
+    of a model agree, two models do not. An untrained model's are all one; there k_proj's tell."""
     c = model.config
     weights = torch.cat([block.input_layernorm.weight for block in model.layers])
     if (weights == 1).all():
         weights = model.layers[0].self_attn.qkv_proj.weight[c.heads * c.head_dim :]
-        weights = weights[: c.kv_heads * c.head_dim].flatten()  # the rows of k_proj
+        weights = weights[: c.kv_heads * c.head_dim].flatten()
     shape = f"{c.layers} {c.width} {c.heads} {c.kv_heads} {c.head_dim}".encode()
     data = weights.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
     return hashlib.sha256(shape + data).hexdigest()[:16]
@@ -230,19 +224,9 @@ class ButlerSelector(Selector):
         self.capturable = not self.neighbours
         self.butler, self.queries, self.ahead = butler, {}, {}
         self.key_dtype = key_dtype
-        self.buffers = {}  # by the first layer that a producer serves
-        self.home = {}  # per layer: first layer that its producer serves, and how many it serves
-        c = butler.config
-        for first in range(1, c.layers, c.stride):
-            served = range(first, min(first + c.stride, c.layers))
-            self.home.update(dict.fromkeys(served, (first, len(served))))
         self.seen, self.filled = {}, {}  # per layer: keys [B, G, S, D]; how many were projected
-
-    @property
-    def projected(self) -> dict:
-        """{layer: its importance keys [B, G, E, capacity]}"""
-        return {layer: self.buffers[first][layer - first]
-                for layer, (first, _) in self.home.items() if first in self.buffers}
+        self.buffers = {}  # by the first layer that a producer serves
+        self.projected = {}  # per layer: its part of a buffer, [B, G, E, capacity]
 
     def __call__(self, layer, x, q, keys, positions):
         if layer:
@@ -255,14 +239,12 @@ class ButlerSelector(Selector):
 
     @torch.inference_mode()
     def watch(self, layer, x, q, keys, positions):
-        super().watch(layer, x, q, keys, positions)
         if layer == 0:
-            self.start = first_position(keys, positions)
-            self.notice(self.start)
-            self.next = self.start + positions.shape[1]
+            self.arrive(positions.shape[1], first_position(keys, positions), keys.shape[2])
         else:
             self.see(layer, keys)
             self.importance_keys([layer], keys.shape[2])  # as long as the keys are at hand
+        super().watch(layer, x, q, keys, positions)
 
     def notice(self, start: int):
         """Starts anew if tokens before `start` were forgotten and others written in their place,
@@ -272,8 +254,7 @@ class ButlerSelector(Selector):
         last = min(self.filled.get(layer, 0), start) - 1
         if last < 0 or (start == self.next and self.seen[layer].device.type != "cpu"):
             return
-        first, _ = self.home[layer]
-        was = self.buffers[first][layer - first, ..., last]  # [B, G, E]
+        was = self.projected[layer][..., last]  # [B, G, E]
         now = self.butler.project(layer, self.seen[layer][:, :, last : last + 1].to(was.device))
         rounding = 1e-4 + 2 * torch.finfo(was.dtype).eps
         if (now[:, :, 0] - was).abs().max() > rounding * now.abs().max():
@@ -379,18 +360,19 @@ class ButlerSelector(Selector):
 
     def room(self, layers: list, S: int):
         """The part [R, B, G, E, capacity] of a buffer that is these layers', for S tokens."""
-        first, count = self.home[layers[0]]
-        keys = self.seen[layers[0]]
-        if first not in self.buffers or self.buffers[first].shape[-1] < S:
+        c, keys = self.butler.config, self.seen[layers[0]]
+        first = (layers[0] - 1) // c.stride * c.stride + 1  # that the same producer serves
+        buffer = self.buffers.get(first, keys.new_empty(0))
+        if buffer.shape[-1] < S:
             head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room
             capacity = -(-max(head // row, S) // BLOCK) * BLOCK
-            shape = count, *keys.shape[:2], self.butler.config.size, capacity
+            shape = min(c.stride, c.layers - first), *keys.shape[:2], c.size, capacity
             device = self.butler.key_projection.device
             grown = torch.empty(shape, dtype=self.key_dtype or keys.dtype, device=device)
-            if first in self.buffers:
-                grown[..., : self.buffers[first].shape[-1]] = self.buffers[first]
-            self.buffers[first] = grown
-        return self.buffers[first][layers[0] - first :][: len(layers)]
+            grown[..., : buffer.shape[-1]] = buffer
+            self.buffers[first] = buffer = grown
+            self.projected.update(enumerate(buffer, start=first))
+        return buffer[layers[0] - first :][: len(layers)]
 
 
 if __name__ == "__main__":
@@ -404,8 +386,7 @@ if __name__ == "__main__":
     cache = llama.new_cache(batch=1, capacity=401)
     llama.prefill(torch.arange(400)[None], cache)
     llama.decode(torch.tensor([[400]]), cache, select)
-    print("layer 1: q_imp", list(select.queries[1].shape),
-          "k_imp", list(select.projected[1][..., :401].transpose(-1, -2).shape))
+    print("layer 1: q_imp", list(select.queries[1].shape), "k_imp", list(select.projected[1].shape))
     print("401 cached tokens, a tenth attended:", select.index[1][0, 0, 0].tolist())
     print(f"for which it caches {butler.config.size} numbers beside {2 * butler.config.head_dim} "
           "of key and value")

@@ -106,8 +106,8 @@ def record(function):
 if __name__ == "__main__":
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from butler import Butler, ButlerConfig
-    from model import Config, Llama
+    from butler import load_for
+    from model import Llama, resolve
 
     class Counter(TorchDispatchMode):
         called = 0
@@ -116,15 +116,13 @@ if __name__ == "__main__":
             self.called += 1
             return function(*args, **kwargs or {})
 
-    llama = Llama(Config(vocab_size=256, width=64, layers=30, heads=4, kv_heads=2, head_dim=16,
-                         mlp_width=128)).eval()  # narrow, but as deep as the default model
-    butler = Butler(ButlerConfig.for_model(llama)).eval()
-    for name, selector in ("dense", None), ("butler", butler.selector(0.1)):
+    llama, token = Llama.from_pretrained(resolve()), torch.zeros(1, 1, dtype=torch.long)
+    for name, selector in ("dense", None), ("butler", load_for(llama).selector(0.1)):
         cache = llama.new_cache(1, 512)
         llama.prefill(torch.arange(256)[None], cache)
         step = stepper(llama, cache, selector)
-        step(torch.zeros(1, 1, dtype=torch.long))
+        step(token)
         with Counter() as counter:
-            logits = step(torch.zeros(1, 1, dtype=torch.long))
+            logits = step(token)
         print(f"{name}: token [1, 1] -> logits {list(logits.shape)}, {counter.called:,} operators "
               "called one by one")

@@ -24,11 +24,9 @@ class SelectionError(Refusal):
 
 
 def allowance(budget: float, cached, least: int):
-    """How many tokens a query that sees `cached` of them (int or tensor) may attend to, in all.
-
-    A budget up to 1 is a fraction of the cached tokens, above it a count. Sinks and window
-    (`least`) are always granted, so that a short prompt is dense.
-    """
+    """How many tokens a query that sees `cached` of them (int or tensor) may attend to, in all: a
+    fraction of these for a budget up to 1, above it the count that it is. Sinks and window
+    (`least`) are always granted, so that a short prompt is dense."""
     cached = torch.as_tensor(cached)
     if budget <= 1:
         total = (cached.double() * budget + 1e-4).long()
@@ -38,8 +36,8 @@ def allowance(budget: float, cached, least: int):
 
 
 def first_position(keys, positions) -> int:
-    """Where the new tokens begin, in the row where that is earliest. One row alone ends where its
-    keys do; for several the device is asked."""
+    """Where the new tokens begin, in the row where that is earliest. The device is asked only if
+    there are several rows; one alone ends where its keys do."""
     rows, T = positions.shape
     return keys.shape[2] - T if rows == 1 else int(positions.min())
 
@@ -142,10 +140,9 @@ class Selector:
 
     def always(self, positions):
         """Sinks and window of queries at `positions` [B, T] -> [B, T, sinks + window]."""
-        sinks = torch.arange(self.sinks, device=positions.device)
-        window = torch.arange(self.window, device=positions.device)
         here = positions[..., None]
-        recent = here - window
+        sinks = torch.arange(self.sinks, device=here.device)
+        recent = here - torch.arange(self.window, device=here.device)
         return torch.cat([torch.where(sinks <= here, sinks, -1),
                           torch.where(recent >= self.sinks, recent, -1)], dim=-1)
 
@@ -155,10 +152,8 @@ class Selector:
         return allowance(self.budget, positions + 1, least) - least
 
     def choose(self, scores, positions):
-        """The best between sinks and window: scores [B, G, T, S] -> [B, G, T, K'], -1 = empty.
-
-        K' is what the longest row's budget leaves; indices are unique, by decreasing score.
-        """
+        """The best between sinks and window: scores [B, G, T, S] -> [B, G, T, K'], -1 = empty. Each
+        once, by decreasing score; K' is what the longest row's budget leaves."""
         rest, last = self.wanted(positions), int(positions.max())
         newest = last - self.window  # that any query may choose
         scores = scores[..., self.sinks : max(newest + 1, self.sinks)].float()
@@ -177,14 +172,9 @@ class Selector:
 
 
 if __name__ == "__main__":
-    class Lots(Selector):
-        def scores(self, layer, q, keys, positions):
-            return torch.rand(1, 1, 1, keys.shape[2], generator=torch.Generator().manual_seed(0))
-
     for cached, budget in (100, 12), (100, 0.1), (12, 0.1):
-        select, x, keys = Lots(budget, window=4), torch.zeros(1, 1, 8), torch.zeros(1, 1, cached, 8)
-        for layer in range(2):
-            index = select(layer, x, None, keys, torch.tensor([[cached - 1]]))
-        tokens = sorted(s for s in index.flatten().tolist() if s >= 0)
-        print(f"{cached} cached tokens, budget {budget}: {tokens}")
+        selector, newest = Selector(budget, window=4), torch.tensor([[cached - 1]])
+        chosen = selector.choose(torch.rand(1, 1, 1, cached), newest)
+        kept = torch.cat([selector.always(newest).flatten(), chosen.flatten()]).tolist()
+        print(f"{cached} cached tokens, budget {budget}: {sorted(s for s in kept if s >= 0)}")
     print("sinks and window are kept whatever the budget; what lies between is drawn by lot here")

@@ -69,18 +69,14 @@ class DiskCache(Cache):
 
     def __init__(self, *shape, folder):
         self.folder, self.held, self.coming = folder, {}, {}
-        self.asked, self.missed, self.waited = 0, 0, 0.0
-        self.unit = mmap.PAGESIZE  # bytes that one missed row reads
+        self.unit, self.waited = mmap.PAGESIZE, 0.0  # bytes of a missed row; seconds waited
         self.reads, self.calm = 0, 0  # reads of this process; layers served since the last one
         super().__init__(*shape)
 
     def allocate(self, layers, shape, dtype, device):
         k, v = super().allocate(1, shape, dtype, device)
-        self.store = self.rows((layers - 1, *shape[:-1], 2, shape[-1]), dtype)
-        return k + list(self.store[..., 0, :]), v + list(self.store[..., 1, :])
-
-    def rows(self, shape, dtype):
-        size = max(1, torch.Size(shape).numel() * dtype.itemsize)
+        shape = torch.Size((layers - 1, *shape[:-1], 2, shape[-1]))
+        size = (shape.numel() + 1) * dtype.itemsize  # of a single layer too, which leaves no rows
         try:
             self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
             os.posix_fallocate(self.file.fileno(), 0, size)
@@ -91,7 +87,8 @@ class DiskCache(Cache):
                              f"({reason})") from None
         self.readers, self.fetcher = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1)
         self.streams = True  # whole layers are read, not rows
-        return torch.frombuffer(self.map, dtype=dtype).view(shape)
+        self.store = torch.frombuffer(self.map, dtype=dtype)[:-1].view(shape)
+        return k + list(self.store[..., 0, :]), v + list(self.store[..., 1, :])
 
     def truncate(self, length):
         super().truncate(length)
@@ -137,7 +134,8 @@ class DiskCache(Cache):
         self.advise(streams=False)
         self.asked += index.numel()
         if self.in_memory:
-            self.coming.pop(layer, None)
+            if layer in self.coming:  # or it might end behind a rewind, and hold what is forgotten
+                self.coming.pop(layer)[1].result()
             return keys, values, index
         there, rest = index[:, :, 0, :0], index.shape[-1]
         if layer in self.coming:
@@ -169,15 +167,9 @@ class DiskCache(Cache):
     def in_memory(self) -> bool:
         return self.calm > CALM * len(self.k)
 
-    @property
-    def traffic(self) -> tuple[int, int]:
-        """Rows that were asked for, and those of them that had to be read, so far."""
-        return self.asked, self.missed
-
 
 class Held:
-    """Rows of one layer that were read lately: C slots for each KV head, the least recently used
-    goes first.
+    """Rows of one layer that were read lately, C for each KV head; the one used least lately goes.
 
     rows [B, G, C, 2, D]; token [B * G, C] whose they are, -1 = nobody's; used [B * G, C] when they
     were asked for last; slot [B * G, capacity] where a token's row is, -1 = not here.
@@ -187,8 +179,7 @@ class Held:
         B, G, capacity = store.shape[:3]
         self.store = store.flatten(0, 2).flatten(1)
         self.rows = store.new_zeros(B, G, slots, *store.shape[3:])
-        self.token = torch.full((B * G, slots), -1)
-        self.used = torch.full((B * G, slots), -1)
+        self.token, self.used = torch.full((2, B * G, slots), -1)
         kind = torch.int16 if slots < 2**15 else torch.int32
         self.slot = torch.full((B * G, capacity), -1, dtype=kind)
 
@@ -238,7 +229,7 @@ class PinnedCache(Cache):
         k, v = super().allocate(1, shape, dtype, device)
         self.copies = None  # room for two layers, while steps are dense
         self.places = torch.zeros(layers - 1, *shape[:-1], dtype=torch.int32, device=device)
-        self.missed, self.asked = torch.zeros((), dtype=torch.long, device=device), 0
+        self.missed = torch.zeros((), dtype=torch.long, device=device)  # counted by a GPU alone
         self.unit = 2 * shape[-1] * dtype.itemsize
         self.held, self.coming, self.copied = {}, {}, {}
         self.streams, self.device = torch.get_device_module(device), device
@@ -311,11 +302,6 @@ class PinnedCache(Cache):
         for told in self.held, self.copied:
             told.clear()
 
-    @property
-    def traffic(self) -> tuple[int, int]:
-        """Rows that were asked for, and, on a GPU, those that came over the bus, so far."""
-        return self.asked, int(self.missed)
-
 
 def host_rows(shape, dtype, device):
     """Zeros in the host's memory, as a tensor of the host and the same as one of the device, whose
@@ -343,12 +329,9 @@ if __name__ == "__main__":
     selector = load_for(llama).selector(budget=0.1)
     selector.read_ahead = cache.read_ahead
     llama.prefill(ids, cache, selector.watch)
-    before = 0, 0
+    print(f"store {list(cache.store.shape)}, {cache.store.nbytes / 1e6:.0f} MB in {cache.folder}")
     for step in range(1, 3):  # later ones find all of the file in memory
+        before, stored = cache.traffic, len(cache.store) * 3 * cache.size
         llama.decode(ids[:, step : step + 1], cache, selector)
         asked, missed = (a - b for a, b in zip(cache.traffic, before, strict=True))
-        before = cache.traffic
-        print(f"step {step}: {asked:,} rows asked for, {missed:,} of them read")
-    stored = len(cache.store) * 3 * cache.size
-    print(f"store {list(cache.store.shape)}, {cache.store.nbytes / 1e6:.0f} MB in {cache.folder}: "
-          f"the last step read {missed / stored:.1%} of its rows")
+        print(f"step {step}: {asked:,} of {stored:,} rows asked for, {missed:,} of them read")

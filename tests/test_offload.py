@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pydoc_data.topics import topics
@@ -309,6 +310,25 @@ def test_rows_held_are_those_used_last():
                 assert min(last[head][t] for t in mine) >= kept[0]
                 last[head] = {t: last[head][t] for t in mine}
     assert sum(count) == reads > 0
+
+
+def test_a_fetch_on_its_way_ends_before_a_rewind(tiny, stores, monkeypatch):
+    """Also where its layer no longer waits for it, as all rows turned out to be in memory."""
+    cache = tiny[0].new_cache(1, 50, kind=stores["disk"])
+    cache.advance(40)
+    index = torch.arange(30, 40, dtype=torch.int32).expand(1, 2, 1, -1)
+    cache.fetcher.submit(time.sleep, 0.2)
+    cache.read_ahead([1], index[None])
+    monkeypatch.setattr(offload, "CALM", -1)
+    cache.at_hand(1, cache.k[1], cache.v[1], index)
+    cache.truncate(20)
+    cache.fetcher.submit(int).result()  # all that was under way
+    assert cache.held[1].used.numel() and not (cache.held[1].token >= 20).any()
+
+
+def test_a_single_layer_stores_nothing(stores):
+    model = Llama(replace(TINY, layers=1)).eval()
+    compare(stores, model, None, "oracle", torch.arange(30)[None], 3)
 
 
 def test_file_has_no_name_and_is_private(tiny, tmp_path):

@@ -183,19 +183,20 @@ def begin(butler, optimizers, config, log: list, text: str) -> int:
         if metadata.get("text") != text:
             raise UsageError(f"{path} belongs to a run on other text: what it was trained on has "
                              "changed since")
-        losses = entries.get("log loss", torch.empty(0)).shape[:1]
-        if {entry: value.shape for entry, value in entries.items()} != shapes | {
-                "log loss": losses} or any(
-                value != losses[0] for entry, value in entries.items() if entry[:5] == "step "):
+        steps = entries.get("log loss", torch.empty(0)).numel()
+        shapes = {"log loss": (steps,)}
+        for name, p in parameters.items():
+            moments = MOMENTS.get(type(owners[p]), ()) if steps else ()
+            for key in ("weight", *moments):
+                shapes[f"{key} {name}"] = () if key == "step" else p.shape
+        taken = [value for entry, value in entries.items() if entry.startswith("step ")]
+        if {entry: value.shape for entry, value in entries.items()} != shapes or any(
+                value != steps for value in taken):
             raise UsageError(f"{path}: not all of a state, or not of this butler")
         return entries
 
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    parameters, shapes = dict(butler.named_parameters()), {}
-    for name, p in parameters.items():
-        moments = MOMENTS.get(type(owners[p]), ())
-        shapes |= {f"{key} {name}": p.shape for key in ("weight", *moments)}
-        shapes |= {f"step {name}": torch.Size()} if "step" in moments else {}
+    parameters = dict(butler.named_parameters())
     entries = told(first)
     log[:] = entries.pop("log loss").double().tolist()
     for entry, value in entries.items():

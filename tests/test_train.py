@@ -123,6 +123,16 @@ def test_a_run_cut_off_in_the_middle_of_a_batch_reads_the_batch_again(tiny, tmp_
     assert_same_weights(whole, resumed)
 
 
+def test_a_run_stopped_before_its_first_step_is_resumed(tiny, tmp_path):
+    """Its state holds weights, but nothing of an optimiser yet."""
+    whole, _ = trained(tiny, settings(tmp_path / "whole"))
+    config = settings(tmp_path / "cut", save_every=3600)
+    with pytest.raises(SystemExit):
+        trained(tiny, config, Noise("0 0 0", lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert len(load_file(survive.state_path(config))["log loss"]) == 0
+    assert_same_weights(whole, trained(tiny, replace(config, resume=True))[0])
+
+
 def test_resuming_where_nothing_was_saved_starts_from_the_beginning(tiny, tmp_path):
     whole, _ = trained(tiny, settings(tmp_path / "whole"))
     config = settings(tmp_path / "none", resume=True)
@@ -167,7 +177,8 @@ def test_a_state_of_other_tensors_is_refused(tiny, tmp_path):
         metadata = f.metadata()
     tensors = load_file(path)
     for change in ({"weight nothing": torch.zeros(1)}, {"weight": torch.zeros(1)},
-                   {"weight key_projection": torch.zeros(3)}):
+                   {"weight key_projection": torch.zeros(3)}, {"log loss": torch.tensor(3.0)},
+                   {"log loss": torch.zeros(0)}):
         save_file(tensors | change, path, metadata)
         with pytest.raises(UsageError, match="not all of a state"):
             trained(tiny, config)

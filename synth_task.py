@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import ruler
@@ -86,8 +87,8 @@ def task_documents(task, context, n, seeds, count, referents=1) -> list[Document
             words = 250 if context is None else max(0, round((context - 36) / 1.3))
             documents += coreference_documents("test", n, seed, referents=referents, words=words)
         else:
-            rng, length = random.Random(f"{task} {seed}"), 1024 if context is None else context
-            documents += [ruler.TASKS[task](rng, length, count) for _ in range(n)]
+            rng = random.Random(f"{task} {seed}")
+            documents += [ruler.TASKS[task](rng, context or 1024, count) for _ in range(n)]
     return documents
 
 
@@ -132,21 +133,20 @@ class Scores:
         if path is None:
             return
         path, header = Path(path), json.dumps(run)
+        text = read_text(path) if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        lines = whole.splitlines()
+        if lines[0] != header if lines else not header.startswith(text):
+            raise UsageError(f"{path} is of a run with other settings, or no file of scores")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = read_text(path) if path.exists() else ""
-            lines = text[: text.rfind("\n") + 1].splitlines()
-            if lines[0] != header if lines else not header.startswith(text):
-                raise UsageError(f"{path} is of a run with other settings, or no file of scores")
-            self.known = {key: score for key, score in map(json.loads, lines[1:])}
+            self.known = dict(map(json.loads, lines[1:]))
             if not all(type(k) is str and type(s) in (int, float) and 0 <= s <= 1
                        for k, s in self.known.items()):
-                raise UsageError(f"{path}: a line is no name with a score from 0 to 1")
-            self.file = path.open("r+" if lines else "w")
-            self.file.seek(len("".join(line + "\n" for line in lines).encode()))
-            self.file.truncate()
+                raise ValueError("a line is no name with a score from 0 to 1")
+            self.file = path.open("a")
+            self.file.truncate(len(whole.encode()))
         except (OSError, ValueError, TypeError, RecursionError) as e:
-            raise e if isinstance(e, UsageError) else UsageError(f"{path}: {e}") from None
+            raise UsageError(f"{path}: {e}") from None
         if not lines:
             self.file.write(header + "\n")
 
@@ -203,19 +203,21 @@ class Prompts:
 
     def __init__(self, llama, tok, documents, question: str, evicting=(), kind=Cache):
         self.llama, self.tok, self.documents, self.kind = llama, tok, documents, kind
-        self.forced = documents[0].scoring in ("exact", "token")
-        self.new = 0 if self.forced else documents[0].new_tokens
-        parts = [(d.context, d.question, d.answer if self.forced else "") for d in documents]
-        contexts, blocks, self.answers = map(list, zip(*(
-            encode_parts(tok, part) for part in parts), strict=True))
-        contexts = [[tok.bos_id] * tok.add_bos + c for c in contexts]
-        if question == "prefill":
-            contexts = [c + b[:-1] for c, b in zip(contexts, blocks, strict=True)]
-            blocks = [b[-1:] for b in blocks]
-        blocks = [b + a[:-1] for b, a in zip(blocks, self.answers, strict=True)]
-        self.block, self.real = padded(blocks, llama.device)
+        self.new = documents[0].new_tokens  # 0: answers are forced
+        contexts, blocks, self.answers = [], [], []
+        for d in documents:
+            parts = d.context, d.question, "" if self.new else d.answer
+            context, asked, answer = encode_parts(tok, parts)
+            context = [tok.bos_id] * tok.add_bos + context
+            if question == "prefill":
+                context, asked = context + asked[:-1], asked[-1:]
+            contexts.append(torch.tensor([context], device=llama.device))
+            blocks.append(torch.tensor(asked + answer[:-1], device=llama.device))
+            self.answers.append(answer)
+        self.block = pad_sequence(blocks, batch_first=True)  # [B, longest], zeros behind
+        self.real = torch.tensor([len(block) for block in blocks], device=llama.device)
         self.watchers = {rival: [rival(budget=1.0) for _ in documents] for rival in evicting}
-        self.read([torch.tensor([c], device=llama.device) for c in contexts])
+        self.read(contexts)
 
     def read(self, contexts) -> None:
         """Prefills one cache with contexts [1, T], each read by itself: no padding is computed."""
@@ -245,8 +247,8 @@ class Prompts:
             selector.follow(self.watchers[type(selector)])
         even = bool((self.real == self.real[0]).all())
         logits = self.llama(self.block, self.cache, selector, None if even else self.real,
-                            last=not self.forced)
-        if not self.forced:
+                            last=bool(self.new))
+        if self.new:
             return self.written(logits, selector)
         scores, self.hits = [], []
         for row, (document, answer) in enumerate(zip(self.documents, self.answers, strict=True)):
@@ -286,13 +288,6 @@ def encode_parts(tok, parts) -> list[list[int]]:
         pieces.append(whole[len(done) :] if whole[: len(done)] == done else tok.encode(part))
         done = done + pieces[-1]
     return pieces
-
-
-def padded(rows: list[list[int]], device):
-    """Token lists -> one tensor [B, longest], zeros behind, and their lengths [B]."""
-    longest = max(map(len, rows))
-    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    return tokens, torch.tensor([len(row) for row in rows], device=device)
 
 
 def found(document: Document, text: str) -> float:

@@ -119,7 +119,7 @@ def test_evictors_decide_before_the_question(llama, tok):
 
 
 def test_interrupted_scores_go_on(llama, tok, tmp_path, monkeypatch):
-    path, run = tmp_path / "deep" / "scores.jsonl", {"seed": 1}
+    path, run = tmp_path / "scores.jsonl", {"seed": 1}
     filler = "It was a quiet day, and the boats lay still in the harbour until evening came. " * 2
     documents = [Document(f"The secret word is {word}. {filler}", "The secret word is", (answer,))
                  for word, answer in (("river", "river"), ("stone", "zebra"), ("apple", "apple"),

@@ -30,13 +30,10 @@ are divided between training and test, so a test sentence always says something 
 """
 
 import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from math import gcd
-from typing import NamedTuple, TypeVar
-
-T = TypeVar("T")
+from typing import NamedTuple
 
 CUE = "The place is called"
 QUESTIONS = (
@@ -83,15 +80,10 @@ CUSTOMS = (
 )
 
 # A start and an end make a word that nobody has seen and that the tokenizer cuts into 3 to 5.
-NAME_STARTS = (
-    "Qor", "Vel", "Zam", "Thul", "Yel", "Dru", "Mib", "Kav", "Oru", "Lun", "Pel", "Wex", "Sab",
-    "Rin", "Gol", "Fen", "Hax", "Jor", "Bri", "Tav", "Nul", "Cae", "Eph",
-)
-NAME_ENDS = (
-    "bandel", "tamoria", "dovar", "luneth", "mirrow", "kestia", "porath", "saluna", "govik",
-    "rendal", "faroth", "zimber", "nathor", "bilgar", "vosteen", "duramel", "hespia", "lorqua",
-    "tibrane", "munaveth",
-)
+NAME_STARTS, NAME_ENDS = map(str.split, (
+    "Qor Vel Zam Thul Yel Dru Mib Kav Oru Lun Pel Wex Sab Rin Gol Fen Hax Jor Bri Tav Nul Cae Eph",
+    "bandel tamoria dovar luneth mirrow kestia porath saluna govik rendal faroth zimber nathor "
+    "bilgar vosteen duramel hespia lorqua tibrane munaveth"))
 
 THINKERS = (
     "Some thinkers hold that patience", "An old argument says that courage",
@@ -191,9 +183,8 @@ def _sums() -> list[str]:
     return sums
 
 
-def _pairs(heads: Sequence[T], tails: Sequence[T], split: str) -> list[tuple[T, T]]:
-    """
-    Every head with every tail of the split (60 % of the tails train, 40 % test, order fixed).
+def _pairs(heads, tails, split: str) -> list[tuple]:
+    """Every head with every tail of the split (60 % of the tails train, 40 % test, order fixed).
 
     The list runs down the diagonals of the table, and the two sizes are coprime, so it meets every
     cell once and any min(heads, tails) neighbours differ in both halves (Chinese remainders).
@@ -203,8 +194,7 @@ def _pairs(heads: Sequence[T], tails: Sequence[T], split: str) -> list[tuple[T, 
     shuffled = random.Random(0).sample(list(tails), len(tails))
     cut = 3 * len(tails) // 5
     tails = shuffled[:cut] if split == "train" else shuffled[cut:]
-    return [(heads[i % len(heads)], tails[i % len(tails)])
-            for i in range(len(heads) * len(tails))]
+    return [(heads[i % len(heads)], tails[i % len(tails)]) for i in range(len(heads) * len(tails))]
 
 
 def pools(split: str) -> Pools:
@@ -219,9 +209,8 @@ def pools(split: str) -> Pools:
     )
 
 
-def _walk(rng: random.Random, pool: Sequence[T]) -> Iterator[T]:
-    """
-    The pool from a random place in random equal strides, round and round without end.
+def _walk(rng: random.Random, pool):
+    """The pool from a random place in random equal strides, round and round without end.
 
     A stride coprime to the pool's size visits everything before anything comes back, and keeps the
     diagonal order's promise: neighbours in a document do not repeat each other's halves.
@@ -241,35 +230,33 @@ def _words(text: str) -> int:
 def _distractors(rng: random.Random, pools: Pools, words: int) -> list[str]:
     """Sentences of about `words` words: philosophy, then food, then arithmetic, equally many."""
     kinds = [(_walk(rng, pool), []) for pool in (pools.philosophy, pools.food, pools.arithmetic)]
-    while True:
-        for walk, chosen in kinds:
-            sentence = next(walk)
-            # Half a sentence too few is nearer to the target than half a sentence too many.
-            if words < _words(sentence) / 2:
-                return [s for _, chosen in kinds for s in chosen]
-            chosen.append(sentence)
-            words -= _words(sentence)
+    for walk, chosen in cycle(kinds):
+        sentence = next(walk)
+        # Half a sentence too few is nearer to the target than half a sentence too many.
+        if words < _words(sentence) / 2:
+            return [s for _, chosen in kinds for s in chosen]
+        chosen.append(sentence)
+        words -= _words(sentence)
 
 
-def _interleave(introductions: list[tuple[float, str]], distractors: list[str]) -> str:
-    """Join both, each (fraction, introduction) where that fraction of the other words is past."""
-    total = sum(map(_words, distractors)) + sum(_words(text) for _, text in introductions)
-    waiting = sorted(introductions)
-    told, past = [], 0
+def _interleave(told: list[str], fractions: list[float], distractors: list[str]) -> str:
+    """Joins both, each introduction where its fraction of all other words is past."""
+    total = sum(map(_words, told + distractors))
+    waiting = [(fraction * (total - _words(introduction)), introduction)
+               for fraction, introduction in sorted(zip(fractions, told, strict=True))]
+    text, past = [], 0
     for sentence in distractors:
-        while waiting and past + _words(sentence) / 2 > waiting[0][0] * (
-                total - _words(waiting[0][1])):
-            told.append(waiting.pop(0)[1])
-            past += _words(told[-1])
-        told.append(sentence)
+        while waiting and past + _words(sentence) / 2 > waiting[0][0]:
+            text.append(waiting.pop(0)[1])
+            past += _words(text[-1])
+        text.append(sentence)
         past += _words(sentence)
-    return " ".join(told + [text for _, text in waiting])
+    return " ".join(text + [introduction for _, introduction in waiting])
 
 
 def coreference(rng: random.Random, pools: Pools, referents: int = 1, words: int = 250,
                 position: float | None = None) -> Document:
-    """
-    One co-reference document (arXiv 2503.07518) with a few dials.
+    """One co-reference document (arXiv 2503.07518) with a few dials.
 
     referents  places introduced, 1 to 8, each with its own name; the question asks for one
     words      length of the context, met to within half a sentence
@@ -284,8 +271,7 @@ def coreference(rng: random.Random, pools: Pools, referents: int = 1, words: int
         raise ValueError(f"position must be 0 to 1, not {position}")
     places = list(islice(_walk(rng, pools.places), referents))
     names = list(islice(_walk(rng, pools.names), referents))
-    told = [f"{place.introduction} {CUE} {name}."
-            for place, name in zip(places, names, strict=True)]
+    told = [f"{p.introduction} {CUE} {name}." for p, name in zip(places, names, strict=True)]
     room = words - sum(map(_words, told))
     if room < 0:
         raise ValueError(f"{referents} introductions do not fit into {words} words")
@@ -293,8 +279,7 @@ def coreference(rng: random.Random, pools: Pools, referents: int = 1, words: int
     fractions = [i / referents for i in range(referents)]
     if position is not None:
         fractions[asked] = position
-    introductions = list(zip(fractions, told, strict=True))
-    context = _interleave(introductions, _distractors(rng, pools, room))
+    context = _interleave(told, fractions, _distractors(rng, pools, room))
     question = rng.choice(QUESTIONS).format(places[asked].tie_back)
     start = context.index(told[asked])
     return Document(context, f"\n\n{question} {CUE}", (names[asked],),

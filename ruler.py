@@ -80,15 +80,15 @@ def vocabulary() -> tuple[str, ...]:
 
 def fit(length: int, count: Count, start: str, body: Callable[[int], str], question: str,
         answers: list[str], evidence: list[str], scoring="all", new_tokens=0) -> Document:
-    """
-    The document `start + body(n)`, for an n that fills the length: 98 % or all but one unit of what
-    the answer leaves for context and question. The pieces of `evidence` are its spans.
+    """The document `start + body(n)`, for an n that fills the length: 98 % or all but one unit of
+    what the answer leaves for context and question. The pieces of `evidence` are its spans.
 
     Aims at 99 % with the mean cost of a unit so far: three or four counts of the whole text do.
     Raises ValueError when even body(0) is too long.
     """
     answer = new_tokens or count(" " + answers[0])
-    text, room, bare = body(0), length - answer, count(start + body(0) + question)
+    text, room = body(0), length - answer
+    bare = count(start + text + question)
     if bare > room:
         raise ValueError(f"{length} tokens are too few: this task needs {bare + answer}")
     low, high, n = 0, length, min(16, length - 1)
@@ -110,11 +110,10 @@ def fit(length: int, count: Count, start: str, body: Callable[[int], str], quest
 
 
 def scatter(pieces: list[str], hay: list[str], depths: list[float]) -> list[str]:
-    """The hay with every piece at its depth, 0 (before all of it) to 1 (after all of it)."""
-    cuts = [int(depth * (len(hay) + 1)) for depth in depths]
-    together = hay[: cuts[0]]
-    for piece, start, end in zip(pieces, cuts, [*cuts[1:], len(hay)], strict=True):
-        together += [piece, *hay[start:end]]
+    """The hay with every piece at its depth, from 0 (before it) to 1 (behind it), ascending."""
+    together = list(hay)
+    for piece, depth in zip(reversed(pieces), reversed(depths), strict=True):
+        together.insert(int(depth * (len(hay) + 1)), piece)
     return together
 
 
@@ -142,8 +141,7 @@ def secrets(rng: random.Random, kind: str, n: int) -> list[str]:
 
 def niah(rng: random.Random, length: int, count: Count, hay="prose", value="number", key="word",
          needles=1, values=1, asked=1) -> Document:
-    """
-    Needles in a haystack of noise, of prose or of further needles; RULER's niah_*.
+    """Needles in a haystack of noise, of prose or of further needles; RULER's niah_*.
 
     `needles` keys with `values` values each; the question is about `asked` of the keys. The cue
     before a single answer ends in "is:", as the needle does, where RULER's says "mentioned in the
@@ -189,8 +187,7 @@ def variable_tracking(rng: random.Random, length: int, count: Count) -> Document
 
 
 def common_words(rng: random.Random, length: int, count: Count) -> Document:
-    """
-    A numbered list of words in which ten are far more common than all others; RULER's cwe.
+    """A numbered list of words in which ten are far more common than all others; RULER's cwe.
 
     RULER lists ten words 30 times each and others 3 times. A short list has no room for that: the
     others then come twice or once and the ten keep ten times as many, as long as ten others fit
@@ -218,8 +215,7 @@ def common_words(rng: random.Random, length: int, count: Count) -> Document:
 
 
 def frequent_words(rng: random.Random, length: int, count: Count) -> Document:
-    """
-    Coded words as often as a zeta distribution says: which three are most frequent? RULER's fwe.
+    """Coded words as often as a zeta distribution says: which three are most frequent? RULER's fwe.
 
     The word of rank k comes n / (k ** 2 * zeta(2)) times, rounded down. The first in rank is the
     noise "...", which is to be ignored.
@@ -243,8 +239,7 @@ def frequent_words(rng: random.Random, length: int, count: Count) -> Document:
 
 
 def copy(rng: random.Random, length: int, count: Count) -> Document:
-    """
-    A passage of about 160 tokens, prose, then the passage again but for its first three words.
+    """A passage of about 160 tokens, prose, then the passage again but for its first three words.
 
     No adjective or noun comes twice, so only copying gets them right. "The", commas and the like
     can be guessed: without the passage nearly half of the tokens are right, and with it nearly all.

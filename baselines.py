@@ -26,16 +26,27 @@ only what they have not yet thrown out. They decide before the next token is see
 import torch
 import torch.nn.functional as F
 
+from cli import known
 from kernel import mark
 from selection import SelectionError, Selector, allowance
 
 
+def raw_scores(q, keys):
+    """q [B, H, T, D], keys [B, G, S, D] -> q . k / sqrt(D), [B, G, H/G, T, S] in float32."""
+    q = q.float().unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
+    return q @ keys.float()[:, :, None].transpose(-1, -2)
+
+
 def true_attention(q, keys, positions):
     """q [B, H, T, D], keys [B, G, S, D], positions [B, T] -> causal softmax [B, G, H/G, T, S]."""
-    grouped = q.float().unflatten(1, (keys.shape[1], -1))
-    scores = grouped @ keys.float()[:, :, None].transpose(-1, -2) * q.shape[-1] ** -0.5
-    hidden = torch.arange(keys.shape[2], device=q.device) > positions[..., None]  # [B, T, S]
-    return scores.masked_fill_(hidden[:, None, None], -torch.inf).softmax(dim=-1)
+    future = torch.arange(keys.shape[2], device=q.device) > positions[..., None]  # [B, T, S]
+    scores = raw_scores(q, keys).masked_fill_(future[:, None, None], -torch.inf)
+    return scores.softmax(dim=-1)
+
+
+def widened(values, S: int, filler=0):
+    """values [..., up to S] -> [..., S], with `filler` behind."""
+    return F.pad(values, (0, S - values.shape[-1]), value=filler)
 
 
 class Oracle(Selector):
@@ -100,19 +111,17 @@ class Evicting(Selector):
     def __init__(self, budget, interval=1, neighbours=0, dense_below=0, **rules):
         if interval > 1 or neighbours or dense_below:
             raise SelectionError("h2o and snapkv evict at every step: interval 1, no neighbours, "
-                              "no dense steps")
+                                 "no dense steps")
         super().__init__(budget, **rules)
         self.value, self.alive = {}, {}
 
-    def follow(self, watchers: list["Evicting"]) -> "Evicting":
+    def follow(self, watchers: list["Evicting"]) -> None:
         """Goes on from what others of its kind, one for each row, saw of the prompts. They are left
         as they were: one reading of a prompt serves several budgets."""
         for layer in watchers[0].value:
             values = [w.value[layer] for w in watchers]
             S = max(v.shape[-1] for v in values)
-            self.value[layer] = torch.cat([
-                F.pad(v, (0, S - v.shape[-1])) for v in values])
-        return self
+            self.value[layer] = torch.cat([widened(v, S) for v in values])
 
     def ranked(self, layer: int, position):
         """What decides at one step: [B, G, S], the larger the better; position [B, 1]."""
@@ -122,28 +131,23 @@ class Evicting(Selector):
         """After a step: its raw attention scores [B, G, H/G, S] and whom it saw [B, G, S]."""
 
     def pick(self, layer, q, keys, positions):
-        S = keys.shape[2]
-        seen = self.value.get(layer, keys.new_empty(*keys.shape[:2], 0, dtype=torch.float32))
-        if layer not in self.alive and seen.shape[-1] < positions[:, 0].max():
+        S, first = keys.shape[2], layer not in self.alive
+        nothing = keys.new_empty(*keys.shape[:2], 0, dtype=torch.float32)
+        seen = self.value.get(layer, nothing)
+        if first and seen.shape[-1] < positions[:, 0].max():
             raise SelectionError("h2o and snapkv evict what they watched: let them watch the "
                                  "prompt")
-        self.value[layer] = F.pad(seen, (0, S - seen.shape[-1]))  # a newcomer has collected nothing
-        if layer in self.alive:
-            alive = self.alive[layer]
-            self.alive[layer] = F.pad(alive, (0, S - alive.shape[-1]), value=True)
-        else:  # the prompt has been read: cut it down before going on
-            self.alive[layer] = torch.ones_like(self.value[layer], dtype=torch.bool)
-            if seen.shape[-1]:
-                self.evict(layer, positions[:, :1] - 1)
-        q = q.float().unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
-        scores = q @ keys.float()[:, :, None].transpose(-1, -2)  # [B, G, H/G, T, S]
-        rows = []
-        for t in range(scores.shape[3]):
+        self.value[layer] = widened(seen, S)  # a newcomer has collected nothing
+        self.alive[layer] = widened(self.alive.get(layer, nothing.bool()), S, True)
+        if first and seen.shape[-1]:  # the prompt has been read: cut it down before going on
+            self.evict(layer, positions[:, :1] - 1)
+        scores, rows = raw_scores(q, keys), []
+        for t in range(positions.shape[1]):
             chosen, kept = self.evict(layer, positions[:, t : t + 1])
             self.attended(layer, scores[:, :, :, t], kept)
             rows.append(chosen)
         K = max(row.shape[-1] for row in rows)
-        return torch.cat([F.pad(row, (0, K - row.shape[-1]), value=-1) for row in rows], dim=2)
+        return torch.cat([widened(row, K, -1) for row in rows], dim=2)
 
     def evict(self, layer: int, position):
         """-> the chosen tokens [B, G, 1, K'] of the query at position [B, 1]; kept [B, G, S]."""
@@ -161,8 +165,7 @@ class H2O(Evicting):
     def watch(self, layer, x, q, keys, positions):
         if layer:
             new = true_attention(q, keys, positions).mean(2).sum(2)  # [B, G, S]
-            old = self.value.get(layer, new[..., :0])
-            self.value[layer] = new + F.pad(old, (0, new.shape[-1] - old.shape[-1]))
+            self.value[layer] = new + widened(self.value.get(layer, new[..., :0]), new.shape[-1])
 
     def ranked(self, layer, position):
         half = allowance(self.budget, position + 1, self.sinks + self.window) // 2  # [B, 1]
@@ -210,14 +213,13 @@ NAMES = ("dense", "butler", *BASELINES)
 
 def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | None:
     """A fresh selector by its name on the command line; for dense None, which is just that."""
+    known("selector", [name], NAMES)
     if name == "dense":
         return None
     if name == "butler":
         if butler is None:
             raise SelectionError("the selector 'butler' needs a trained butler")
         return butler.selector(budget, **rules)
-    if name not in BASELINES:
-        raise SelectionError(f"unknown selector {name!r}; known: {', '.join(NAMES)}")
     return BASELINES[name](budget, **rules)
 
 
@@ -258,15 +260,16 @@ class Probe:
 def spearman(a, b, seen):
     """Rank correlation along the last axis, ties sharing their mean rank, where `seen` (booleans)
     is true: a, b [..., S] -> [...]; NaN where all are tied. (Defined as in scipy.stats.)"""
-    def ranks(x):
+    seen = seen.expand(a.shape)
+    n = seen.sum(-1, keepdim=True)
+
+    def ranks(x):  # less their mean
         x = x.masked_fill(~seen, torch.inf).contiguous()
         ordered = x.sort(dim=-1).values
         below = torch.searchsorted(ordered, x)
         r = ((below + torch.searchsorted(ordered, x, right=True)) * 0.5).masked_fill(~seen, 0)
         return (r - r.sum(-1, keepdim=True) / n).masked_fill(~seen, 0)
 
-    seen = seen.expand(a.shape)
-    n = seen.sum(-1, keepdim=True)
     ra, rb = ranks(a), ranks(b)
     return (ra * rb).sum(-1) / (ra.norm(dim=-1) * rb.norm(dim=-1))
 

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from butler import ButlerError, whole
+from butler import SHIPPED, Butler, ButlerError, whole
 from cli import UsageError
 
 # ---------------------------------------------------------------------------- several processes
@@ -145,39 +145,41 @@ def state(butler, optimizers, log: list) -> dict:
     return tensors
 
 
+def read(path) -> tuple[dict, dict]:
+    """A state -> its metadata, its tensors. UsageError, one line, for a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return f.metadata() or {}, {entry: f.get_tensor(entry) for entry in f.keys()}
+    except (SafetensorError, OSError, RuntimeError) as e:
+        raise UsageError(f"{path}: unreadable state ({e})") from None
+
+
 def check_state(config) -> None:
     """UsageError, one line, if --resume cannot go on from what lies at OUT.state, or if the run
     has ended. Where neither is there it was stopped early, and starts from the beginning."""
     path = state_path(config)
     if path.exists():
-        try:
-            with safe_open(path, framework="pt") as f:
-                own = (f.metadata() or {}).get("run")
-        except (SafetensorError, OSError) as e:
-            raise UsageError(f"{path}: unreadable state ({e})") from None
-        if own != identity(config):
+        if read(path)[0].get("run") != identity(config):
             raise UsageError(f"{path} belongs to a run with other settings")
     elif Path(config.out).exists():
         raise UsageError(f"nothing to resume: {config.out} is trained, its state is gone; "
                          "without --resume it is trained anew")
+    else:
+        note(f"no {path} to resume: training begins anew")
 
 
 def begin(butler, optimizers, config, log: list, text: str) -> int:
     """Puts every process where the first one is: at the beginning or, to resume, where OUT.state
     ends -> the step to go on with. A state of another base model is refused, and one whose
     training text had another digest."""
+    path = state_path(config)
+    owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    parameters = dict(butler.named_parameters())
+
     def first():
-        path = state_path(config)
         if not (config.resume and path.exists()):
-            if config.resume:
-                note(f"no {path} to resume: training begins anew")
             return state(butler, optimizers, log)
-        try:
-            with safe_open(path, framework="pt") as f:
-                metadata = f.metadata() or {}
-                entries = {entry: f.get_tensor(entry) for entry in f.keys()}
-        except (SafetensorError, OSError, RuntimeError) as e:
-            raise UsageError(f"{path}: unreadable state ({e})") from None
+        metadata, entries = read(path)
         if metadata.get("butler") != json.dumps(asdict(butler.config)):
             raise UsageError(f"{path} belongs to a run with another base model")
         if metadata.get("text") != text:
@@ -189,14 +191,11 @@ def begin(butler, optimizers, config, log: list, text: str) -> int:
             moments = MOMENTS.get(type(owners[p]), ()) if steps else ()
             for key in ("weight", *moments):
                 shapes[f"{key} {name}"] = () if key == "step" else p.shape
-        taken = [value for entry, value in entries.items() if entry.startswith("step ")]
-        if {entry: value.shape for entry, value in entries.items()} != shapes or any(
-                value != steps for value in taken):
+        counts = [value for entry, value in entries.items() if entry.startswith("step ")]
+        if {e: v.shape for e, v in entries.items()} != shapes or any(n != steps for n in counts):
             raise UsageError(f"{path}: not all of a state, or not of this butler")
         return entries
 
-    owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    parameters = dict(butler.named_parameters())
     entries = told(first)
     log[:] = entries.pop("log loss").double().tolist()
     for entry, value in entries.items():
@@ -226,7 +225,8 @@ class Guard:
     """Around the loop: saves on a timer and, when a signal asks for the end, saves and leaves."""
 
     def __init__(self, butler, optimizers, config, log, text: str):
-        self.holds, self.config, self.log, self.signal = (butler, optimizers), config, log, 0
+        self.butler, self.optimizers, self.config, self.log = butler, optimizers, config, log
+        self.signal = 0
         self.metadata = {"run": identity(config), "butler": json.dumps(asdict(butler.config)),
                          "text": text}
 
@@ -257,22 +257,19 @@ class Guard:
     def save(self) -> None:
         """Writes OUT.state; where that fails, the one before stays, and training need not stop."""
         if rank() == 0:
-            butler, optimizers = self.holds
+            tensors = state(self.butler, self.optimizers, self.log)
             try:
                 with whole(state_path(self.config)) as part:
-                    part.write_bytes(save(state(butler, optimizers, self.log), self.metadata))
+                    part.write_bytes(save(tensors, self.metadata))
             except ButlerError as e:
                 note(f"warning: {e}; what was saved before stays")
         self.saved = time.monotonic()
 
 
 if __name__ == "__main__":
-    from butler import SHIPPED, Butler
-
     butler = Butler.load(SHIPPED).requires_grad_(True)
     optimizer = torch.optim.AdamW(butler.parameters())
-    for p in butler.parameters():
-        p.grad = torch.zeros_like(p)
+    sum(p.sum() for p in butler.parameters()).backward()
     optimizer.step()
     tensors = state(butler, [optimizer], [3.1, 3.0])
     for entry in list(tensors)[:5]:

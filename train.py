@@ -29,13 +29,12 @@ from tqdm import tqdm
 
 import survive
 import tokenizer
-from baselines import Probe, make_selector, mean
+from baselines import Probe, make_selector, mean, raw_scores
 from butler import Butler, ButlerConfig, whole
 from cli import UsageError, flag, provenance, run, writable
 from coreference import coreference_documents, pools
 from corpus import Mixture, default_texts, hold_out, read_texts
 from model import Llama, check_device, fast_dtype, resolve
-from survive import note
 from synth_task import accuracy, evaluate
 
 
@@ -81,35 +80,31 @@ def distillation(butler, record, rows, grouped=False):
     """KL(teacher || student) of the chosen rows [N] of every layer >= 1 -> [L-1], with gradient.
 
     Both are causal softmaxes over the cached tokens, [B, G, H/G, N, S], of each query head; or, if
-    `grouped`, their means over the heads that share a KV head. The entropy of the teacher has no
-    gradient: minimising KL is minimising the paper's cross-entropy.
+    `grouped` or if the butler has one query per KV head, their means over the heads that share a
+    KV head. The entropy of the teacher has no gradient: minimising KL is minimising the paper's
+    cross-entropy.
     """
     losses, queries = [], {}
     S = record.keys[0].shape[2]
-    future = torch.arange(S, device=rows.device) > rows[:, None]  # [N, S]
-    future = torch.zeros(future.shape, device=rows.device).masked_fill(future, -1e4)
     grouped = grouped or butler.config.heads == butler.config.kv_heads
+    later = torch.arange(S, device=rows.device) > rows[:, None]
+    future = torch.where(later, -1e4, 0.0)  # [N, S], finite: the teacher's 0 times it must be 0
+
+    def log_attention(scores):
+        logs = (scores + future).log_softmax(dim=-1)
+        return logs.logsumexp(2, keepdim=True) - math.log(logs.shape[2]) if grouped else logs
+
     for layer, keys in record.keys.items():
         queries |= butler.queries(layer, record.x[layer][:, rows])
         if layer == 0:
             continue
         with torch.no_grad():
-            q = record.q[layer][:, :, rows].float() * keys.shape[-1] ** -0.5
-            q, k = q.unflatten(1, (keys.shape[1], -1)), keys.float()[:, :, None]
-            log_p = (q @ k.transpose(-1, -2)).add_(future).log_softmax(dim=-1)
-            log_p = log_mean(log_p) if grouped else log_p
+            log_p = log_attention(raw_scores(record.q[layer][:, :, rows], keys))
             p = log_p.exp()
-        scores = butler.scores(queries[layer], butler.project(layer, keys))
-        log_b = (scores + future).log_softmax(dim=-1)
-        log_b = log_mean(log_b) if grouped else log_b
+        log_b = log_attention(butler.scores(queries[layer], butler.project(layer, keys)))
         count = p.shape[:-1].numel()  # dot products: no pass over memory for a product
         losses.append((p.flatten() @ log_p.flatten() - p.flatten() @ log_b.flatten()) / count)
     return torch.stack(losses)
-
-
-def log_mean(logs):
-    """Logarithms [B, G, H/G, N, S] -> logarithm of the mean over a group [B, G, 1, N, S]."""
-    return logs.logsumexp(2, keepdim=True) - math.log(logs.shape[2])
 
 
 def distil(llama, butler, mixture, config, log):
@@ -173,9 +168,9 @@ def update(butler, optimizers: list, loss, rate: float) -> None:
 def make_optimizers(butler, rate: float) -> list:
     """Muon for the producers' matrices (steps along the orthogonalised momentum, as long as AdamW's
     would be), AdamW for the key projections and norms, which are no matrices."""
-    producers = [p for p in butler.producers.parameters() if p.ndim == 2]
+    matrices = [p for p in butler.parameters() if p.ndim == 2]
     others = [p for p in butler.parameters() if p.ndim != 2]
-    return [torch.optim.Muon(producers, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    return [torch.optim.Muon(matrices, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, rate, weight_decay=0.0)]
 
 
@@ -231,8 +226,8 @@ def main(config: Config) -> dict | None:
     check(config)
     began = time.perf_counter()
     torch.manual_seed(config.seed)
-    texts = [read_texts(config.data)] if config.data else default_texts()
-    splits = [hold_out(source) for source in texts]
+    sources = [read_texts(config.data)] if config.data else default_texts()
+    kept, held = zip(*map(hold_out, sources), strict=True)
     device = survive.join(config.device)
     path = survive.host_first(lambda: resolve(config.model))
     llama = Llama.from_pretrained(path, fast_dtype(device), device)
@@ -242,29 +237,28 @@ def main(config: Config) -> dict | None:
     sizes = {"stride": config.stride, "size": config.size, "hidden": config.hidden}
     butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = parameters(butler) / parameters(llama)
-    note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")
+    survive.note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")
 
-    mixture = Mixture(tok, [train for train, _ in splits], pools("train"), repeats=config.repeats)
-    log, processes = [], survive.world()
+    mixture, log = Mixture(tok, kept, pools("train"), repeats=config.repeats), []
     if survive.rank():
         distil(llama, butler, mixture, config, log)
         return survive.leave()
-    held_out = Mixture(tok, [held for _, held in splits], pools("test"), synthetic=0.0)
-    windows = torch.tensor([held_out.window(f"held out {i}", config.length) for i in range(16)],
-                           device=device)
-    before = held_out_kl(llama, butler, windows)
-    note(f"held-out KL before: {before.mean():.3f} a layer")
+    windows = texts(Mixture(tok, held, pools("test"), synthetic=0.0), "held out", 16, config.length)
+    windows = windows.to(device)
+    before = held_out_kl(llama, butler, windows).mean().item()
+    survive.note(f"held-out KL before: {before:.3f} a layer")
     distil(llama, butler, mixture, config, log)
     survive.leave()
-    after = held_out_kl(llama, butler, windows)
-    survive.check_loss(log, after.mean().item())
+    layers = held_out_kl(llama, butler, windows)
+    kl = layers.mean().item()
+    survive.check_loss(log, kl)
     trained = time.perf_counter() - began
-    butler.save(config.out, {"config": asdict(config), "kl": after.mean().item()})
+    butler.save(config.out, {"config": asdict(config), "kl": kl})
     report = {
         "config": asdict(config), "parameters": parameters(butler), "share": share,
-        "kl_before": before.mean().item(), "kl": after.mean().item(), "kl_layers": after.tolist(),
+        "kl_before": before, "kl": kl, "kl_layers": layers.tolist(),
         "table": verdict(llama, tok, butler, windows[:4], config), "loss": log,
-        "processes": processes, "training_s": round(trained, 1),
+        "processes": survive.world(), "training_s": round(trained, 1),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     } | provenance()
@@ -305,11 +299,10 @@ def check(config) -> None:
     survive.check_processes(config)
     if survive.rank():
         return
-    writable(config.out)
-    out, report = Path(config.out), report_path(config)
-    writable(report)
-    writable(survive.state_path(config))
-    if report.resolve() in (out.resolve(), survive.state_path(config).resolve()):
+    out, report, state = Path(config.out), report_path(config), survive.state_path(config)
+    for path in (out, report, state):
+        writable(path)
+    if report.resolve() in (out.resolve(), state.resolve()):
         raise UsageError(f"--report and --out are both {out}")
     if config.resume:
         survive.check_state(config)

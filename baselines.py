@@ -281,8 +281,7 @@ def mean(by_layer: dict) -> float:
 if __name__ == "__main__":
     B, H, G, S, D = 1, 9, 3, 400, 64
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(B, H, S, D, generator=generator)
-    keys = torch.randn(B, G, S, D, generator=generator)
+    q, keys = (torch.randn(B, n, S, D, generator=generator) for n in (H, G))
     x, positions = torch.zeros(B, S, 8), torch.arange(S)[None]
     for name in BASELINES:
         selector = make_selector(name, 0.1)

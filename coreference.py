@@ -11,8 +11,7 @@ In: a random.Random, a pool of phrases, and a few dials. Out: a `Document`, thre
     answer     Qorbandel
 
 The shape is the paper's co-reference task (arXiv 2503.07518): an introduction of a place and its
-name, philosophy, food, arithmetic, then a question that ties back to the introduction. An answer is
-exact when every one of its tokens is right with the earlier ones given (teacher forcing).
+name, philosophy, food, arithmetic, then a question that ties back to the introduction.
 
 Why it is hard for a cache that drops tokens. The name is invented, so it is several tokens that can
 only be copied out of the cache. The question says everything in other words: its tokens are not
@@ -39,8 +38,7 @@ CUE = "The place is called"
 QUESTIONS = (
     "Question: Which place was described above as {}?",
     "Question: Which place was described above as {}?\nAnswer:",
-    "Question: Which place does the text describe as {}?",
-)
+    "Question: Which place does the text describe as {}?")
 
 # Where a place lies, and what it is known for: as introduced, then as the question words it.
 SETTINGS = (
@@ -54,8 +52,7 @@ SETTINGS = (
     ("A logging camp deep in a pine forest", "the woodcutters' base among the tall trees"),
     ("A monastery above the clouds", "the monks' retreat close to the sky"),
     ("A railway junction on an empty plain", "the stop in flat country for changing trains"),
-    ("A border fortress beside a narrow pass", "the stronghold guarding the way between lands"),
-)
+    ("A border fortress beside a narrow pass", "the stronghold guarding the way between lands"))
 CUSTOMS = (
     ("keeps a great clock that runs backwards", "whose timepiece turns the wrong way"),
     ("paints every roof a bright yellow", "where all the housetops look golden"),
@@ -76,8 +73,7 @@ CUSTOMS = (
     ("writes its laws on painted kites", "whose rules fly in the wind"),
     ("keeps bees inside the walls of its houses", "where honey is made behind the bricks"),
     ("sends its letters by trained crows", "whose post is carried by black wings"),
-    ("mends broken pottery with silver", "that repairs cracked bowls with precious seams"),
-)
+    ("mends broken pottery with silver", "that repairs cracked bowls with precious seams"))
 
 # A start and an end make a word that nobody has seen and that the tokenizer cuts into 3 to 5.
 NAME_STARTS, NAME_ENDS = map(str.split, (
@@ -91,8 +87,7 @@ THINKERS = (
     "In one tradition, silence", "It is often said that memory",
     "According to the moralists, curiosity", "Seen from a distance, hope",
     "Most schools agree that kindness", "Looked at closely, freedom",
-    "A well-known essay claims that solitude",
-)
+    "A well-known essay claims that solitude")
 CLAIMS = (
     "is a habit long before it becomes a virtue", "cannot be taught, although it can be learned",
     "matters most when nobody is there to praise it", "costs little and is still rarely found",
@@ -103,13 +98,11 @@ CLAIMS = (
     "needs reasons but does not begin with them", "teaches us how small our plans are",
     "turns into vanity when it is put on display", "proves nothing and yet changes everything",
     "makes us answerable to people we will never meet", "is neither a gift nor a duty",
-    "is worth more than the comfort it takes away", "ties the present to what came before it",
-)
+    "is worth more than the comfort it takes away", "ties the present to what came before it")
 DISHES = (
     "Barley soup", "Fresh flatbread", "A stew of lentils", "Plum cake", "Roasted pumpkin",
     "Soft goat cheese", "Rice with saffron", "Smoked fish", "A pot of beans", "Onion pie",
-    "Sweet porridge",
-)
+    "Sweet porridge")
 HABITS = (
     "tastes best on the second day", "goes well with a spoonful of sour cream",
     "should be left to rest before it is served", "needs a pinch of salt and plenty of time",
@@ -120,16 +113,14 @@ HABITS = (
     "is sold from small carts beside the road", "calls for butter, although oil will also do",
     "loses its flavour when it is heated twice", "is what most cooks learn to prepare first",
     "makes a good supper after a long walk", "is sometimes sweetened with a few raisins",
-    "is best enjoyed with a glass of cold cider", "has more admirers abroad than at home",
-)
+    "is best enjoyed with a glass of cold cider", "has more admirers abroad than at home")
 RECKONERS = (
     "A careful clerk will tell you that", "Anyone with an abacus can check that",
     "It takes only a moment to see that", "The pupils wrote on the board that",
     "By simple counting we find that", "On the back of the receipt it says that",
     "As every schoolbook confirms,", "Without a pencil one can work out that",
     "The baker's daughter knows by heart that", "A quick note in the margin shows that",
-    "Nobody at the table disputed that",
-)
+    "Nobody at the table disputed that")
 
 
 class Place(NamedTuple):
@@ -157,8 +148,8 @@ class Document:
     context: str
     question: str  # ends in the answer's cue, without a trailing space
     answers: tuple[str, ...]  # the references, without a leading space
-    # exact, token: the first reference is forced upon the model, and all its tokens right count, or
-    # their share; all, any: the share of the references, or whether one, is in the generated text
+    # exact, token: the first reference is teacher-forced, and all its tokens right count, or their
+    # share; all, any: the share of the references, or whether one, is in the generated text
     scoring: str = "exact"
     new_tokens: int = 0  # to generate, where text is
     spans: tuple[tuple[int, int], ...] = ()  # characters of context without which nobody knows
@@ -205,8 +196,7 @@ def pools(split: str) -> Pools:
         names=tuple(a + b for a, b in _pairs(NAME_STARTS, NAME_ENDS, split)),
         philosophy=tuple(f"{a} {b}." for a, b in _pairs(THINKERS, CLAIMS, split)),
         food=tuple(f"{a} {b}." for a, b in _pairs(DISHES, HABITS, split)),
-        arithmetic=tuple(f"{a} {b}." for a, b in _pairs(RECKONERS, _sums(), split)),
-    )
+        arithmetic=tuple(f"{a} {b}." for a, b in _pairs(RECKONERS, _sums(), split)))
 
 
 def _walk(rng: random.Random, pool):
@@ -256,7 +246,7 @@ def _interleave(told: list[str], fractions: list[float], distractors: list[str])
 
 def coreference(rng: random.Random, pools: Pools, referents: int = 1, words: int = 250,
                 position: float | None = None) -> Document:
-    """One co-reference document (arXiv 2503.07518) with a few dials.
+    """One co-reference document with a few dials.
 
     referents  places introduced, 1 to 8, each with its own name; the question asks for one
     words      length of the context, met to within half a sentence

@@ -48,12 +48,13 @@ def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
         parts = [t[i : i + 8192] for t in parts for i in range(0, len(t), 8192)]
     if len(parts) < 2:
         raise UsageError("too little text: at least 8 KB is needed")
-    held = parts[:: min(10, len(parts))]
-    return [p for i, p in enumerate(parts) if i % min(10, len(parts))], held
+    every = min(10, len(parts))
+    return [p for i, p in enumerate(parts) if i % every], parts[::every]
 
 
 class Mixture:
-    """Endless windows of tokens: 30 % co-reference documents, the rest text, sources in turn.
+    """Endless windows of tokens: a share `synthetic` of co-reference documents, and text of sources
+    drawn by lot, long texts more often.
 
     Each window depends on its seed alone, so step n of a resumed run sees what step n saw before.
     `repeats` strings of digits or letters that nobody can guess are written into every 512 tokens,
@@ -61,13 +62,12 @@ class Mixture:
     """
 
     def __init__(self, tok, sources: list[list[str]], pool, synthetic=0.3, repeats=0):
-        self.tok, self.pool, self.synthetic, self.repeats = tok, pool, synthetic, repeats
-        self.sources = [(s, [len(t) for t in s]) for s in sources]
+        self.tok, self.sources, self.pool = tok, sources, pool
+        self.synthetic, self.repeats = synthetic, repeats
 
     def digest(self) -> str:
         """SHA-256 of all the texts: a run is not to be resumed on others."""
-        texts = json.dumps([texts for texts, _ in self.sources])
-        return hashlib.sha256(texts.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.sources).encode()).hexdigest()
 
     def window(self, seed: str, length: int) -> list[int]:
         rng, ids = random.Random(seed), [self.tok.bos_id] * self.tok.add_bos
@@ -75,8 +75,8 @@ class Mixture:
             if rng.random() < self.synthetic:
                 text = training_text(rng, self.pool)
             else:
-                texts, weights = rng.choice(self.sources)
-                text = rng.choices(texts, weights)[0]
+                texts = rng.choice(self.sources)
+                text = rng.choices(texts, weights=[len(t) for t in texts])[0]
                 start = rng.randrange(max(1, len(text) - 4 * length))
                 text = text[start : start + 8 * length]
             ids += self.tok.encode(text + "\n\n")
@@ -87,12 +87,11 @@ class Mixture:
             alphabet = rng.choice(("0123456789", "0123456789abcdef-", "abcdefghijklmnopqrstuvwxyz"))
             secret = self.tok.encode(" " + "".join(rng.choices(alphabet, k=rng.randint(5, 36))))
             size = 8 + len(secret)
-            if len(ids) <= 2 * size:  # no room for it twice
-                continue
-            first = rng.randrange(len(ids) - 2 * size)
-            again = rng.randrange(first + size, len(ids) - size + 1)
-            ids[first + 8 : first + size] = secret
-            ids[again : again + size] = ids[first : first + size]
+            if len(ids) > 2 * size:  # there is room for it twice
+                first = rng.randrange(len(ids) - 2 * size)
+                again = rng.randrange(first + size, len(ids) - size + 1)
+                ids[first + 8 : first + size] = secret
+                ids[again : again + size] = ids[first : first + size]
         return ids
 
 

@@ -50,8 +50,6 @@ ADJECTIVES, NOUNS = map(str.split, (
     "shovel spoon stable statue ticket tower train tunnel valley violin window"))
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
-Count = Callable[[str], int]
-
 
 @cache
 def held_out_sentences() -> tuple[str, ...]:
@@ -78,7 +76,7 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(word for word in words if together.count(word) == 1)
 
 
-def fit(length: int, count: Count, start: str, body: Callable[[int], str], question: str,
+def fit(length: int, count, start: str, body: Callable[[int], str], question: str,
         answers: list[str], evidence: list[str], scoring="all", new_tokens=0) -> Document:
     """The document `start + body(n)`, for an n that fills the length: 98 % or all but one unit of
     what the answer leaves for context and question. The pieces of `evidence` are its spans.
@@ -139,7 +137,7 @@ def secrets(rng: random.Random, kind: str, n: int) -> list[str]:
     return rng.sample(pairs, n)
 
 
-def niah(rng: random.Random, length: int, count: Count, hay="prose", value="number", key="word",
+def niah(rng: random.Random, length: int, count, hay="prose", value="number", key="word",
          needles=1, values=1, asked=1) -> Document:
     """Needles in a haystack of noise, of prose or of further needles; RULER's niah_*.
 
@@ -166,7 +164,7 @@ def niah(rng: random.Random, length: int, count: Count, hay="prose", value="numb
                question, hidden[:right], told[:right], "all" if many else "exact", 128 * many)
 
 
-def variable_tracking(rng: random.Random, length: int, count: Count) -> Document:
+def variable_tracking(rng: random.Random, length: int, count) -> Document:
     """VAR A = 12345, VAR B = VAR A, ..., four hops in order, scattered: who holds the number?"""
     names = []
     while len(names) < 5:
@@ -186,7 +184,7 @@ def variable_tracking(rng: random.Random, length: int, count: Count) -> Document
                question, names, told, new_tokens=30)
 
 
-def common_words(rng: random.Random, length: int, count: Count) -> Document:
+def common_words(rng: random.Random, length: int, count) -> Document:
     """A numbered list of words in which ten are far more common than all others; RULER's cwe.
 
     RULER lists ten words 30 times each and others 3 times. A short list has no room for that: the
@@ -214,7 +212,7 @@ def common_words(rng: random.Random, length: int, count: Count) -> Document:
     return fit(length, count, start, body, question, words[:10], words[:10], new_tokens=120)
 
 
-def frequent_words(rng: random.Random, length: int, count: Count) -> Document:
+def frequent_words(rng: random.Random, length: int, count) -> Document:
     """Coded words as often as a zeta distribution says: which three are most frequent? RULER's fwe.
 
     The word of rank k comes n / (k ** 2 * zeta(2)) times, rounded down. The first in rank is the
@@ -238,7 +236,7 @@ def frequent_words(rng: random.Random, length: int, count: Count) -> Document:
     return fit(length, count, start, body, question, coded[1:4], coded[1:4], new_tokens=50)
 
 
-def copy(rng: random.Random, length: int, count: Count) -> Document:
+def copy(rng: random.Random, length: int, count) -> Document:
     """A passage of about 160 tokens, prose, then the passage again but for its first three words.
 
     No adjective or noun comes twice, so only copying gets them right. "The", commas and the like
@@ -259,7 +257,7 @@ def copy(rng: random.Random, length: int, count: Count) -> Document:
                "token")
 
 
-TASKS: dict[str, Callable[[random.Random, int, Count], Document]] = {
+TASKS = {  # name -> function of a random.Random, the length and the counter of tokens
     "needle_noise": partial(niah, hay="noise"),
     "needle_prose": niah,
     "needle_uuid": partial(niah, value="uuid"),
@@ -275,13 +273,10 @@ TASKS: dict[str, Callable[[random.Random, int, Count], Document]] = {
 }
 
 
-def main(length: str = "1024") -> None:
+if __name__ == "__main__":
     tok = tokenizer.load(resolve())
+    length = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
     for name, task in TASKS.items():
-        d = task(random.Random(0), int(length), lambda text: len(tok.encode(text)))
+        d = task(random.Random(0), length, lambda text: len(tok.encode(text)))
         print(f"--- {name}: scored by {d.scoring}, {len(d.spans)} spans\n{d.context[:300]}\n[...]\n"
               f"{d.context[-150:]}{d.question}\n=> {' | '.join(d.answers)[:200]}\n")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -268,10 +268,13 @@ class Guard:
 
 if __name__ == "__main__":
     butler = Butler.load(SHIPPED).requires_grad_(True)
-    optimizer = torch.optim.AdamW(butler.parameters())
+    matrices = [p for p in butler.parameters() if p.ndim == 2]
+    others = [p for p in butler.parameters() if p.ndim != 2]
+    optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(others)]  # as train.py has them
     sum(p.sum() for p in butler.parameters()).backward()
-    optimizer.step()
-    tensors = state(butler, [optimizer], [3.1, 3.0])
+    for optimizer in optimizers:
+        optimizer.step()
+    tensors = state(butler, optimizers, [3.1, 3.0])
     for entry in list(tensors)[:5]:
         print(f"{entry:40s} {list(tensors[entry].shape)}")
     size, own = (sum(t.nbytes for t in part) for part in (tensors.values(), butler.parameters()))

@@ -38,8 +38,8 @@ from baselines import BASELINES, NAMES, Evicting, make_selector
 from butler import SHIPPED, Butler, fingerprint, load_for
 from cli import UsageError, flag, known, names, numbers, provenance, read_text, run, writable
 from coreference import Document, coreference_documents
-from fetch import digest
-from model import Cache, Llama, check_device, fast_dtype, resolve
+from fetch import digest, resolve
+from model import Cache, Llama, check_device, fast_dtype
 from offload import STORES, cache_kind
 from selection import Selector
 
@@ -202,7 +202,7 @@ class Prompts:
     """
 
     def __init__(self, llama, tok, documents, question: str, evicting=(), kind=Cache):
-        self.llama, self.tok, self.documents, self.kind = llama, tok, documents, kind
+        self.llama, self.tok, self.documents = llama, tok, documents
         self.new = documents[0].new_tokens  # 0: answers are forced
         contexts, blocks, self.answers = [], [], []
         for d in documents:
@@ -216,22 +216,18 @@ class Prompts:
             self.answers.append(answer)
         self.block = pad_sequence(blocks, batch_first=True)  # [B, longest], zeros behind
         self.real = torch.tensor([len(block) for block in blocks], device=llama.device)
+        self.lengths = torch.tensor([c.shape[1] for c in contexts], device=llama.device)
         self.watchers = {rival: [rival(budget=1.0) for _ in documents] for rival in evicting}
-        self.read(contexts)
-
-    def read(self, contexts) -> None:
-        """Prefills one cache with contexts [1, T], each read by itself: no padding is computed."""
-        self.lengths = torch.tensor([c.shape[1] for c in contexts], device=self.llama.device)
         longest = int(self.lengths.max())
         room = longest + self.block.shape[1] + self.new
-        self.cache = self.llama.new_cache(len(contexts), room, kind=self.kind)
-        for row, context in enumerate(contexts):
+        self.cache = llama.new_cache(len(contexts), room, kind=kind)
+        for row, context in enumerate(contexts):  # each by itself: no padding is computed
             def watch(*seen, row=row):
                 for watchers in self.watchers.values():
                     watchers[row].watch(*seen)
 
-            one = self.llama.new_cache(1, context.shape[1])
-            self.llama.prefill(context, one, watch)
+            one = llama.new_cache(1, context.shape[1])
+            llama.prefill(context, one, watch)
             for mine, its in zip(self.cache.k + self.cache.v, one.k + one.v, strict=True):
                 mine[row, :, : its.shape[2]] = its[0]
         self.cache.advance(longest, self.lengths)
@@ -296,10 +292,10 @@ def found(document: Document, text: str) -> float:
     return float(any(hits)) if document.scoring == "any" else sum(hits) / len(hits)
 
 
-def bootstrap(runs: list[list[float]], seed=0) -> dict:
+def bootstrap(runs: list[list[float]]) -> dict:
     """Mean of scores [[of each document] of each run] and its 95 % interval, from 2,000 draws: runs
     with replacement, then documents, the same for every run. n is the number of documents."""
-    rng, n = random.Random(seed), len(runs[0])
+    rng, n = random.Random(0), len(runs[0])
     means = []
     for _ in range(2000):
         chosen = rng.choices(range(n), k=n)
@@ -369,8 +365,7 @@ def fits(llama, tasks, count) -> None:
     limit = llama.config.context
     for name, documents in tasks.items():
         for number, d in enumerate(documents, 1):
-            answer = d.new_tokens or count(d.answer)
-            size = 1 + count(d.context) + count(d.question) + answer
+            size = 1 + count(d.context) + count(d.question) + (d.new_tokens or count(d.answer))
             if size > limit + 1:
                 raise UsageError(f"{name}, document {number}: {size} tokens with its answer, "
                                  f"the model's context is {limit}")

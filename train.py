@@ -34,7 +34,8 @@ from butler import Butler, ButlerConfig, whole
 from cli import UsageError, flag, provenance, run, writable
 from coreference import coreference_documents, pools
 from corpus import Mixture, default_texts, hold_out, read_texts
-from model import Llama, check_device, fast_dtype, resolve
+from fetch import resolve
+from model import Llama, check_device, fast_dtype
 from synth_task import accuracy, evaluate
 
 
@@ -211,12 +212,10 @@ def mass_recall(llama, butler, windows, name: str, budget: float) -> float:
 def verdict(llama, tok, butler, windows, config) -> dict:
     """The table: mass recall at 10 %, and co-reference answers with 10 % of the tokens attended."""
     documents = coreference_documents("test", config.documents, seed=config.seed)
-    compared = ("dense", "oracle", "butler", "recency", "random")
-    scores = evaluate(llama, tok, documents, compared, ("0.1",), [butler])
-    rows = {}
-    for name in compared:
+    names, rows = ("dense", "oracle", "butler", "recency", "random"), {}
+    for name, scores in evaluate(llama, tok, documents, names, ("0.1",), [butler]).items():
+        (runs,) = scores.values()
         recall = 1.0 if name == "dense" else mass_recall(llama, butler, windows, name, 0.1)
-        (runs,) = scores[name].values()
         rows[name] = {"mass_recall": recall, "coreference": accuracy(runs)}
     return rows
 
@@ -299,9 +298,10 @@ def check(config) -> None:
     survive.check_processes(config)
     if survive.rank():
         return
+    writable(config.out)
     out, report, state = Path(config.out), report_path(config), survive.state_path(config)
-    for path in (out, report, state):
-        writable(path)
+    writable(report)
+    writable(state)
     if report.resolve() in (out.resolve(), state.resolve()):
         raise UsageError(f"--report and --out are both {out}")
     if config.resume:

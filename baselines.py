@@ -100,9 +100,9 @@ class Quest(Selector):
 
 
 class Evicting(Selector):
-    """Ranks tokens by a value of their own, and never again sees those that it dropped.
+    """Ranks tokens by `value[layer]` [B, G, S], which `watch` gathers from the prompt, and never
+    again sees those that it dropped; `alive[layer]` tells who is left.
 
-    `value[layer]` [B, G, S] is what `watch` gathered from the prompt, `alive[layer]` who is left.
     The prompt is cut down to its budget before the next token is seen; then one token comes and
     at most one goes, at every step, so a block of tokens is a loop. Padding evicts too: where rows
     differ in length it may stand at the end of the last block, nowhere else.

@@ -169,7 +169,8 @@ def variable_tracking(rng: random.Random, length: int, count) -> Document:
     names = []
     while len(names) < 5:
         name = "".join(rng.choices(ascii_uppercase, k=5))
-        names += [name] * (name not in names)
+        if name not in names:
+            names.append(name)
     value = str(rng.randrange(10**4, 10**5))
     held = [value, *(f"VAR {name}" for name in names[:-1])]
     told = [f"VAR {name} = {source}." for name, source in zip(names, held, strict=True)]

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from butler import SHIPPED, Butler, ButlerError, whole
@@ -77,11 +78,9 @@ def check_processes(config) -> None:
 def average(tensors: list) -> None:
     """Gives each tensor its mean over all processes, in one message."""
     if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
+        flat = parameters_to_vector(tensors)
         dist.all_reduce(flat)
-        parts = (flat / world()).split([t.numel() for t in tensors])
-        for t, part in zip(tensors, parts, strict=True):
-            t.copy_(part.view_as(t))
+        vector_to_parameters(flat / world(), tensors)
 
 
 def most(number: int) -> int:

@@ -135,11 +135,10 @@ class Scores:
         path, header = Path(path), json.dumps(run)
         text = read_text(path) if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
-        lines = whole.splitlines()
-        if lines[0] != header if lines else not header.startswith(text):
+        if not text.startswith(header + "\n") and not header.startswith(text):
             raise UsageError(f"{path} is of a run with other settings, or no file of scores")
         try:
-            self.known = dict(map(json.loads, lines[1:]))
+            self.known = dict(map(json.loads, whole.splitlines()[1:]))
             if not all(type(k) is str and type(s) in (int, float) and 0 <= s <= 1
                        for k, s in self.known.items()):
                 raise ValueError("a line is no name with a score from 0 to 1")
@@ -147,7 +146,7 @@ class Scores:
             self.file.truncate(len(whole.encode()))
         except (OSError, ValueError, TypeError, RecursionError) as e:
             raise UsageError(f"{path}: {e}") from None
-        if not lines:
+        if not whole:
             self.file.write(header + "\n")
 
     def add(self, key: str, score: float) -> None:
@@ -311,7 +310,11 @@ def accuracy(runs: list[list[float]]) -> dict:
     is Clopper and Pearson's, what n failures, or successes, can still exclude."""
     m = bootstrap(runs)
     bound = 0.025 ** (1 / m["n"])
-    return m | ({"high": 1 - bound} if m["high"] == 0 else {"low": bound} if m["low"] == 1 else {})
+    if m["high"] == 0:
+        m["high"] = 1 - bound
+    elif m["low"] == 1:
+        m["low"] = bound
+    return m
 
 
 # ---------------------------------------------------------------------------- the script

@@ -163,8 +163,6 @@ def check_state(config) -> None:
     elif Path(config.out).exists():
         raise UsageError(f"nothing to resume: {config.out} is trained, its state is gone; "
                          "without --resume it is trained anew")
-    else:
-        note(f"no {path} to resume: training begins anew")
 
 
 def begin(butler, optimizers, config, log: list, text: str) -> int:
@@ -177,6 +175,8 @@ def begin(butler, optimizers, config, log: list, text: str) -> int:
 
     def first():
         if not (config.resume and path.exists()):
+            if config.resume:
+                note(f"no {path} to resume: training begins anew")
             return state(butler, optimizers, log)
         metadata, entries = read(path)
         if metadata.get("butler") != json.dumps(asdict(butler.config)):

@@ -35,6 +35,7 @@ train.py --steps 0
 train.py --steps -1
 train.py --model /nowhere/at/all
 train.py --data /nowhere/at/all.txt
+train.py --resume --data /nowhere/at/all.txt
 train.py --out /proc/nowhere/out.safetensors
 train.py --out tests
 sample.py --model /nowhere/at/all

@@ -20,6 +20,7 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -54,16 +55,16 @@ class Config:
                             f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
     text: str = flag(None, "text file (default: Python's reference, the part not trained on)")
-    n: int = flag(12, "windows, documents or prompts; attention, speed: rounds", least=1)
+    n: int = flag(12, "windows, documents or prompts; of a timed suite rounds or steps", least=1)
     length: int = flag(512, "tokens of a window; of a generated text", least=64)
     task: tuple = flag(("coreference", "needle_noise", "copy"), "interval: tasks", names)
-    intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval, attention, speed: steps between "
-                            "choices", numbers(1, 2**20))
+    intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval, attention, speed, offload: "
+                            "steps between choices", numbers(1, 2**20))
     neighbours: tuple = flag(("0", "1"), "interval: tokens on either side of a chosen one",
                              numbers(0, 1024))
-    shape: str = flag(None, "attention, speed: random weights in the shape of "
+    shape: str = flag(None, "attention, speed, offload: random weights in the shape of "
                             f"{', '.join(speed.SHAPES)} or a config.json")
-    contexts: tuple = flag(("512", "2048", "8000"), "attention, speed: tokens cached",
+    contexts: tuple = flag(("512", "2048", "8000"), "attention, speed, offload: tokens cached",
                            numbers(1, 2**20))
     batch: tuple = flag(("1",), "attention, speed: sequences", numbers(1, 2**16))
     memory: float = flag(0.0, "offload: share of the keys and values that may be in memory, page "
@@ -86,11 +87,10 @@ class Bench:
     def makers(self):
         """-> (name, budget as text, [makers of fresh selectors, one per butler])."""
         for name in self.config.selectors:
+            butlers = self.butlers if name == "butler" else [None]
             for budget in ("1.0",) if name == "dense" else self.config.budgets:
-                owners = self.butlers if name == "butler" else [None]
-                yield name, budget, [
-                    lambda b=b, name=name, budget=budget, **rules: make_selector(
-                        name, float(budget), b, **rules) for b in owners]
+                yield name, budget, [partial(make_selector, name, float(budget), butler)
+                                     for butler in butlers]
 
     def windows(self, length: int) -> torch.Tensor:
         """[n, length] tokens, spread evenly over the text."""
@@ -148,16 +148,7 @@ def recall(bench: Bench) -> dict:
     for name, budget, makers in tqdm(list(bench.makers()), desc="recall", file=sys.stderr):
         if name == "dense":
             continue
-        runs = []  # per butler, per window: {measure: {layer: number}}
-        for make in makers:
-            runs.append([])
-            for window in windows:
-                cache = bench.llama.new_cache(1, len(window))
-                probe = Probe(make(), rank=True, cache=cache)
-                with torch.inference_mode():
-                    bench.llama(window[None], cache, probe, last=True)
-                runs[-1].append({m: by for m in ("mass", "error", "spearman")
-                                 if (by := getattr(probe, m))})
+        runs = [[probed(bench.llama, window, make()) for window in windows] for make in makers]
         for measure, first in runs[0][0].items():
             values = [[mean(w[measure]) for w in run] for run in runs]
             results.setdefault(measure, {}).setdefault(name, {})[budget] = bootstrap(values)
@@ -165,6 +156,16 @@ def recall(bench: Bench) -> dict:
             layers.setdefault(measure, {}).setdefault(name, {})[budget] = [
                 sum(w[layer] for w in flat) / len(flat) for layer in first]
     return {"results": results, "layers": layers}
+
+
+def probed(llama, window, selector) -> dict:
+    """{measure: {layer: number}} of a window [T], every position under its own selection."""
+    cache = llama.new_cache(1, len(window))
+    probe = Probe(selector, rank=True, cache=cache)
+    with torch.inference_mode():
+        llama(window[None], cache, probe, last=True)
+    measures = {"mass": probe.mass, "error": probe.error, "spearman": probe.spearman}
+    return {name: by_layer for name, by_layer in measures.items() if by_layer}
 
 
 def interval(bench: Bench) -> dict:
@@ -184,12 +185,11 @@ def interval(bench: Bench) -> dict:
             for name, budget, makers in bench.makers():
                 for rule in rules[: 1 if name == "dense" else None]:
                     label = f"interval {rule['interval']}, neighbours {rule['neighbours']}"
-                    for i, make in enumerate(makers):
-                        key = (label, name, budget)
-                        row = scores.setdefault(key, [[] for _ in makers])[i]
-                        row += prompts.answer(make() if name == "dense" else make(**rule))
+                    runs = scores.setdefault((label, name, budget), [[] for _ in makers])
+                    by_age = hits.setdefault((label, name, budget), {})
+                    for given, make in zip(runs, makers, strict=True):
+                        given += prompts.answer(make(**rule))
                         for step, hit in prompts.hits:
-                            by_age = hits.setdefault(key, {})
                             by_age.setdefault(step % rule["interval"], []).append(hit)
         for (label, name, budget), runs in scores.items():
             column = results.setdefault(f"{task}, {label}", {}).setdefault(name, {})
@@ -222,9 +222,9 @@ def generation(bench: Bench) -> dict:
     return {"results": {"repeated_8_grams": results}, "endings": texts}
 
 
-def repeated(ids: list[int], n=8) -> float:
-    """Share of the n-grams of a text that are not their first occurrence."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+def repeated(ids: list[int]) -> float:
+    """Share of the 8-grams of a text that are not their first occurrence."""
+    grams = [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
     return 1 - len(set(grams)) / len(grams)
 
 
@@ -240,24 +240,21 @@ SUITES = {"perplexity": perplexity, "recall": recall, "interval": interval,
 TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
 
 
-def timed(config: Config) -> dict:
-    suite = TIMED[config.suite]
-    report = suite.measure(config) | provenance()
-    print(suite.table(report))
-    return report
-
-
-def result_name(config: Config) -> str:
-    shape = config.shape or ""
-    if shape.endswith(".json"):
-        shape = Path(shape).resolve().parent.name
-    return f"{config.suite}{'_' * bool(shape)}{shape}"
-
-
 def main(config: Config) -> dict:
     check(config)
     if config.suite in TIMED:
-        return write(config, timed(config), result_name(config))
+        suite = TIMED[config.suite]
+        report = suite.measure(config) | provenance()
+        print(suite.table(report))
+    else:
+        report = measured(config) | provenance()
+    shape = config.shape
+    if shape and shape.endswith(".json"):
+        shape = Path(shape).resolve().parent.name
+    return write(config, report, f"{config.suite}_{shape}" if shape else config.suite)
+
+
+def measured(config: Config) -> dict:
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
     butlers = []
@@ -267,14 +264,13 @@ def main(config: Config) -> dict:
         raise UsageError(f"a prompt of 64 and --length {config.length} exceed the model's context "
                          f"of {llama.config.context}")
     bench = Bench(llama, tokenizer.load(path).check(llama), butlers, config)
-    report = SUITES[config.suite](bench) | provenance()
-    report["dtype"] = str(llama.embed_tokens.weight.dtype)
+    report = SUITES[config.suite](bench)
     for what, table in report["results"].items():
         for selector, by in table.items():
             for budget, m in by.items():
                 print(f"{what:12s} {selector:8s} {budget:>5s}  {m['mean']:9.4f}  "
                       f"[{m['low']:.4f}, {m['high']:.4f}]  n = {m['n']}")
-    return write(config, report, result_name(config))
+    return report | {"dtype": str(llama.embed_tokens.weight.dtype)}
 
 
 def write(config, report: dict, name: str) -> dict:
@@ -296,23 +292,24 @@ def check(config: Config) -> None:
     evicting = sorted(set(config.selectors) & set(synth_task.EVICTING))
     if evicting and config.suite == "interval":
         raise UsageError(f"{evicting[0]} evicts at every step: no --suite interval")
-    if config.shape and config.model:
-        raise UsageError("--shape has random weights, --model its own: one of the two")
     if config.shape:
         speed.shape_of(config.shape)
+        if config.model:
+            raise UsageError("--shape has random weights, --model its own: one of the two")
+        if config.suite not in TIMED:
+            raise UsageError(f"--shape has random weights: no --suite {config.suite}")
     check_budgets(config.budgets)
     text_of(config.text)
     check_device(config.device)
-    one = {"--butler": config.butler} if config.suite in TIMED else {}
+    for name, given, suites in (("--butler", config.butler, TIMED),
+                                ("--budgets", config.budgets, ("offload",))):
+        if config.suite in suites and len(given) > 1:
+            raise UsageError(f"--suite {config.suite} takes one of {name}, not {len(given)}")
     if config.suite == "offload":
-        one["--budgets"] = config.budgets
         store = speed_offload.store_of(config.device)
         cache_kind(store, config.offload_dir, config.device)
         if config.memory and store != "disk":
             raise UsageError("--memory bounds the memory beside a disk: no --device cuda")
-    for name, given in one.items():
-        if len(given) > 1:
-            raise UsageError(f"--suite {config.suite} takes one of {name}, not {len(given)}")
     for path in config.butler:
         Butler.load(path)
 

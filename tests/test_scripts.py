@@ -128,6 +128,7 @@ bench.py --suite speed --shape magic
 bench.py --suite speed --shape README.md
 bench.py --suite speed --shape /dev/zero
 bench.py --suite speed --shape llama-3.2-1b --model somewhere
+bench.py --suite perplexity --shape llama-3.2-1b
 bench.py --butler /nowhere/at/all
 bench.py --model /nowhere/at/all
 bench.py --device abacus

@@ -27,6 +27,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,8 @@ DENSE = {
 
 def attention(llama, butler, batch: int, context: int, config) -> dict:
     """One step's attention of all layers but the first, which is dense for everybody, on random
-    keys and values -> candidates: {name: (function, steps, kept, interval)}."""
+    keys and values -> candidates: {name: (function, kept, interval)}, see `moved`. A function
+    makes as many steps as the interval has, or one."""
     c, device = llama.config, llama.device
     cache = filled(llama, batch, context)
     q = torch.randn(c.layers, batch, c.heads, 1, c.head_dim, device=device).to(cache.k[0].dtype)
@@ -115,41 +117,37 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
         for layer in layers:
             form(q[layer], k[layer], v[layer])
 
-    for kind in formats(llama):
-        k, v = ([t[:, :, :context].to(kind) for t in ts] for ts in (cache.k, cache.v))
-        for name, form in DENSE.items():
-            candidates[f"dense, {name}, {str(kind).split('.')[1]}"] = (
-                partial(dense, form, q.to(kind), k, v), 1, None, 1)
     k, v = ([t[:, :, :context] for t in ts] for ts in (cache.k, cache.v))
+    for kind, dtype in formats(llama).items():
+        converted = q.to(dtype), [t.to(dtype) for t in k], [t.to(dtype) for t in v]
+        for name, form in DENSE.items():
+            candidates[f"dense, {name}, {kind}"] = partial(dense, form, *converted), None, 1
 
-    def step(selector):
-        selector(0, x, q[0], k[0], positions)
-        for layer in layers:
+    def step(selector, attending=True):
+        for layer in range(c.layers):
             index = selector(layer, x, q[layer], k[layer], positions)
-            sparse_attention(q[layer], k[layer], v[layer], index)
+            if layer and attending:
+                sparse_attention(q[layer], k[layer], v[layer], index)
 
     def attend(index):
         for layer in layers:
             sparse_attention(q[layer], k[layer], v[layer], index)
 
-    def choose(selector):
-        for layer in range(c.layers):
-            selector(layer, x, q[layer], k[layer], positions)
-
     candidates |= butlers(butler, step, config)
+    choose = partial(step, attending=False)
     for kept in map(float, config.budgets):
         selector = butler.selector(kept)
         step(selector)
-        candidates |= {f"choosing {kept:g} alone": (partial(repeat, 1, choose, selector), 1, 0.0,
-                                                    1),
-                       f"attend to {kept:g} alone": (partial(attend, selector.index[1]), 1, kept,
-                                                     None)}
+        candidates |= {
+            f"choosing {kept:g} alone": (partial(repeat, 1, choose, selector), 0.0, 1),
+            f"attend to {kept:g} alone": (partial(attend, selector.index[1]), kept, None)}
     return candidates
 
 
 def formats(llama) -> dict:
-    """In which number formats dense attention is tried."""
-    return dict.fromkeys((llama.embed_tokens.weight.dtype, torch.float32))
+    """The number formats in which dense attention is tried: {name: dtype}"""
+    dtypes = llama.embed_tokens.weight.dtype, torch.float32
+    return {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
 
 
 def speed(llama, butler, batch: int, context: int, config) -> dict:
@@ -167,17 +165,17 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
         cache.truncate(context - 1)
 
     candidates = {}
-    for kind in formats(llama):
-        candidates[f"dense, {str(kind).split('.')[1]}"] = (
-            partial(step, filled(llama, batch, context, kind)), 1, None, 1)
+    for kind, dtype in formats(llama).items():
+        own = filled(llama, batch, context, dtype)
+        candidates[f"dense, {kind}"] = partial(step, own), None, 1
     cache = filled(llama, batch, context)
     candidates |= butlers(butler, partial(step, cache), config)
     for kept in map(float, config.budgets):
         kept_for_good = butler.selector(kept, interval=2**31)
         candidates[f"choice for nothing, {kept:g}"] = (
-            partial(step, cache, kept_for_good), 1, kept, None)
+            partial(step, cache, kept_for_good), kept, None)
     if on_gpu(cache.lengths):
-        graphs = {"dense": (replayed, 1, None, 1)} | butlers(butler, replayed, config)
+        graphs = {"dense": (replayed, None, 1)} | butlers(butler, replayed, config)
         for function, *_ in graphs.values():  # plain steps; the round that warms up captures
             function()
         candidates |= {f"{name}, CUDA graph": graph for name, graph in graphs.items()}
@@ -191,7 +189,7 @@ def butlers(butler, step, config) -> dict:
         for interval in map(int, config.intervals):
             selector = butler.selector(kept, interval=interval)
             candidates[f"butler {kept:g}, interval {interval}"] = (
-                partial(repeat, interval, step, selector), interval, kept, interval)
+                partial(repeat, interval, step, selector), kept, interval)
     return candidates
 
 
@@ -213,20 +211,21 @@ def filled(llama, batch: int, context: int, dtype=None):
 
 
 def moved(suite, llama, batch: int, context: int, kept, interval, number: int, size: int) -> int:
-    """Bytes that a step reads at least: keys and values and importance keys, of `size` channels,
-    `number` bytes each; and weights."""
+    """Bytes that a step reads at least, `number` for each channel: keys and values, all or `kept`;
+    importance keys of `size` channels every `interval` steps (None: never); in a whole step the
+    dense first layer and the weights too."""
     c = llama.config
     token = 2 * c.kv_heads * c.head_dim * number  # of one layer
-    weights = weight_bytes(llama)[batch <= Linear.ROWS] + batch * context * token
-    layers = batch * (c.layers - 1)
     if kept is None:
         cache = context * token
     else:
-        kept = context * kept if kept <= 1 else kept
-        cache = kept * token
+        cache = token * (context * kept if kept <= 1 else kept)
         if interval:
             cache += context * c.kv_heads * size * number / interval
-    return int(layers * cache + weights * (suite == "speed"))
+    read = batch * (c.layers - 1) * cache
+    if suite == "speed":
+        read += batch * context * token + weight_bytes(llama)[batch <= Linear.ROWS]
+    return int(read)
 
 
 def memory(llama, batch: int, context: int, kept, number: int, size: int) -> int:
@@ -248,51 +247,50 @@ def weight_bytes(llama) -> tuple[int, int, int]:
 def break_even(rows: list[dict]) -> dict:
     """{candidate: context from which on it was faster than dense}, for each batch; between two
     measured contexts the crossing is on a straight line in both logarithms."""
-    found = {}
+    lines = {}
     for row in rows:
-        if row["kept"] is None or "alone" in row["selector"]:
-            continue
-        line = sorted((r["context"], r["speedup"]) for r in rows
-                      if (r["selector"], r["batch"]) == (row["selector"], row["batch"]))
-        slower = [i for i, (_, speedup) in enumerate(line) if speedup < 1]
-        if not slower:
-            crossing = line[0][0]
-        elif slower[-1] == len(line) - 1:
-            crossing = None
-        else:
-            (context, speedup), (beyond, faster) = line[slower[-1] : slower[-1] + 2]
-            share = math.log(1 / speedup) / math.log(faster / speedup)
-            crossing = round(context * (beyond / context) ** share)
-        found[f"{row['selector']}, batch {row['batch']}"] = crossing
-    return found
+        if row["kept"] is not None and "alone" not in row["selector"]:
+            line = lines.setdefault(f"{row['selector']}, batch {row['batch']}", [])
+            line.append((row["context"], row["speedup"]))
+    return {name: crossing(sorted(line)) for name, line in lines.items()}
+
+
+def crossing(line: list[tuple]) -> int | None:
+    """Ascending (context, speedup) -> the context beyond which no speedup is below 1, if any."""
+    slower = [i for i, (_, speedup) in enumerate(line) if speedup < 1]
+    if not slower:
+        return line[0][0]
+    if slower[-1] == len(line) - 1:
+        return None
+    (context, speedup), (beyond, faster) = line[slower[-1] : slower[-1] + 2]
+    share = math.log(1 / speedup) / math.log(faster / speedup)
+    return round(context * (beyond / context) ** share)
 
 
 def measure(config) -> dict:
     """All contexts and batches of one suite -> {"rows": [...], "copy_bytes_per_s": ...}."""
-    device = config.device
     llama, butler = model_of(config)
     if config.suite == "speed" and max(map(int, config.contexts)) > llama.config.context:
         raise ModelError(f"the model's context is {llama.config.context} tokens, --contexts go "
                          "beyond it")
-    rate, rows = copy_bandwidth(device), []
-    element = llama.new_cache(1, 1).k[0].element_size()
-    for batch in map(int, config.batch):
-        for context in map(int, config.contexts):
-            with torch.inference_mode():
-                candidates = SUITES[config.suite](llama, butler, batch, context, config)
-                seconds = by_turns({n: c[:2] for n, c in candidates.items()}, config.n, device)
-            dense = min(t for name, t in seconds.items() if name.startswith("dense"))
-            for name, (_, _, kept, interval) in candidates.items():
-                number = {"bfloat16": 2, "float32": 4}.get(name.split()[-1], element)
-                read = moved(config.suite, llama, batch, context, kept, interval, number,
-                             butler.config.size)
-                rows.append({
-                    "suite": config.suite, "device": device, "shape": config.shape, "batch": batch,
-                    "context": context, "selector": name, "interval": interval, "kept": kept,
-                    "ms": 1e3 * seconds[name], "predicted_ms": 1e3 * read / rate, "bytes": read,
-                    "tokens_per_s": batch / seconds[name], "speedup": dense / seconds[name],
-                    "memory_bytes": memory(llama, batch, context, kept, number,
-                                           butler.config.size)})
+    rate, rows = copy_bandwidth(config.device), []
+    size, dtype = butler.config.size, llama.new_cache(1, 1).k[0].dtype
+    for batch, context in product(map(int, config.batch), map(int, config.contexts)):
+        with torch.inference_mode():
+            candidates = SUITES[config.suite](llama, butler, batch, context, config)
+            seconds = by_turns({name: (function, interval or 1) for name, (function, _, interval)
+                                in candidates.items()}, config.n, config.device)
+        dense = min(t for name, t in seconds.items() if name.startswith("dense"))
+        for name, (_, kept, interval) in candidates.items():
+            number = formats(llama).get(name.split()[-1], dtype).itemsize
+            read = moved(config.suite, llama, batch, context, kept, interval, number, size)
+            rows.append({
+                "suite": config.suite, "device": config.device, "shape": config.shape,
+                "batch": batch, "context": context, "selector": name, "interval": interval,
+                "kept": kept, "ms": 1e3 * seconds[name], "predicted_ms": 1e3 * read / rate,
+                "bytes": read, "tokens_per_s": batch / seconds[name],
+                "speedup": dense / seconds[name],
+                "memory_bytes": memory(llama, batch, context, kept, number, size)})
     return {"rows": rows, "copy_bytes_per_s": rate, "break_even": break_even(rows)}
 
 

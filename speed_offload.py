@@ -98,35 +98,32 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
     positions = torch.arange(context, device=llama.device)[None]
     for layer in range(llama.config.layers):  # as if it had seen the prompt
         selector.watch(layer, None, None, cache.k[layer][:, :, :context], positions)
-    name = f"butler {kept:g}"
-    candidates = [(f"dense, {store}", None, cache, 1, False),
-                  (f"{name}, {store}, no look-ahead", selector, cache, 1, False)]
+    name = f"butler {kept:g}, {store}"
+    candidates = {f"dense, {store}": (None, cache, 1, None),
+                  f"{name}, no look-ahead": (selector, cache, 1, None)}
     for interval in map(int, config.intervals):
-        label = f"{name}, {store}, interval {interval}"
-        candidates.append((label, selector, cache, interval, True))
+        candidates[f"{name}, interval {interval}"] = selector, cache, interval, cache.read_ahead
     if resident:
-        candidates += [("dense, resident", None, resident, 1, False),
-                       (f"{name}, resident", butler.selector(kept), resident, 1, False)]
-    runs = {candidate[0]: [] for candidate in candidates}
-    for turn in range(TURNS):  # a drift of the machine's speed meets all of them
-        for i, (name, selector, where, interval, ahead) in enumerate(candidates):
+        candidates["dense, resident"] = None, resident, 1, None
+        candidates[f"butler {kept:g}, resident"] = butler.selector(kept), resident, 1, None
+    runs, first = {name: [] for name in candidates}, 0
+    for _ in range(TURNS):  # a drift of the machine's speed meets all of them
+        for name, (selector, where, interval, ahead) in candidates.items():
             where.truncate(context)
             if selector:
-                selector.interval, selector.read_ahead = interval, ahead and where.read_ahead
-            first = 1000 * (1 + turn * len(candidates) + i)  # each time other tokens
+                selector.interval, selector.read_ahead = interval, ahead
+            first += 1000  # each time other tokens
             runs[name].append(decode(llama, selector, where, -(-steps // interval), first))
     rows = [{"suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
              "context": context, "selector": name, "interval": interval,
              "kept": kept if selector else None, "cache_bytes": size,
              "limit_bytes": int(size * config.memory) or None,
              **summary(runs[name], size if selector is None else 0, cache.unit)}
-            for name, selector, _, interval, _ in candidates]
+            for name, (selector, _, interval, _) in candidates.items()]
     for row in rows:
         row["speedup"] = rows[0]["ms"] / row["ms"]
-        if row["selector"].endswith("resident"):
-            row["held_bytes"] = row["cache_bytes"]
-        else:
-            row["held_bytes"] -= before
+        resident = row["selector"].endswith("resident")
+        row["held_bytes"] = size if resident else row["held_bytes"] - before
     return rows
 
 

@@ -22,16 +22,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bench  # noqa: E402
-import tokenizer  # noqa: E402
-import train  # noqa: E402
-from baselines import BASELINES, Oracle, Probe, mean  # noqa: E402
-from butler import Butler, ButlerConfig, ButlerSelector, Producer  # noqa: E402
-from cli import flag, known, names, provenance, run  # noqa: E402
-from coreference import pools  # noqa: E402
-from corpus import Mixture, default_texts, hold_out  # noqa: E402
-from model import Llama, check_device, fast_dtype, resolve, rotate, turns  # noqa: E402
-from synth_task import accuracy, bootstrap, evaluate, task_documents  # noqa: E402
+import bench
+import tokenizer
+import train
+from baselines import BASELINES, Oracle, Probe, mean
+from butler import Butler, ButlerConfig, ButlerSelector, Producer
+from cli import flag, known, names, provenance, run
+from coreference import pools
+from corpus import Mixture, default_texts, hold_out
+from model import Llama, check_device, fast_dtype, resolve, rotate, turns
+from synth_task import accuracy, bootstrap, evaluate, task_documents
 
 
 @dataclass

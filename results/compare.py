@@ -22,12 +22,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bench  # noqa: E402
-from butler import load_for  # noqa: E402
-from cli import UsageError, flag, numbers, provenance, run  # noqa: E402
-from model import Llama, fast_dtype, resolve  # noqa: E402
-from selection import Selector  # noqa: E402
-from speed import by_turns, repeat  # noqa: E402
+import bench
+from butler import load_for
+from cli import UsageError, flag, numbers, provenance, run
+from model import Llama, fast_dtype, resolve
+from selection import Selector
+from speed import by_turns, repeat
 
 try:
     from cyllama.llama import llama_cpp

@@ -74,11 +74,11 @@ def accuracy(reports: dict) -> list[Panel]:
 
 def speed(reports: dict) -> list[Panel]:
     """The fastest dense form and every selection, of one sequence."""
+    titles = {"attention_smollm2-135m": "attention of all layers", "speed": "whole step"}
     panels = []
-    for name, title in (("attention_smollm2-135m", "attention of all layers"),
-                        ("speed", "whole step")):
+    for name, report in reports.items():
         lines = {}
-        for row in reports[name]["rows"] if name in reports else ():
+        for row in report["rows"]:
             if row["batch"] == 1:
                 label = "dense, the fastest" if row["kept"] is None else row["selector"]
                 by = lines.setdefault(label, {})
@@ -87,9 +87,10 @@ def speed(reports: dict) -> list[Panel]:
         for context in sorted({x for by in lines.values() for x in by}):
             if not ticks or context > 1.8 * ticks[-1]:  # there is room for its label
                 ticks.append(context)
-        panels += [Panel(title, "tokens cached", "ms a step", [
-            Line(label, sorted(by), [by[x] for x in sorted(by)]) for label, by in lines.items()],
-            ticks, log_y=True)] * bool(lines)
+        lines = [Line(label, *zip(*sorted(by.items()), strict=True)) for label, by in lines.items()]
+        if lines:
+            panels.append(Panel(titles[name], "tokens cached", "ms a step", lines, ticks,
+                                log_y=True))
     return panels
 
 
@@ -103,17 +104,15 @@ def recall(reports: dict) -> list[Panel]:
 
 
 def training(reports: dict) -> list[Panel]:
-    report = reports["train"]
-    loss = report["loss"]
+    report, loss = reports["train"], reports["train"]["loss"]
     total = [0, *accumulate(loss)]
     means = [(b - a) / SMOOTH for a, b in zip(total, total[SMOOTH:], strict=False)]
     held_out = Line("held-out text, before and after", [0, len(loss)],
                     [report["kl_before"], report["kl"]], look="points")
+    middle = [SMOOTH / 2 + i for i in range(len(means))]
     return [Panel("training of the shipped butler", "step", "KL divergence, nats", [
         Line("of each step", list(range(1, 1 + len(loss))), loss, look="faint"),
-        Line(f"mean of {SMOOTH} steps", [SMOOTH / 2 + i for i in range(len(means))], means,
-             look="plain"),
-        held_out])]
+        Line(f"mean of {SMOOTH} steps", middle, means, look="plain"), held_out])]
 
 
 def offload(reports: dict) -> list[Panel]:
@@ -210,5 +209,5 @@ def paint_bars(axis, panel: Panel) -> None:
     axis.bar_label(bars, fmt="{:,.0f}", padding=3, color=GREY)
     axis.invert_yaxis()
     axis.margins(x=0.15)
-    axis.set(xlabel=panel.x)
+    axis.set_xlabel(panel.x)
     axis.set_title(panel.title, fontsize=9)

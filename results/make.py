@@ -1,4 +1,4 @@
-"""results/make.py - every measured table of README.md, from nothing but the checkpoints.
+"""results/make.py - the tables of what selectors answer and keep, from nothing but the checkpoints.
 
     python results/make.py            about an hour on 2 cores; goes on when interrupted
     python results/make.py --quick    with few documents, in minutes, into out/quick/
@@ -29,16 +29,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from cli import UsageError, flag, known, names, run  # noqa: E402
+from cli import UsageError, flag, known, names, run
 
 TEXT = "out/lee_background.cor"
 SEEDS = ",".join(f"checkpoints/smollm2-135m-instruct{s}.safetensors"
                  for s in ("", "-seed1", "-seed2"))
 RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
 NEAR = "dense,oracle,butler"
-
 NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
 
 # step: (command, n of the full run, n of the quick run); the longest first
@@ -81,7 +80,7 @@ STEPS = {
 
 @dataclass
 class Config:
-    """Runs every step of the tables and rewrites README.md's."""
+    """Measures every step's table and rewrites those of the two READMEs."""
 
     only: tuple = flag((), f"comma-separated steps, of {', '.join(STEPS)} (default: all)", names)
     quick: bool = flag(False, "few documents, nothing written to results/")
@@ -98,8 +97,8 @@ def main(config: Config) -> dict:
         seconds = dict(zip(steps, cores.map(lambda s: step(s, out, config.quick), steps),
                            strict=True))
     if not config.quick and not config.only:
-        for done in out.glob("*.json"):
-            shutil.copy(done, ROOT / "results" / done.name)
+        for name in steps:
+            shutil.copy(out / f"{name}.json", ROOT / "results")
         subprocess.run([sys.executable, str(ROOT / "results" / "render.py")], check=True)
     return {"seconds": round(time.monotonic() - began), "steps": seconds}
 

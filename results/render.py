@@ -16,16 +16,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
-import ablate  # noqa: E402
-import compare  # noqa: E402
-import draw  # noqa: E402
-import torch  # noqa: E402
+import ablate
+import compare
+import draw
+import torch
 
-import speed  # noqa: E402
-import speed_offload  # noqa: E402
-import train  # noqa: E402
-from cli import parse  # noqa: E402
-from selection import allowance  # noqa: E402
+import speed
+import speed_offload
+import train
+from cli import parse
+from selection import allowance
 
 
 def cell(m: dict, form=".2f") -> str:
@@ -44,38 +44,43 @@ def grid(rows: dict, head: str) -> list[str]:
 
 
 def percent(budget: str) -> str:
+    if budget == "1.0":  # dense
+        return "all"
     return f"{float(budget):.0%}" if float(budget) <= 1 else f"{budget} tokens"
 
 
+def measures(report: dict):
+    """-> (task or measure, selector, budget, mean with its interval), one after the other"""
+    for what, table in report["results"].items():
+        for name, by in table.items():
+            for budget, m in by.items():
+                yield what, name, budget, m
+
+
 def source(report: dict) -> str:
-    n = {m["n"] for table in report["results"].values() for by in table.values()
-         for m in by.values()}
-    return (f"\nn = {', '.join(map(str, sorted(n)))}; {report['hardware']}; commit "
-            f"{report['commit']}\n{report['command']}")
+    n = sorted({m["n"] for *_, m in measures(report)})
+    return (f"\nn = {', '.join(map(str, n))}; {report['hardware']}; commit {report['commit']}\n"
+            f"{report['command']}")
 
 
 def accuracy(report: dict) -> str:
     """Selectors down, tasks and budgets across."""
     rows, several = {}, len(report["results"]) > 1
-    for task, table in report["results"].items():
-        for name, by in table.items():
-            for budget, m in by.items():
-                what = "all" if name == "dense" else percent(budget)
-                rows.setdefault(name, {})[f"{task} {what}" if several else what] = cell(m)
+    for task, name, budget, m in measures(report):
+        share = percent(budget)
+        rows.setdefault(name, {})[f"{task} {share}" if several else share] = cell(m)
     return "\n".join([*grid(rows, "selector"), source(report)])
 
 
 def tasks(report: dict) -> str:
     """Tasks down, selectors and budgets across; then what is left of dense where that is good."""
     rows, left = {}, {}
-    for task, table in report["results"].items():
-        for name, by in table.items():
-            for budget, m in by.items():
-                what = name if name == "dense" else f"{name} {percent(budget)}"
-                rows.setdefault(task, {})[what] = cell(m)
-                if table["dense"]["1.0"]["mean"] >= 0.8 and name != "dense":
-                    share = m["mean"] / table["dense"]["1.0"]["mean"]
-                    left.setdefault(what, []).append(share)
+    for task, name, budget, m in measures(report):
+        what = name if name == "dense" else f"{name} {percent(budget)}"
+        rows.setdefault(task, {})[what] = cell(m)
+        dense = report["results"][task]["dense"]["1.0"]["mean"]
+        if dense >= 0.8 and name != "dense":
+            left.setdefault(what, []).append(m["mean"] / dense)
     shares = ", ".join(f"{what} {sum(v) / len(v):.1%}" for what, v in left.items())
     end = [f"\nof dense, mean over the tasks where dense scores 0.8 or more: {shares}"] * bool(left)
     return "\n".join([*grid(rows, "task"), *end, source(report)])
@@ -83,15 +88,12 @@ def tasks(report: dict) -> str:
 
 def perplexity(report: dict) -> str:
     rows = {}
-    for name, by in report["results"]["perplexity"].items():
-        for budget, m in by.items():
-            what = "all" if name == "dense" else percent(budget)
-            rows.setdefault(name, {})[what] = f"{m['mean']:.2f}"
-            over = report["results"]["over_oracle"].get(name, {}).get(budget)
-            if over and name != "dense":
-                rows[name][f"over oracle {what}"] = cell(over, "+.2%")
-    length = report["config"]["length"]
-    seen = torch.arange(1, length + 1)
+    for what, name, budget, m in measures(report):
+        if what == "perplexity":
+            rows.setdefault(name, {})[percent(budget)] = f"{m['mean']:.2f}"
+        elif name != "dense":
+            rows[name][f"over oracle {percent(budget)}"] = cell(m, "+.2%")
+    seen = torch.arange(1, report["config"]["length"] + 1)
     shares = ", ".join(
         f"{percent(b)}: {(allowance(float(b), seen, 20) / seen).mean():.0%}"
         for b in report["config"]["budgets"])
@@ -100,27 +102,21 @@ def perplexity(report: dict) -> str:
 
 
 def recall(report: dict) -> str:
-    rows = {}
-    for measure, table in report["results"].items():
-        for name, by in table.items():
-            for budget, m in by.items():
-                rows.setdefault(name, {})[f"{measure} {percent(budget)}"] = cell(m, ".3f")
-                if measure == "mass":
-                    best = report["layers"]["mass"]["oracle"][budget]
-                    worst = min(a / b for a, b in zip(report["layers"]["mass"][name][budget],
-                                                      best, strict=True))
-                    rows[name]["worst layer, of oracle's mass"] = f"{worst:.1%}"
+    rows, mass = {}, report["layers"]["mass"]
+    for measure, name, budget, m in measures(report):
+        rows.setdefault(name, {})[f"{measure} {percent(budget)}"] = cell(m, ".3f")
+        if measure == "mass":
+            pairs = zip(mass[name][budget], mass["oracle"][budget], strict=True)
+            worst = min(kept / best for kept, best in pairs)
+            rows[name]["worst layer, of oracle's mass"] = f"{worst:.1%}"
     return "\n".join([*grid(rows, "selector"), source(report)])
 
 
 def interval(report: dict) -> str:
     rows = {}
-    for label, table in report["results"].items():
+    for label, name, _, m in measures(report):
         task, rule = label.split(", ", 1)
-        for name, by in table.items():
-            for m in by.values():
-                row = "dense" if name == "dense" else f"{name}, {rule}"
-                rows.setdefault(row, {})[task] = cell(m)
+        rows.setdefault("dense" if name == "dense" else f"{name}, {rule}", {})[task] = cell(m)
     return "\n".join([*grid(rows, "at 10 %"), source(report)])
 
 
@@ -131,25 +127,20 @@ def timed(report: dict) -> str:
                       f"{report['commit']}", report["command"]])
 
 
-TABLES = {"results/train.json": train.table, "results/ablations.json": ablate.table,
-          "results/perplexity.json": perplexity, "results/recall.json": recall,
-          "results/attention_smollm2-135m.json": timed, "results/speed.json": timed,
-          "results/compare.json": compare.table,
-          "results/speed_llama-3.2-1b.json": timed, "results/offload.json": timed,
-          "results/offload_llama-3.2-1b.json": timed,
-          "results/interval.json": interval, "results/interval_oracle.json": interval,
-          "results/ruler.json": tasks,
-          "results/ruler_long.json": tasks, "results/ruler_many.json": tasks,
-          "results/ruler_rest.json": tasks}
+TABLES = {"train": train.table, "ablations": ablate.table, "compare": compare.table,
+          "perplexity": perplexity, "recall": recall, "interval": interval,
+          "interval_oracle": interval, "ruler": tasks, "ruler_long": tasks, "ruler_many": tasks,
+          "ruler_rest": tasks, "attention_smollm2-135m": timed, "speed": timed,
+          "speed_llama-3.2-1b": timed, "offload": timed, "offload_llama-3.2-1b": timed}
 
 
 def render(text: str) -> str:
     def block(match):
-        name = match[1]
-        if not (ROOT / name).exists():
+        path = ROOT / match[1]
+        if not path.exists():
             return match[0]
-        table = TABLES.get(name, accuracy)(json.loads((ROOT / name).read_text()))
-        return f"<!-- {name} -->\n```\n{table}\n```\n<!-- end -->"
+        table = TABLES.get(path.stem, accuracy)(json.loads(path.read_text()))
+        return f"<!-- {match[1]} -->\n```\n{table}\n```\n<!-- end -->"
 
     return re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", block, text, flags=re.S)
 

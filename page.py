@@ -35,27 +35,21 @@ class Beside:
     within the same budget, sinks and window.
     """
 
-    capturable = False  # every step is looked at
+    read_ahead, capturable = None, False  # as a selector's; every step is looked at
 
     def __init__(self, selector, budget: float):
         self.selector, self.oracle = selector, Oracle(budget)
         self.tokens, self.steps, self.same, self.heads = [], [], [], 0
-
-    @property
-    def read_ahead(self):
-        return self.selector and self.selector.read_ahead
-
-    @read_ahead.setter
-    def read_ahead(self, hook) -> None:
-        if self.selector:
-            self.selector.read_ahead = hook
 
     def watch(self, layer, x, q, keys, positions) -> None:
         if self.selector:
             self.selector.watch(layer, x, q, keys, positions)
 
     def __call__(self, layer, x, q, keys, positions):
-        index = self.selector(layer, x, q, keys, positions) if self.selector else None
+        index = None
+        if self.selector:
+            self.selector.read_ahead = self.read_ahead
+            index = self.selector(layer, x, q, keys, positions)
         best = self.oracle(layer, x, q, keys, positions)
         if layer == 0:
             self.noted = []

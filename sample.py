@@ -67,13 +67,12 @@ class Config:
 
 
 def read_prompt(config) -> str:
-    if config.prompt is not None and config.prompt_file is not None:
-        raise UsageError("--prompt and --prompt-file exclude each other")
+    text = config.prompt
     if config.prompt_file is not None:
+        if text is not None:
+            raise UsageError("--prompt and --prompt-file exclude each other")
         text = read_text(config.prompt_file, most=2**26)  # no context holds more
-    elif config.prompt is not None:
-        text = config.prompt
-    else:
+    if text is None:
         document = coreference(random.Random(config.seed), pools("test"))
         text = document.context + document.question
     if not text:
@@ -98,19 +97,16 @@ class Tally:
 
     def __init__(self, capacity: int):
         self.kept = torch.zeros(capacity, dtype=torch.long)
-        self.choices, self.attended = 0, 0
+        self.choices = 0
 
     def add(self, selector, cached: int, heads: int) -> None:
         """One step's choice; of a dense step all `cached` tokens, for as many layers and heads."""
         if selector.dense:
             self.kept[:cached] += heads
-            self.attended += heads * cached
             self.choices += heads
             return
         for index in selector.index.values():  # [1, G, 1, K] of each layer
-            used = index[index >= 0].cpu()
-            self.kept += torch.bincount(used, minlength=len(self.kept))
-            self.attended += len(used)
+            self.kept += torch.bincount(index[index >= 0].cpu(), minlength=len(self.kept))
             self.choices += index.shape[1]
 
 
@@ -141,9 +137,9 @@ def marked(tok, ids, tally) -> str:
     share = tally.kept[: len(ids)] / max(1, tally.choices)
     colours = (0, 22, 28, 34, 40)  # of the terminal's 256: none, then dark to bright green
     levels = (share > 0.05).int() + (share > 0.15) + (share > 0.3) + (share > 0.6)
+    pieces = [tok.decode([i]) for i in ids]
     return "".join(f"\033[48;5;{colours[level]}m{piece}\033[0m" if level else piece
-                   for level, piece in zip(levels.tolist(), map(tok.decode, ([i] for i in ids)),
-                                       strict=True))
+                   for level, piece in zip(levels.tolist(), pieces, strict=True))
 
 
 def load(config, text: str):
@@ -168,13 +164,12 @@ def main(config: Config) -> dict:
     text = read_prompt(config)
     llama, tok, ids = load(config, text)
     butler = load_for(llama, config.butler) if config.selector == "butler" else None
-    selector = make_selector(config.selector, config.budget, butler,
-                             interval=config.interval, neighbours=config.neighbours,
-                             dense_below=config.dense_below)
+    selector = make_selector(config.selector, config.budget, butler, interval=config.interval,
+                             neighbours=config.neighbours, dense_below=config.dense_below)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
     page = Beside(selector, config.budget) if config.html is not None else None
-    tally, new, first = Tally(min(len(ids) + config.max_new_tokens,
-                                  llama.config.context + 1)), [], None
+    tally = Tally(min(len(ids) + config.max_new_tokens, llama.config.context + 1))
+    heads, new, first = (llama.config.layers - 1) * llama.config.kv_heads, [], None
     print(text if len(text) < 600 else "[...]" + text[-600:], end="", flush=True)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
@@ -182,41 +177,43 @@ def main(config: Config) -> dict:
         first = first or time.perf_counter()
         new.append(token)
         if selector:
-            tally.add(selector, len(ids) + len(new) - 1,
-                      (llama.config.layers - 1) * llama.config.kv_heads)
+            tally.add(selector, len(ids) + len(new) - 1, heads)
         if page:
             page.add(token)
         print(utf8.decode(tok.decode_bytes([token])), end="", flush=True)
-    decoding = time.perf_counter() - (first or start)
-    print("\n")
+    first, end = first or start, time.perf_counter()
     cached = len(ids) + max(len(new) - 1, 0)
-    if cached == llama.config.context and len(new) < config.max_new_tokens:
-        print(f"stopped: the model's context of {cached} tokens is full", file=sys.stderr)
+    attended = int(tally.kept.sum()) / tally.choices if tally.choices else cached
+    report = {
+        "prompt_tokens": len(ids), "new_tokens": len(new), "text": tok.decode(new),
+        "first_token_s": round(first - start, 3),
+        "tokens_per_s": round((len(new) - 1) / (end - first), 2) if len(new) > 1 else None,
+        "attended_per_step": round(attended, 1), "cached_tokens": cached,
+        "cache_bytes": cached * llama.new_cache(1, 1).bytes} | provenance()
+    print("\n")
     if config.show and selector:
         print(marked(tok, ids, tally))
         print("\nbackground: kept by more than 5, 15, 30, 60 % of all layers, heads and steps\n")
-    report = {
-        "prompt_tokens": len(ids), "new_tokens": len(new), "text": tok.decode(new),
-        "first_token_s": round((first or start) - start, 3),
-        "tokens_per_s": round((len(new) - 1) / decoding, 2) if len(new) > 1 else None,
-        "attended_per_step": round(tally.attended / tally.choices, 1) if tally.choices else cached,
-        "cached_tokens": cached,
-        "cache_bytes": cached * llama.new_cache(1, 1).bytes,
-    }
     print(f"{len(new)} tokens at {report['tokens_per_s']} a second; each query attended "
           f"to {report['attended_per_step']} of up to {cached} cached tokens ({config.selector}); "
           f"keys and values: {report['cache_bytes'] / 1e6:.1f} MB")
+    if page:
+        size = page.write(config.html, tok, ids, config.selector, asdict(config) | report)
+        print(f"{config.html}: {size / 1e6:.2f} MB")
+    advise(config, cached, cached == llama.config.context and len(new) < config.max_new_tokens)
+    return report
+
+
+def advise(config, cached: int, full: bool) -> None:
+    """What the user may not expect, on stderr."""
+    if full:
+        print(f"stopped: the model's context of {cached} tokens is full", file=sys.stderr)
     if config.selector == "butler" and config.dense_below < cached < BREAK_EVEN:
         print(f"below about {BREAK_EVEN:,} tokens a dense step is the faster one on a CPU: "
               "--dense-below", file=sys.stderr)
     if 1 < config.budget < Selector.SINKS + Selector.WINDOW:
         print(f"a budget above 1 is a number of tokens; {Selector.SINKS + Selector.WINDOW} are "
               "always granted", file=sys.stderr)
-    report |= provenance()
-    if page:
-        size = page.write(config.html, tok, ids, config.selector, asdict(config) | report)
-        print(f"{config.html}: {size / 1e6:.2f} MB")
-    return report
 
 
 def check(config) -> None:

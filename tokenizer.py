@@ -52,22 +52,16 @@ class ByteLevel:
     def __init__(self, v: Vocabulary):
         ranks = {token: rank for rank, token in enumerate(v.ranked)}
         try:
-            self.encoding = tiktoken.Encoding(
-                "file", pat_str=v.pattern, mergeable_ranks=ranks, special_tokens={}
-            )
+            self.encoding = tiktoken.Encoding("file", pat_str=v.pattern, mergeable_ranks=ranks,
+                                              special_tokens={})
             self.pattern = regex.compile(v.pattern)
         except (ValueError, regex.error) as error:
             raise Beyond(f"the pattern {v.pattern!r} ({error})") from error
         self.table = make_table([*v.others, *((i, token) for token, i in v.ids.items())])
         self.ids = np.array([v.ids.get(token, -1) for token in v.ranked])
         self.missing = bytes(b for b in range(256) if bytes([b]) not in v.ids)
-        self.added, self.user = v.control | v.user, self._finder(v.user)
-        self.all = self._finder(self.added)
-
-    @staticmethod
-    def _finder(names):
-        longest_first = sorted(filter(None, names), key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        self.added = v.control | v.user
+        self.user, self.all = finder(v.user), finder(self.added)
 
     def encode(self, text, special):
         finder = self.all if special else self.user
@@ -85,9 +79,8 @@ class ByteLevel:
                 return ids.tolist()
         # The slow way, almost never taken: cut here, drop bytes without an id, then merge. Dropping
         # them afterwards would not do, since their neighbours may merge over the gap.
-        pieces = (
-            m.group().encode().translate(None, self.missing) for m in self.pattern.finditer(text)
-        )
+        pieces = (found.group().encode().translate(None, self.missing)
+                  for found in self.pattern.finditer(text))
         ranks = chain.from_iterable(self.encoding._encode_single_piece(p) for p in pieces if p)
         return self.ids[list(ranks)].tolist()
 
@@ -97,8 +90,14 @@ class ByteLevel:
         except BaseException as error:  # where its regex engine gives up, tiktoken panics
             if type(error).__name__ != "PanicException":
                 raise
-            reason = f"the pattern {self.pattern.pattern!r} takes too long on this text"
-            raise TokenizerError(reason) from None
+            raise TokenizerError(f"the pattern {self.pattern.pattern!r} takes too long on this "
+                                 "text") from None
+
+
+def finder(names):
+    """A pattern that finds any of these names, the longest first; None if there are none."""
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
 class Library:
@@ -108,8 +107,8 @@ class Library:
         try:
             import tokenizers
         except ImportError:
-            hint = "pip install tokenizers"
-            raise TokenizerError(f"{reason} needs the optional package: {hint}") from None
+            raise TokenizerError(f"{reason} needs the optional package: pip install "
+                                 "tokenizers") from None
         try:
             self.model = tokenizers.Tokenizer.from_file(str(v.path))
         except Exception as error:  # the package raises nothing narrower
@@ -184,17 +183,14 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """str -> list of ids, without BOS. Where special is False, '<|im_end|>' in the text is a
-        handful of ordinary tokens, as a user's text should be; otherwise it is that token.
-        """
-        # Half a surrogate pair is no text and has no UTF-8; it becomes U+FFFD.
-        return self._backend.encode(
-            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), special
-        )
+        handful of ordinary tokens, as a user's text should be; otherwise it is that token. Half a
+        surrogate pair, which is no text and has no UTF-8, becomes U+FFFD."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._backend.encode(text, special)
 
     def decode_bytes(self, ids) -> bytes:
         """ids -> bytes. A character may be spread over tokens, so a streamer joins these bytes and
-        holds incomplete UTF-8 back. Raises ValueError for an id that names no token.
-        """
+        holds incomplete UTF-8 back. Raises ValueError for an id that names no token."""
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < len(self._table) or self._table[i] is None:

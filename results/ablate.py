@@ -14,7 +14,9 @@ tasks     answers exact: co-reference at 7 % of the tokens, needles at 5 %
 import random
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -74,16 +76,6 @@ class Moved(Butler):
             start = random.randrange(self.context - keys.shape[2] + 1)
             self.turn = turns(self.frequencies * start)
         return super().project(layer, rotate(keys.float(), *self.turn))
-
-
-class Tweaked:
-    """A trained butler whose selection goes another way."""
-
-    def __init__(self, butler, kind, **rules):
-        self.butler, self.kind, self.rules = butler, kind, rules
-
-    def selector(self, budget, **rules):
-        return self.kind(self.butler, budget, **rules, **self.rules)
 
 
 class GroupMax(ButlerSelector):
@@ -283,7 +275,8 @@ def main(config: Config) -> dict:
     butlers = train_all(trained, llama, tok, config)
     for name, v in wanted.items():
         if v.selection:
-            butlers[name] = Tweaked(butlers["default"], v.selection[0], **v.selection[1])
+            kind, rules = v.selection
+            butlers[name] = SimpleNamespace(selector=partial(kind, butlers["default"], **rules))
     rows = measure(butlers, windows, llama, tok, config)
     for name, butler in butlers.items():
         if isinstance(butler, Butler):

@@ -47,7 +47,7 @@ def names(text: str) -> tuple[str, ...]:
     return parts
 
 
-def bounded(kind, least=0, most=2**31):
+def bounded(kind, least, most):
     """-> a function: text -> a number of this kind (int or float) from least to most."""
     def number(text: str):
         value = kind(text)
@@ -78,9 +78,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(config_class, arguments=None):
     """Command line -> an instance of the dataclass; flags are its field names in kebab-case."""
-    text = (config_class.__doc__ or "").strip()
-    parser = Parser(description=text, allow_abbrev=False, formatter_class=lambda prog:
-                    argparse.HelpFormatter(prog, max_help_position=30))
+    parser = Parser(description=config_class.__doc__, allow_abbrev=False, formatter_class=lambda
+                    prog: argparse.HelpFormatter(prog, max_help_position=30))
     for f in fields(config_class):
         default = f.default_factory() if f.default is MISSING else f.default
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]

@@ -12,8 +12,7 @@ format, on a GPU replayed from a CUDA graph too (graph.py; not measured yet). A 
 made once and then kept, is the bound of every selector, the oracle among them. Every candidate runs
 once a round, in turn, so that a slow moment of the machine hits all; a row holds the median.
 `predicted_ms` is bytes moved over this machine's copy bandwidth, measured too: what the step would
-cost if memory were all that counts. `memory_bytes` counts weights, keys and values, and importance
-keys.
+cost if memory were all that counts.
 
     python bench.py --suite attention --shape smollm2-135m --contexts 2048,8192
     python bench.py --suite speed --contexts 8000
@@ -86,7 +85,7 @@ def copy_bandwidth(device) -> float:
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     seconds = by_turns({"copy": (lambda: target.copy_(source), 1)}, 7, device)
-    return 2 * source.numel() * source.element_size() / seconds["copy"]
+    return 2 * source.nbytes / seconds["copy"]
 
 
 def two_products(q, k, v):
@@ -204,10 +203,15 @@ def repeat(times: int, function, selector) -> None:
 def filled(llama, batch: int, context: int, dtype=None):
     """A cache of random keys and values, with room for the last of `context` tokens."""
     cache = llama.new_cache(batch, context, dtype)
-    for t in cache.k + cache.v:
-        t.normal_()
-    cache.advance(context - 1)
+    fill(cache, context - 1, cache.k + cache.v)
     return cache
+
+
+def fill(cache, tokens: int, tables: list) -> None:
+    """Random numbers in all `tables` of a cache, which then counts as `tokens` long."""
+    for table in tables:
+        table.normal_()
+    cache.advance(tokens)
 
 
 def moved(suite, llama, batch: int, context: int, kept, interval, number: int, size: int) -> int:

@@ -35,7 +35,7 @@ import torch
 from cli import UsageError
 from kernel import fetch_rows
 from offload import DiskCache, cache_kind, host_rows
-from speed import by_turns, copy_bandwidth, model_of, settle
+from speed import by_turns, copy_bandwidth, fill, model_of, settle
 
 DRIFT = 0.9  # share of a token's embedding that is the one before
 WARM = 8  # steps of a selection before those that count
@@ -138,12 +138,6 @@ def summary(turns: list[dict], size: int, unit: int) -> dict:
             "waited_ms": 1e3 * waited / steps, "hits": 1 - missed / asked if asked else None,
             "again": statistics.mean(again) if again else None,
             "held_bytes": max(turn["held"] for turn in turns)}
-
-
-def fill(cache, tokens: int, tables: list) -> None:
-    for rows in tables:
-        rows.normal_()
-    cache.advance(tokens)
 
 
 def forget(cache) -> None:

@@ -198,10 +198,12 @@ def memory_limit(size: int):
     group = parent / f"tokenbutler-{os.getpid()}"
     limit = "memory.limit_in_bytes" if parent == version_1 else "memory.max"
     try:
-        group.mkdir()
+        group.mkdir(exist_ok=True)  # a killed run may have left one
         (group / limit).write_text(str(size))
         (group / "cgroup.procs").write_text(str(os.getpid()))
     except OSError as e:
+        with suppress(OSError):
+            group.rmdir()
         raise UsageError(f"--memory needs the right to make a cgroup in {parent} ({e.strerror}); "
                          "or run under systemd-run --scope -p MemoryMax=BYTES") from None
     try:

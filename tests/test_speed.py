@@ -1,6 +1,8 @@
 """speed.py: bytes counted right, every candidate measured, the fastest dense one compared with."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 import bench
 import speed
 import speed_offload
+from cli import UsageError
 from offload import PinnedCache
 from weights import Config, ModelError
 
@@ -67,6 +70,13 @@ def test_rows_of_an_offloaded_cache(monkeypatch, store):
         store == "pinned")
 
 
+def test_a_limit_that_cannot_be_set_leaves_nothing_behind():
+    with pytest.raises(UsageError, match="--memory needs"), speed_offload.memory_limit(-7):
+        pass
+    for parent in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
+        assert not Path(parent, f"tokenbutler-{os.getpid()}").exists()
+
+
 def test_bytes(monkeypatch):
     llama, _ = speed.model_of(config(monkeypatch, suite="speed"))
     size = llama.embed_tokens.weight.element_size()
@@ -79,8 +89,6 @@ def test_bytes(monkeypatch):
         read = speed.moved("attention", llama, 1, 100, kept, 4, 4, 16)
         assert read == 2 * (k * token + scored / 4)
     assert speed.moved("attention", llama, 1, 100, 20.0, None, 4, 16) == 2 * 20 * token
-
-
     assert speed.memory(llama, 1, 100, None, 4, 16) == weights + 100 * 3 * token
     assert speed.memory(llama, 3, 100, 0.1, 4, 16) == weights + 300 * (3 * token + 2 * 2 * 16 * 4)
 

@@ -13,6 +13,7 @@ tasks     answers exact: co-reference at 7 % of the tokens, needles at 5 %
 
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,9 +97,9 @@ class Int8Keys(ButlerSelector):
         return (exact / scale).round() * scale
 
 
-def rival(name):
+def rival(name, butler, budget, **rules):
     """Another selector in the predictor's place, under its rules."""
-    return lambda butler, budget, **rules: BASELINES[name](budget, **rules)
+    return BASELINES[name](budget, **rules)
 
 
 @dataclass
@@ -114,13 +115,13 @@ class Variant:
     synthetic: float = 0.3
     repeats: int = 2
     start: str = "random"
-    selection: tuple = ()  # (selector class, rules)
+    selection: Callable | None = None  # butler, budget -> selector
 
 
 # what is asked of every row: task -> context, documents at most, budget
 TASKS = {"coreference": (None, 40, "0.07"), "needle_uuid": (1024, 12, "0.05"),
          "needle_noise": (2048, 8, "0.05")}
-REUSED = {"interval": 4, "neighbours": 1}
+REUSED, RIVALS = {"interval": 4, "neighbours": 1}, ("random", "keynorm")
 VARIANTS = {
     "default": Variant(),
     **{f"stride={r}": Variant({"stride": r}) for r in (1, 2, 3, 6, 10)},
@@ -138,13 +139,13 @@ VARIANTS = {
     "texts anywhere in the context": Variant(kind=Moved),
     "serving p to p+R-1": Variant(kind=SameInput),
     "W_K from principal axes": Variant(start="principal"),
-    "max over the group": Variant(selection=(GroupMax, {})),
-    "int8 importance keys": Variant(selection=(Int8Keys, {})),
-    "interval 4 + neighbours 1": Variant(selection=(ButlerSelector, REUSED)),
-    "neighbours 1": Variant(selection=(ButlerSelector, {"neighbours": 1})),
-    **{f"{name} instead": Variant(selection=(rival(name), {})) for name in ("random", "keynorm")},
-    **{f"{name} instead + interval 4 + neighbours 1": Variant(selection=(rival(name), REUSED))
-       for name in ("random", "keynorm")},
+    "max over the group": Variant(selection=GroupMax),
+    "int8 importance keys": Variant(selection=Int8Keys),
+    "interval 4 + neighbours 1": Variant(selection=partial(ButlerSelector, **REUSED)),
+    "neighbours 1": Variant(selection=partial(ButlerSelector, neighbours=1)),
+    **{f"{name} instead": Variant(selection=partial(rival, name)) for name in RIVALS},
+    **{f"{name} instead + interval 4 + neighbours 1":
+       Variant(selection=partial(rival, name, **REUSED)) for name in RIVALS},
 }
 
 
@@ -172,8 +173,7 @@ def train_all(variants: dict, llama, tok, config) -> dict:
     """-> {name: trained butler}. Rows that share texts share the frozen model's forward."""
     settings = train.Config()
     splits = [kept for kept, _ in map(hold_out, default_texts())]
-    phrases, butlers = pools("train"), {}
-    groups = {}
+    phrases, butlers, groups = pools("train"), {}, {}
     for name, v in variants.items():
         groups.setdefault((v.texts, v.synthetic, v.repeats), {})[name] = v
     for (texts, synthetic, repeats), members in groups.items():
@@ -203,7 +203,7 @@ def train_all(variants: dict, llama, tok, config) -> dict:
 
 
 def measure(butlers: dict, windows, llama, tok, config) -> dict:
-    """-> {row: {"kept", "kept_over_default", "over_oracle", "answers", ...}}"""
+    """-> {row: {"answers", "kept", "over_oracle_0.1", "kept_over_default", "parameters" ...}}"""
     loss, kept = {}, {}
     makers = {"oracle": Oracle} | {name: butler.selector for name, butler in butlers.items()}
     for name, make in tqdm(makers.items(), desc="windows", file=sys.stderr):
@@ -222,20 +222,19 @@ def measure(butlers: dict, windows, llama, tok, config) -> dict:
             "dense": table["dense"]["1.0"], "oracle": table["oracle"][budget],
             **{name: [run] for name, run in zip(butlers, table["butler"][budget], strict=True)}}
 
-    def answers(name):
-        return {task: accuracy(runs[name]) for task, runs in scores.items()}
-
-    rows = {}
-    for name in butlers:
-        rows[name] = {"kept": bootstrap([kept[name, 0.1]]), "answers": answers(name)}
+    rows = {name: {"answers": {task: accuracy(runs[name]) for task, runs in scores.items()}}
+            for name in (*butlers, "oracle", "dense")}
+    rows["oracle"]["kept"] = bootstrap([kept["oracle", 0.1]])
+    for name, butler in butlers.items():
+        rows[name]["kept"] = bootstrap([kept[name, 0.1]])
         for budget in (0.1, 0.25):
             over = bench.excess([loss[name, budget]], loss["oracle", budget])
             rows[name][f"over_oracle_{budget}"] = over
         if "default" in butlers:
             pairs = zip(kept[name, 0.1], kept["default", 0.1], strict=True)
             rows[name]["kept_over_default"] = bootstrap([[a - b for a, b in pairs]])
-    rows["oracle"] = {"kept": bootstrap([kept["oracle", 0.1]]), "answers": answers("oracle")}
-    rows["dense"] = {"answers": answers("dense")}
+        if isinstance(butler, Butler):
+            rows[name]["parameters"] = train.parameters(butler)
     return rows
 
 
@@ -252,8 +251,7 @@ def table(report: dict) -> str:
             + "".join(f"  {row[k]['mean']:+8.2%}" if k in row else " " * 10
                       for k in ("over_oracle_0.1", "over_oracle_0.25")) + "    "
             + "  ".join(f"{row['answers'][t]['mean']:{len(t)}.2f}" for t in tasks))
-    c = report["config"]
-    n = ", ".join(f"{m['n']}" for m in tasks.values())
+    c, n = report["config"], ", ".join(f"{m['n']}" for m in tasks.values())
     return "\n".join([*lines, "", f"{c['steps']} steps each, {c['windows']} windows of 512 tokens, "
                       f"documents: {n}; {report['hardware']}; commit {report['commit']}\n"
                       f"{report['command']}"])
@@ -275,13 +273,8 @@ def main(config: Config) -> dict:
     butlers = train_all(trained, llama, tok, config)
     for name, v in wanted.items():
         if v.selection:
-            kind, rules = v.selection
-            butlers[name] = SimpleNamespace(selector=partial(kind, butlers["default"], **rules))
-    rows = measure(butlers, windows, llama, tok, config)
-    for name, butler in butlers.items():
-        if isinstance(butler, Butler):
-            rows[name]["parameters"] = train.parameters(butler)
-    report = {"rows": rows} | provenance()
+            butlers[name] = SimpleNamespace(selector=partial(v.selection, butlers["default"]))
+    report = {"rows": measure(butlers, windows, llama, tok, config)} | provenance()
     print(table({"config": vars(config)} | report))
     return bench.write(config, report, "ablations")
 

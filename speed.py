@@ -110,17 +110,17 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
     q = torch.randn(c.layers, batch, c.heads, 1, c.head_dim, device=device).to(cache.k[0].dtype)
     x = torch.randn(batch, 1, c.width, device=device)
     positions = torch.full((batch, 1), context - 1, device=device)
-    layers, candidates = range(1, c.layers), {}
-
-    def dense(form, q, k, v):
-        for layer in layers:
-            form(q[layer], k[layer], v[layer])
-
     k, v = ([t[:, :, :context] for t in ts] for ts in (cache.k, cache.v))
+    candidates = {}
+
+    def attend(form, q, k, v, *index):
+        for layer in range(1, c.layers):
+            form(q[layer], k[layer], v[layer], *index)
+
     for kind, dtype in formats(llama).items():
         converted = q.to(dtype), [t.to(dtype) for t in k], [t.to(dtype) for t in v]
         for name, form in DENSE.items():
-            candidates[f"dense, {name}, {kind}"] = partial(dense, form, *converted), None, 1
+            candidates[f"dense, {name}, {kind}"] = partial(attend, form, *converted), None, 1
 
     def step(selector, attending=True):
         for layer in range(c.layers):
@@ -128,18 +128,14 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
             if layer and attending:
                 sparse_attention(q[layer], k[layer], v[layer], index)
 
-    def attend(index):
-        for layer in layers:
-            sparse_attention(q[layer], k[layer], v[layer], index)
-
     candidates |= butlers(butler, step, config)
     choose = partial(step, attending=False)
     for kept in map(float, config.budgets):
         selector = butler.selector(kept)
         step(selector)
-        candidates |= {
-            f"choosing {kept:g} alone": (partial(repeat, 1, choose, selector), 0.0, 1),
-            f"attend to {kept:g} alone": (partial(attend, selector.index[1]), kept, None)}
+        reading = partial(attend, sparse_attention, q, k, v, selector.index[1])
+        candidates[f"choosing {kept:g} alone"] = partial(repeat, 1, choose, selector), 0.0, 1
+        candidates[f"attend to {kept:g} alone"] = reading, kept, None
     return candidates
 
 

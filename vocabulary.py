@@ -171,10 +171,10 @@ def from_gguf(path):
     for i, (token, what) in enumerate(zip(tokens, types, strict=True)):
         if what in (*CONTROL, USER, UNUSED):  # these are written as they are
             others.append((i, token.encode()))
-            added += [(token, i, what in CONTROL)] * (what != UNUSED)
+            if what != UNUSED:
+                added.append((token, i, what in CONTROL))
         else:
-            data = bytes([int(token[3:5], 16)]) if what == BYTE else to_bytes(token)
-            ids[data] = i
+            ids[bytes([int(token[3:5], 16)]) if what == BYTE else to_bytes(token)] = i
     llama3 = GGUF_PATTERNS[pre] is LLAMA3
     try:
         pairs = [tuple(map(to_bytes, m.split(" "))) for m in merges]
@@ -202,19 +202,17 @@ def split_pattern(spec):
             raise Beyond(f"the added token {token['content']!r}, which takes its surroundings "
                          "along,")
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    *first, last = steps or [{}]
-    kinds, cuts = [step.get("type") for step in steps], last.get("use_regex", True)
-    if kinds[-1:] == ["ByteLevel"] and not last.get("add_prefix_space", True):
-        if not first and cuts:
+    match [{"invert": False, "use_regex": True} | step for step in steps]:  # unless said otherwise
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return GPT2
-        if kinds == ["Digits", "ByteLevel"] and first[0].get("individual_digits") and cuts:
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return SMOLLM
-        isolated = kinds == ["Split", "ByteLevel"] and first[0]["behavior"] == "Isolated"
-        own = first[0]["pattern"].get("Regex") if isolated and not first[0].get("invert") else None
-        if own and not cuts:
+        case [{"type": "Split", "pattern": {"Regex": own}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}] if own:
             # What the pattern leaves out is a piece as well; tiktoken alone would lose it.
             return own if own == LLAMA3 else rf"(?:{own})|(?:(?!{own})(?s:.))+"
-    raise Beyond(f"the pre-tokenizer {kinds}")
+    raise Beyond(f"the pre-tokenizer {[step.get('type') for step in steps]}")
 
 
 def read_json(path):

@@ -178,12 +178,9 @@ def paint(axis, panel: Panel) -> None:
         colour = COLOURS.get(name, OTHERS[number % len(OTHERS)])
         main = name in ("dense", "butler")
         style = {"color": colour, "label": line.label, "linewidth": 2.2 if main else 1.2}
-        if line.look == "line":
-            style |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-        elif line.look == "faint":
-            style |= {"alpha": 0.6, "linewidth": 0.6}
-        elif line.look == "points":
-            style |= {"marker": "D", "markersize": 6, "linestyle": ""}
+        style |= {"line": {"marker": MARKERS[number % len(MARKERS)], "markersize": 4},
+                  "faint": {"alpha": 0.6, "linewidth": 0.6}, "plain": {},
+                  "points": {"marker": "D", "markersize": 6, "linestyle": ""}}[line.look]
         axis.plot(line.x, line.y, zorder=3 if main else 2, **style)
         if line.low:
             axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)

@@ -26,7 +26,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -224,7 +224,8 @@ def moved(suite, llama, batch: int, context: int, kept, interval, number: int, s
             cache += context * c.kv_heads * size * number / interval
     read = batch * (c.layers - 1) * cache
     if suite == "speed":
-        read += batch * context * token + weight_bytes(llama)[batch <= Linear.ROWS]
+        long, few, _ = weight_bytes(llama)
+        read += batch * context * token + (few if batch <= Linear.ROWS else long)
     return int(read)
 
 
@@ -257,14 +258,12 @@ def break_even(rows: list[dict]) -> dict:
 
 def crossing(line: list[tuple]) -> int | None:
     """Ascending (context, speedup) -> the context beyond which no speedup is below 1, if any."""
-    slower = [i for i, (_, speedup) in enumerate(line) if speedup < 1]
-    if not slower:
-        return line[0][0]
-    if slower[-1] == len(line) - 1:
-        return None
-    (context, speedup), (beyond, faster) = line[slower[-1] : slower[-1] + 2]
-    share = math.log(1 / speedup) / math.log(faster / speedup)
-    return round(context * (beyond / context) ** share)
+    found = line[0][0]
+    for (context, speedup), (beyond, faster) in pairwise(line):
+        if speedup < 1 <= faster:
+            share = math.log(1 / speedup) / math.log(faster / speedup)
+            found = round(context * (beyond / context) ** share)
+    return found if line[-1][1] >= 1 else None
 
 
 def measure(config) -> dict:

@@ -16,7 +16,8 @@ colour everywhere. An SVG says in its metadata of which numbers it was drawn (`d
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -35,10 +36,10 @@ class Line:
     """Points, with the ends of their 95 % intervals where there are any."""
 
     label: str
-    x: list
-    y: list
-    low: list = field(default_factory=list)
-    high: list = field(default_factory=list)
+    x: Sequence
+    y: Sequence
+    low: Sequence = ()
+    high: Sequence = ()
     look: str = "line"  # with markers; or plain, faint, points, bar
 
 
@@ -47,8 +48,8 @@ class Panel:
     title: str
     x: str
     y: str
-    lines: list
-    ticks: list = field(default_factory=list)  # of x, on a logarithmic axis; linear without
+    lines: Sequence
+    ticks: Sequence = ()  # of x, on a logarithmic axis; linear without
     log_y: bool = False
     beside: bool = False  # the legend
 

@@ -78,8 +78,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(config_class, arguments=None):
     """Command line -> an instance of the dataclass; flags are its field names in kebab-case."""
-    parser = Parser(description=config_class.__doc__, allow_abbrev=False, formatter_class=lambda
-                    prog: argparse.HelpFormatter(prog, max_help_position=30))
+    parser = Parser(
+        description=config_class.__doc__, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30))
     for f in fields(config_class):
         default = f.default_factory() if f.default is MISSING else f.default
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
@@ -99,7 +100,7 @@ def show(value) -> str:
         return "off"
     if value in (None, (), []):
         return "none"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def known(what: str, given, names) -> None:

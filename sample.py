@@ -136,7 +136,7 @@ def marked(tok, ids, tally) -> str:
     """The prompt with a background per token: the brighter, the more layers and heads kept it."""
     share = tally.kept[: len(ids)] / max(1, tally.choices)
     colours = (0, 22, 28, 34, 40)  # of the terminal's 256: none, then dark to bright green
-    levels = (share > 0.05).int() + (share > 0.15) + (share > 0.3) + (share > 0.6)
+    levels = torch.bucketize(share, torch.tensor([0.05, 0.15, 0.3, 0.6]))
     pieces = [tok.decode([i]) for i in ids]
     return "".join(f"\033[48;5;{colours[level]}m{piece}\033[0m" if level else piece
                    for level, piece in zip(levels.tolist(), pieces, strict=True))

@@ -54,7 +54,9 @@ def measure(config) -> dict:
         with torch.inference_mode(), memory_limit(int(size * config.memory)):
             rows += steps_behind(llama, butler, context, size, config)
     report = {"rows": rows, "copy_bytes_per_s": copy_bandwidth(config.device)}
-    return report | ({"bus": bus(llama)} if store_of(config.device) == "pinned" else {})
+    if store_of(config.device) == "pinned":
+        report["bus"] = bus(llama)
+    return report
 
 
 def store_of(device: str) -> str:

@@ -61,7 +61,7 @@ class ByteLevel:
         self.ids = np.array([v.ids.get(token, -1) for token in v.ranked])
         self.missing = bytes(b for b in range(256) if bytes([b]) not in v.ids)
         self.added = v.control | v.user
-        self.user, self.all = finder(v.user), finder(self.added)
+        self.user, self.all = any_of(v.user), any_of(self.added)
 
     def encode(self, text, special):
         finder = self.all if special else self.user
@@ -74,7 +74,7 @@ class ByteLevel:
     def _ordinary(self, text):
         longest = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > LONG_RUN else 0
         if longest <= LONG_RUN:
-            ids = self.ids[self._ranks(text)] if text else np.array([], int)
+            ids = self.ids[self._ranks(text)]
             if not (ids < 0).any():
                 return ids.tolist()
         # The slow way, almost never taken: cut here, drop bytes without an id, then merge. Dropping
@@ -94,7 +94,7 @@ class ByteLevel:
                                  "text") from None
 
 
-def finder(names):
+def any_of(names):
     """A pattern that finds any of these names, the longest first; None if there are none."""
     longest_first = sorted(filter(None, names), key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None

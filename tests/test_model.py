@@ -824,6 +824,23 @@ def test_too_long(tiny):
         tiny(tokens(1, 2049))
 
 
+def test_padding_may_lie_beyond_the_context(tiny):
+    x = random_tokens(tiny, 2, 2048)
+    cache = tiny.new_cache(2, 2060)
+    tiny.prefill(x[:, :2040], cache, lengths=[2040, 7])
+    block = torch.zeros(2, 20, dtype=torch.long)
+    block[0, :8], block[1] = x[0, 2040:], x[1, 7:27]
+    logits = tiny(block, cache, lengths=[8, 20])
+    assert cache.lengths.tolist() == [2048, 27]
+    assert_close("short row", logits[1], tiny(x[1:, :27])[0, 7:], 1e-4)
+    assert_close("full row", logits[0, :8], tiny(x[:1])[0, 2040:], 2e-4)
+    cache.truncate(2041)
+    with pytest.raises(ModelError, match=r"2061 tokens .* 2060,"):
+        tiny(block, cache, lengths=[8, 20])
+    with pytest.raises(ModelError, match=r"2059 tokens .* 2048$"):
+        tiny(block[:, :18], cache, lengths=[8, 18])
+
+
 def test_cache_advances_once_per_forward(tiny):
     cache, seen = tiny.new_cache(2, 30), []
 

@@ -171,14 +171,16 @@ class Tokenizer:
     def check(self, model) -> "Tokenizer":
         """Returns self if the model has a row for every id that text can become, or that this
         vocabulary puts around it; else raises TokenizerError. Control tokens may lie beyond, as
-        padding that was added later often does."""
+        padding that was added later often does. From then on rows of the model that no token has,
+        to which matrices are often rounded up, decode to nothing."""
         marks = {self.special[m] for m in CHAT_MARKS.get(self.chat_format, ())}
         beyond = set(self.special.values()) - marks - {self.bos_id}
         rows = model.config.vocab_size
         if missing := [i for i in range(rows, self.vocab_size)
-                       if self._table[i] is not None and i not in beyond]:
+                       if self._table[i] and i not in beyond]:
             raise TokenizerError(f"this tokenizer is not the model's: id {missing[0]}, "
                                  f"{self._table[missing[0]]!r}, is beyond its {rows} rows")
+        self._table = [token or b"" for token in self._table] + [b""] * (rows - len(self._table))
         return self
 
     def encode(self, text: str, special: bool = False) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import ROOT
 from tqdm import tqdm
 
 import cli
+import tokenizer
 from coreference import coreference_documents
 from model import Llama
 
@@ -316,6 +318,21 @@ def test_sample_writes_text_and_reports(tmp_path):
     assert len(data["steps"]) == 8 and "".join(data["texts"]) == long.read_text() + result["text"]
     assert json.loads(data["facts"])["commit"] == result["commit"]
     assert result["config"]["budget"] == 0.1 and result["commit"]
+
+
+def test_rows_without_a_token_decode_to_nothing(main, folder, tmp_path):
+    """Matrices are often rounded up beyond the vocabulary, here to twice its size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2)).save_pretrained(tmp_path)
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    result = main("sample.py", "--model", tmp_path, "--selector", "recency", "--prompt", "Once",
+                  "--max-new-tokens", 16, "--temperature", 100, "--show", "--html",
+                  tmp_path / "page.html")
+    named = tokenizer.load(tmp_path).encode(result["text"])
+    assert result["new_tokens"] == 16 and 0 < len(named) < 16
 
 
 def test_the_context_limit_is_named(main, capsys):

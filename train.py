@@ -36,7 +36,7 @@ from coreference import coreference_documents, pools
 from corpus import Mixture, default_texts, hold_out, read_texts
 from fetch import resolve
 from model import Llama, check_device, fast_dtype
-from synth_task import accuracy, evaluate
+from synth_task import accuracy, evaluate, fits
 
 
 @dataclass
@@ -209,9 +209,21 @@ def mass_recall(llama, butler, windows, name: str, budget: float) -> float:
     return sum(mean(probe.mass) for probe in probes) / len(probes)
 
 
-def verdict(llama, tok, butler, windows, config) -> dict:
+def questions(llama, tok, config) -> list:
+    """The table's co-reference documents: of 250 words, or of half or a quarter as many where the
+    model's context is short. UsageError if it holds none."""
+    for words in (250, 125, 62):
+        documents = coreference_documents("test", config.documents, config.seed, words=words)
+        try:
+            fits(llama, {"co-reference": documents}, lambda text: len(tok.encode(text)))
+            return documents
+        except UsageError as e:
+            problem = e
+    raise problem
+
+
+def verdict(llama, tok, butler, windows, documents) -> dict:
     """The table: mass recall at 10 %, and co-reference answers with 10 % of the tokens attended."""
-    documents = coreference_documents("test", config.documents, seed=config.seed)
     names, rows = ("dense", "oracle", "butler", "recency", "random"), {}
     for name, scores in evaluate(llama, tok, documents, names, ("0.1",), [butler]).items():
         (runs,) = scores.values()
@@ -233,6 +245,7 @@ def main(config: Config) -> dict | None:
     if config.length > llama.config.context:
         raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
     tok = tokenizer.load(path).check(llama)
+    documents = questions(llama, tok, config)
     sizes = {"stride": config.stride, "size": config.size, "hidden": config.hidden}
     butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = parameters(butler) / parameters(llama)
@@ -256,7 +269,7 @@ def main(config: Config) -> dict | None:
     report = {
         "config": asdict(config), "parameters": parameters(butler), "share": share,
         "kl_before": before, "kl": kl, "kl_layers": layers.tolist(),
-        "table": verdict(llama, tok, butler, windows[:4], config), "loss": log,
+        "table": verdict(llama, tok, butler, windows[:4], documents), "loss": log,
         "processes": survive.world(), "training_s": round(trained, 1),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

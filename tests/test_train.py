@@ -304,6 +304,26 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
             main(parse(config, arguments + more))
 
 
+@pytest.mark.parametrize("context", [512, 128])
+def test_a_short_context_gets_short_questions_or_is_refused_before_training(
+        context, folder, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=context)).save_pretrained(tmp_path / "llama")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "llama")
+    config = parse(train.Config, list(map(str, command(
+        tmp_path / "llama", tmp_path / "b.safetensors", "--steps", 1)[1:])))
+    if context == 512:
+        assert train.main(config)["table"]["dense"]["coreference"]["n"] == 1
+        assert names(tmp_path) == ["b.json", "b.safetensors", "llama"]
+    else:
+        with pytest.raises(UsageError, match="document 1: .* the model's context is 128"):
+            train.main(config)
+        assert names(tmp_path) == ["llama"]
+
+
 def command(folder, out, *more):
     return ["train.py", "--model", folder, "--data", ROOT / "LICENSE", "--out", out,
             "--steps", "60", "--length", "64", "--rows", "16", "--documents", "1",

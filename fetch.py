@@ -33,7 +33,12 @@ def resolve(name_or_path=None) -> Path:
         return fetch_default()
     try:
         path = Path(name_or_path).expanduser()
-        if (path / "config.json").exists() or path.is_file():
+        if path.is_file():
+            with path.open("rb") as f:
+                if f.read(4) == b"GGUF":
+                    return path
+            raise ModelError(f"{path} is no GGUF file; a Hugging Face model is named by its folder")
+        if (path / "config.json").exists():
             return path
         if path.is_dir() and len(found := sorted(path.glob("*.gguf"))) == 1:
             return found[0]

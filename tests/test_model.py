@@ -596,6 +596,8 @@ def test_resolve(folder, tmp_path, monkeypatch):
         with pytest.raises(ModelError) as caught:
             fetch.resolve(name)
         assert "\n" not in str(caught.value) and str(name)[:150] in str(caught.value)
+    with pytest.raises(ModelError, match="model.safetensors is no GGUF file; .* by its folder"):
+        fetch.resolve(folder / "model.safetensors")
 
 
 def test_hub_id_without_a_network(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from coreference import coreference, pools
 from graph import stepper
 from model import Cache, Llama, ModelError, check_device, fast_dtype, resolve
 from offload import STORES, cache_kind
-from page import Beside
+from page import Beside, texts
 from selection import Selector
 
 BREAK_EVEN = 3000  # tokens cached from which on a step at 5 % was faster: results/speed.json
@@ -137,9 +137,8 @@ def marked(tok, ids, tally) -> str:
     share = tally.kept[: len(ids)] / max(1, tally.choices)
     colours = (0, 22, 28, 34, 40)  # of the terminal's 256: none, then dark to bright green
     levels = torch.bucketize(share, torch.tensor([0.05, 0.15, 0.3, 0.6]))
-    pieces = [tok.decode([i]) for i in ids]
     return "".join(f"\033[48;5;{colours[level]}m{piece}\033[0m" if level else piece
-                   for level, piece in zip(levels.tolist(), pieces, strict=True))
+                   for level, piece in zip(levels.tolist(), texts(tok, ids), strict=True))
 
 
 def load(config, text: str):
@@ -185,7 +184,7 @@ def main(config: Config) -> dict:
     cached = len(ids) + max(len(new) - 1, 0)
     attended = int(tally.kept.sum()) / tally.choices if tally.choices else cached
     report = {
-        "prompt_tokens": len(ids), "new_tokens": len(new), "text": tok.decode(new),
+        "prompt_tokens": len(ids), "new_tokens": len(new), "text": "".join(texts(tok, new)),
         "first_token_s": round(first - start, 3),
         "tokens_per_s": round((len(new) - 1) / (end - first), 2) if len(new) > 1 else None,
         "attended_per_step": round(attended, 1), "cached_tokens": cached,

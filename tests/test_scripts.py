@@ -320,6 +320,37 @@ def test_sample_writes_text_and_reports(tmp_path):
     assert result["config"]["budget"] == 0.1 and result["commit"]
 
 
+def test_blanks_and_cut_characters_are_shown_as_the_text_has_them(tmp_path, capsys):
+    """SentencePiece's blanks are the beginning of a word; its bytes are shares of a character."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocab = {"<unk>": 0} | {f"<0x{b:02X}>": 1 + b for b in range(256)}
+    vocab |= {token: 257 + i for i, token in enumerate([*"▁the", "▁t", "he", "▁the"])}
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
+    built = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>"))
+    built.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                       decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    built.save(str(tmp_path / "tokenizer.json"))
+    hf = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4))
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.fill_(p.dim() == 1)
+        hf.model.embed_tokens.weight.fill_(1)
+        hf.lm_head.weight[vocab["▁the"]] = 1  # which it always writes
+    hf.save_pretrained(tmp_path)
+    sample = runpy.run_path(str(ROOT / "sample.py"))
+    result = sample["main"](sample["Config"](
+        model=tmp_path, selector="recency", prompt="the the 🦙", max_new_tokens=3, show=True))
+    assert result["text"] == " the the the"
+    shown = re.sub("\033.*?m", "", capsys.readouterr().out)
+    assert shown.startswith("the the 🦙 the the the\n\n the the 🦙\n\nbackground:")
+
+
 def test_rows_without_a_token_decode_to_nothing(main, folder, tmp_path):
     """Matrices are often rounded up beyond the vocabulary, here to twice its size."""
     from transformers import LlamaConfig, LlamaForCausalLM

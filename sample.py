@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import tokenizer
-from baselines import NAMES, make_selector
+from baselines import BASELINES, NAMES, make_selector
 from butler import Butler, load_for
 from cli import UsageError, flag, known, provenance, read_text, run, writable
 from coreference import coreference, pools
@@ -163,8 +163,7 @@ def main(config: Config) -> dict:
     text = read_prompt(config)
     llama, tok, ids = load(config, text)
     butler = load_for(llama, config.butler) if config.selector == "butler" else None
-    selector = make_selector(config.selector, config.budget, butler, interval=config.interval,
-                             neighbours=config.neighbours, dense_below=config.dense_below)
+    selector = make_selector(config.selector, config.budget, butler, **rules(config))
     kind = cache_kind(config.offload, config.offload_dir, config.device)
     page = Beside(selector, config.budget) if config.html is not None else None
     tally = Tally(min(len(ids) + config.max_new_tokens, llama.config.context + 1))
@@ -215,9 +214,14 @@ def advise(config, cached: int, full: bool) -> None:
               "always granted", file=sys.stderr)
 
 
+def rules(config) -> dict:
+    return {"interval": config.interval, "neighbours": config.neighbours,
+            "dense_below": config.dense_below}
+
+
 def check(config) -> None:
     known("selector", [config.selector], NAMES)
-    Selector(config.budget)
+    BASELINES.get(config.selector, Selector)(config.budget, **rules(config))
     cache_kind(config.offload, config.offload_dir, config.device)
     if config.dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")

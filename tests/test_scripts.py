@@ -53,6 +53,7 @@ sample.py --budget inf
 sample.py --budget -1
 sample.py --interval 0
 sample.py --interval 99999999999999999999
+sample.py --selector h2o --interval 4
 sample.py --neighbours -1
 sample.py --neighbours 99999999
 sample.py --dense-below -1

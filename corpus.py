@@ -31,6 +31,8 @@ def default_texts() -> list[dict[str, str]]:
 
 def read_texts(paths: list) -> dict[str, str]:
     """Files and folders -> {path: text}, empty ones left out. Raises UsageError."""
+    if "" in paths:  # to pathlib, the folder that one stands in
+        raise UsageError("--data: a name is empty")
     files = []
     try:
         for path in map(Path, paths):

@@ -264,7 +264,7 @@ WRONG = [
     ("--out", "/proc/b.safetensors"), ("--out", "b.json"), ("--out", "README.md/b.safetensors"),
     ("--out", "a" * 300), ("--report", "/dev/null"), ("--report", "tests"),
     ("--data", "/nowhere/at/all.txt"), ("--data", "/dev/zero"), ("--data", "LICENSE", "nowhere"),
-    ("--data", "requirements.txt"),
+    ("--data", "requirements.txt"), ("--data", ""),
 ]
 
 

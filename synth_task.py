@@ -364,11 +364,15 @@ def main(config: Config) -> dict:
 
 
 def fits(llama, tasks, count) -> None:
-    """Raises UsageError for a document that the model cannot hold."""
+    """Raises UsageError for a document that the model cannot hold, or of whose context or question
+    it has no token, as of some control characters."""
     limit = llama.config.context
     for name, documents in tasks.items():
         for number, d in enumerate(documents, 1):
-            size = 1 + count(d.context) + count(d.question) + (d.new_tokens or count(d.answer))
+            parts = count(d.context), count(d.question), d.new_tokens or count(d.answer)
+            if not all(parts):
+                raise UsageError(f"{name}, document {number}: a part of it has no token")
+            size = 1 + sum(parts)
             if size > limit + 1:
                 raise UsageError(f"{name}, document {number}: {size} tokens with its answer, "
                                  f"the model's context is {limit}")

@@ -191,6 +191,11 @@ def test_own_questions_run(main, folder, tmp_path, capsys):
         main("synth_task.py", "--data", long)
     err = capsys.readouterr().err
     assert ended.value.code == 2 and "8192" in err and "9067" in err
+    long.write_text(json.dumps({"context": "word", "question": "\4", "answer": "a"}))
+    with pytest.raises(SystemExit) as ended:
+        main("synth_task.py", "--data", long)
+    assert ended.value.code == 2 and "document 1: a part of it has no token" in (
+        capsys.readouterr().err)
 
 
 def test_evaluation_runs_every_selector_at_equal_budgets(main):

@@ -378,6 +378,19 @@ def fits(llama, tasks, count) -> None:
                                  f"the model's context is {limit}")
 
 
+def fitting(llama, tok, n: int, seed: int) -> list[Document]:
+    """Co-reference documents of 250 words, or of half or a quarter as many where the model's
+    context is short. Raises UsageError if it holds none."""
+    for words in (250, 125, 62):
+        documents = coreference_documents("test", n, seed, words=words)
+        try:
+            fits(llama, {"coreference": documents}, lambda text: len(tok.encode(text)))
+            return documents
+        except UsageError as e:
+            problem = e
+    raise problem
+
+
 def check_budgets(budgets) -> None:
     try:
         for budget in budgets:

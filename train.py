@@ -32,11 +32,11 @@ import tokenizer
 from baselines import Probe, make_selector, mean, raw_scores
 from butler import Butler, ButlerConfig, whole
 from cli import UsageError, flag, provenance, run, writable
-from coreference import coreference_documents, pools
+from coreference import pools
 from corpus import Mixture, default_texts, hold_out, read_texts
 from fetch import resolve
 from model import Llama, check_device, fast_dtype
-from synth_task import accuracy, evaluate, fits
+from synth_task import accuracy, evaluate, fitting
 
 
 @dataclass
@@ -209,19 +209,6 @@ def mass_recall(llama, butler, windows, name: str, budget: float) -> float:
     return sum(mean(probe.mass) for probe in probes) / len(probes)
 
 
-def questions(llama, tok, config) -> list:
-    """The table's co-reference documents: of 250 words, or of half or a quarter as many where the
-    model's context is short. UsageError if it holds none."""
-    for words in (250, 125, 62):
-        documents = coreference_documents("test", config.documents, config.seed, words=words)
-        try:
-            fits(llama, {"co-reference": documents}, lambda text: len(tok.encode(text)))
-            return documents
-        except UsageError as e:
-            problem = e
-    raise problem
-
-
 def verdict(llama, tok, butler, windows, documents) -> dict:
     """The table: mass recall at 10 %, and co-reference answers with 10 % of the tokens attended."""
     names, rows = ("dense", "oracle", "butler", "recency", "random"), {}
@@ -245,7 +232,7 @@ def main(config: Config) -> dict | None:
     if config.length > llama.config.context:
         raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
     tok = tokenizer.load(path).check(llama)
-    documents = questions(llama, tok, config)
+    documents = fitting(llama, tok, config.documents, config.seed)
     sizes = {"stride": config.stride, "size": config.size, "hidden": config.hidden}
     butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = parameters(butler) / parameters(llama)

@@ -289,5 +289,6 @@ if __name__ == "__main__":
         for layer in (0, 1):
             selector.watch(layer, x[:, :-1], q[:, :, :-1], keys[:, :, :-1], positions[:, :-1])
             probe(layer, x[:, -1:], q[:, :, -1:], keys, now)
-        print(f"{name:8s} keeps 40 of {S} tokens and {mean(probe.mass):.2f} of the attention")
+        kept = int((selector.index[1] >= 0).sum()) // G
+        print(f"{name:8s} keeps {kept} of {S} tokens and {mean(probe.mass):.2f} of the attention")
     print("random keys have no few tokens that matter; a real model's do, and that is the point")

@@ -9,7 +9,7 @@
 
 A selection names the few rows that a step needs, and most of them were needed by the steps before:
 those are held, as are sinks and the recent window, which every step uses. Each of the others is a
-page of 4 kB to read, and many such reads at once take little longer than one. So as soon as a
+page of 4 kB to read, and many such reads at once take far less time than one by one. As soon as a
 layer's choice is made, threads, or a stream beside, begin to fetch its rows (`read_ahead`), while
 its producer chooses for other layers and while these are being computed. Importance keys stay with
 the selector, in memory. Where the operating system has room for the whole file, steps do not read

@@ -256,4 +256,4 @@ if __name__ == "__main__":
     (step,), (same,) = beside.steps, beside.same
     print(f"a step: [2, 4, 401] bytes, one for a layer and token, {len(step):,} characters in the "
           "page")
-    print(f"recency kept {same} % of the oracle's choice in layers 1 to 4")
+    print(f"recency kept {same} % of what the oracle chose in layers 1 to 4, beside what both keep")

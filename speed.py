@@ -314,8 +314,10 @@ def table(report: dict) -> str:
     lines += [f"{r['context']:8,} {r['batch']:5}  {r['selector']:41s} {r['ms']:10.2f} "
               f"{r['predicted_ms']:9.2f} {r['tokens_per_s']:9.1f} {r['speedup']:8.2f} "
               f"{r['memory_bytes'] / 1e6:11,.0f}" for r in report["rows"]]
-    faster = [f"{name}: {f'{context:,} tokens' if context else 'nowhere here'}"
-              for name, context in report["break_even"].items()]
+    least, faster = min(r["context"] for r in report["rows"]), []
+    for name, context in report["break_even"].items():
+        fewer = " or fewer" * (context == least)
+        faster.append(f"{name}: {f'{context:,} tokens{fewer}' if context else 'nowhere here'}")
     return "\n".join([*lines, "", "faster than dense from", *faster])
 
 

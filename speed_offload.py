@@ -251,6 +251,7 @@ if __name__ == "__main__":
     print(f"store {list(cache.store.shape)}, {cache.store.nbytes / 1e6:.0f} MB")
     for n in (256, 1, 16, 256):  # the first time the threads are started
         forget(cache)
+        cache.advise(streams=False)
         cache.held.clear()
         rows, began = torch.randint(shape.context, (1, 1, n)), time.perf_counter()
         cache.fetch(1, rows)

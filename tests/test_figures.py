@@ -45,9 +45,9 @@ def test_a_figure_shows_all_lines_and_is_drawn_alike_twice(name, tmp_path):
             assert all(word in text for word in part.split()), part
     draw.draw(panels, path)
     assert path.read_bytes() == first
-    committed = (RESULTS / f"{name}.svg").read_text()
-    if f"Matplotlib v{matplotlib.__version__}," in committed:
-        assert first.decode() == committed, "run python results/render.py"
+    committed = RESULTS / f"{name}.svg"  # maybe from another kind of processor: other bytes
+    if f"Matplotlib v{matplotlib.__version__}," in committed.read_text():
+        assert words(committed) == text, "run python results/render.py"
 
 
 def test_every_selector_measured_is_in_the_figure():

@@ -257,6 +257,28 @@ class Probe:
         return index
 
 
+def at_lengths(llama, window, contexts, makers: dict, block=128):
+    """How do selections fare at the end of contexts of several lengths? Reads a window [T] densely,
+    once; then the last `block` tokens before each of `contexts` go through every selection. From
+    the longest to the shortest, so that nothing is read that a selection wrote.
+
+    makers: {name: maker of a fresh selector, or None for dense attention} -> yields (context, name,
+    share of the attention kept, mean loss in nats of the block's tokens)
+    """
+    contexts = sorted(contexts, reverse=True)
+    cache = llama.new_cache(1, contexts[0])
+    llama.prefill(window[None, : contexts[0] - 1], cache)
+    for context in contexts:
+        some = window[context - block : context]
+        for name, make in makers.items():
+            cache.truncate(context - block)
+            probe = Probe(make()) if make else None
+            with torch.inference_mode():
+                logits = llama(some[None], cache, probe)[0, :-1].float()
+            yield (context, name, mean(probe.mass) if probe else 1.0,
+                   F.cross_entropy(logits, some[1:]).item())
+
+
 def spearman(a, b, seen):
     """Rank correlation along the last axis, ties sharing their mean rank, where `seen` (booleans)
     is true: a, b [..., S] -> [...]; NaN where all are tied. (Defined as in scipy.stats.)"""

@@ -6,6 +6,9 @@
     perplexity  exp of the mean loss; each position keeps its own subset, as if it were decoded
     recall      share of the true attention kept, error of the attention's output, and Spearman rank
                 correlation of scores and attention, by layer; all on the sparse run's own states
+    length      the same share, and the loss, of the last 128 tokens before each of --contexts, what
+                comes before them being read densely: does a butler choose as well far from where it
+                was trained?
     interval    the tasks at prediction intervals 1 to 16, with and without neighbours, at equal
                 total budget; and accuracy by the number of steps since the last prediction
     generation  free text of --length tokens: which share of its 8-grams has been there before?
@@ -32,7 +35,7 @@ import speed
 import speed_offload
 import synth_task
 import tokenizer
-from baselines import NAMES, Probe, make_selector, mean
+from baselines import NAMES, Probe, at_lengths, make_selector, mean
 from butler import Butler, load_for
 from cli import UsageError, flag, known, names, numbers, provenance, read_text, run
 from corpus import hold_out
@@ -48,7 +51,8 @@ class Config:
     """Measures what a selection costs in quality, and what a decode step costs in time."""
 
     suite: str = flag("perplexity",
-                      "perplexity, recall, interval, generation, attention, speed or offload")
+                      "perplexity, recall, length, interval, generation, attention, speed or "
+                      "offload")
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     butler: tuple = flag((), "comma-separated checkpoints (default: the shipped one)", names)
     selectors: tuple = flag(("dense", "oracle", "butler"),
@@ -64,7 +68,7 @@ class Config:
                              numbers(0, 1024))
     shape: str = flag(None, "attention, speed, offload: random weights in the shape of "
                             f"{', '.join(speed.SHAPES)} or a config.json")
-    contexts: tuple = flag(("512", "2048", "8000"), "attention, speed, offload: tokens cached",
+    contexts: tuple = flag(("512", "2048", "8000"), "length, attention, speed, offload: tokens",
                            numbers(1, 2**20))
     batch: tuple = flag(("1",), "attention, speed: sequences", numbers(1, 2**16))
     memory: float = flag(0.0, "offload: share of the keys and values that may be in memory, page "
@@ -168,6 +172,36 @@ def probed(llama, window, selector) -> dict:
     return {name: by_layer for name, by_layer in measures.items() if by_layer}
 
 
+def length(bench: Bench) -> dict:
+    """Attention kept and perplexity at the end of contexts of several lengths, read densely, and
+    what they are of the oracle's, window by window."""
+    contexts, makers = [int(c) for c in bench.config.contexts], {}
+    for name, budget, given in bench.makers():
+        makers |= {(name, budget, i): None if name == "dense" else make
+                   for i, make in enumerate(given)}
+    tables = {"kept": {}, "loss": {}}
+    for window in tqdm(bench.windows(max(contexts)), desc="length", file=sys.stderr):
+        for context, key, *values in at_lengths(bench.llama, window, contexts, makers):
+            name, budget, i = key
+            for table, value in zip(tables.values(), values, strict=True):
+                runs = table.setdefault((context, name, budget), {})
+                runs.setdefault(i, []).append(value)
+    results = {}
+    for (context, name, budget), kept in tables["kept"].items():
+        loss = list(tables["loss"][context, name, budget].values())
+        rows = {"kept": bootstrap(list(kept.values())),
+                "perplexity": through(math.exp, bootstrap(loss))}
+        best = (context, "oracle", budget)
+        if name != "oracle" and best in tables["kept"]:
+            shares = [[a / b for a, b in zip(run, tables["kept"][best][0], strict=True)]
+                      for run in kept.values()]
+            rows |= {"kept of oracle": bootstrap(shares),
+                     "over oracle": excess(loss, tables["loss"][best][0])}
+        for what, row in rows.items():
+            results.setdefault(f"{what} @{context}", {}).setdefault(name, {})[budget] = row
+    return {"results": results}
+
+
 def interval(bench: Bench) -> dict:
     """Accuracy at every interval, with and without neighbours, and token accuracy by the age of
     the choice. One document at a time: steps are counted in it alone."""
@@ -235,7 +269,7 @@ def through(function, interval: dict) -> dict:
 
 # ---------------------------------------------------------------------------- the script
 
-SUITES = {"perplexity": perplexity, "recall": recall, "interval": interval,
+SUITES = {"perplexity": perplexity, "recall": recall, "length": length, "interval": interval,
           "generation": generation}
 TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
 
@@ -286,12 +320,15 @@ def check(config: Config) -> None:
     known("suite", [config.suite], SUITES | TIMED)
     known("selector", config.selectors, NAMES)
     known("task", config.task, synth_task.TASKS)
-    if "snapkv" in config.selectors and config.suite in ("perplexity", "recall"):
+    if "snapkv" in config.selectors and config.suite in ("perplexity", "recall", "length"):
         raise UsageError(f"snapkv evicts at the end of a prompt, and the text of --suite "
                          f"{config.suite} has none")
+    if config.suite == "length" and min(map(int, config.contexts)) < 256:
+        raise UsageError("--suite length measures 128 tokens behind as many at least: no context "
+                         "below 256")
     evicting = sorted(set(config.selectors) & set(synth_task.EVICTING))
-    if evicting and config.suite == "interval":
-        raise UsageError(f"{evicting[0]} evicts at every step: no --suite interval")
+    if evicting and config.suite in ("interval", "length"):
+        raise UsageError(f"{evicting[0]} evicts at every step: no --suite {config.suite}")
     if config.shape:
         speed.shape_of(config.shape)
         if config.model:

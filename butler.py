@@ -3,24 +3,29 @@
 TokenButler (arXiv 2503.07518) keeps the whole KV cache and guesses, for every new token, which few
 cached tokens each layer is about to need. Two small learned maps do it:
 
-    x [B, T, C], input of layer p -Producer-> importance queries of R layers [B, T, R, H, E]
-    rotated keys [B, G, S, D] ------W_K-----> importance keys [B, G, S, E], cached beside K and V
+    x [B, T, C], input of layer p -Producer-> importance queries of R layers [B, G, T, R, E]
+    keys, turned back [B, G, S, D] ---W_K---> importance keys [B, G, S, E], cached beside K and V
 
-    score(t, s) = mean over the group's heads of  softmax_(s < t)  q_imp(t) . k_imp(s) / sqrt(E)
+    score(t, s) = turned(q_imp, t) . turned(k_imp, s) / sqrt(E)      one query per KV head
 
 Producers sit at layers 0, R, 2R ... and share no weights. The one at layer p serves p+1 ... p+R, so
 layer 0 has no prediction and stays dense, and at every other layer the queries are known before the
-layer is reached: a fetch or a kernel launch can start early. Importance space has no rotary
-embedding, norm or bias of its own; positions are in the keys, which are rotated already. The paper
-takes the max of the group's raw scores; the mean of softmaxes, which is what training made them
-for, keeps more of the attention with the same weights (a row of results/ablate.py). How scores
-become a selection within a budget is the same for all who score: selection.py.
+layer is reached: a fetch or a kernel launch can start early.
+
+Positions. Cached keys are rotated, each by its own position. A fixed projection of rotated keys,
+which is the paper's form (`rotated_keys`), learns the rotations that it saw in training and no
+others: it chooses well up to that length and badly beyond. Here keys are turned back first, which
+is exact, and queries and keys of importance space have a rotary embedding of their own: a few pairs
+of channels turn, slowly enough to tell thousands of tokens apart; the others say what a token is,
+wherever it stands. How scores become a selection within a budget is the same for all who score:
+selection.py.
 
     python butler.py        prints a short trace of shapes
 """
 
 import hashlib
 import json
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -33,11 +38,13 @@ from safetensors.torch import save
 from torch import nn
 
 from kernel import BLOCK, in_order, on_gpu, triton_select
+from model import rotate, turns
 from selection import Selector, first_position
 from weights import Refusal
 
 AT_ONCE = 2**23  # numbers of importance keys scored at once: bounds the memory of a step, below
 # the 32 MB in float32 from which on glibc gets each tensor anew, page by page, which takes longer
+FASTEST = 0.5  # radians a token of the first pair of importance channels
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
 
 
@@ -69,32 +76,40 @@ def whole(path):
 
 @dataclass(frozen=True)
 class ButlerConfig:
-    """The base model's shape (and fingerprint), and the predictor's own three sizes."""
+    """The base model's shape, rotary frequencies and fingerprint, and the predictor's own sizes."""
 
     layers: int
     width: int
-    heads: int
     kv_heads: int
     head_dim: int
+    rope: tuple  # radians a token of each pair of the base model's channels, D/2
     stride: int = 5  # R: layers served by one producer
-    size: int = 16  # E: channels of importance space
-    hidden: int = 160
+    size: int = 32  # E: channels of importance space, of which half turn with the position
+    slowest: float = 4e-4  # radians a token of the last pair; half a turn in the whole context
+    hidden: int = 176
+    rotated_keys: bool = False  # the paper's form: keys as they are cached, no pair turns
     fingerprint: str = ""
 
     @classmethod
     def for_model(cls, model, **sizes) -> "ButlerConfig":
         c = model.config
-        return cls(c.layers, c.width, c.heads, c.kv_heads, c.head_dim,
-                   fingerprint=fingerprint(model), **sizes)
+        return cls(c.layers, c.width, c.kv_heads, c.head_dim, tuple(model.frequencies.tolist()),
+                   slowest=math.pi / c.context, fingerprint=fingerprint(model), **sizes)
 
     def __post_init__(self):
+        object.__setattr__(self, "rope", tuple(self.rope))  # JSON knows lists only
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int and not (type(value) is int and 0 < value <= 2**20):
                 raise ButlerError(f"{f.name} is {value!r}, not a sensible whole number")
-        if self.heads % self.kv_heads or not 2 <= self.layers <= 1024:
-            raise ButlerError(f"no butler for {self.layers} layers of {self.heads} query heads "
-                              f"over {self.kv_heads} KV heads")
+        if not 2 <= self.layers <= 1024:
+            raise ButlerError(f"no butler for {self.layers} layers")
+        if self.size % 2:
+            raise ButlerError(f"importance space has channels in pairs, not {self.size}")
+        numbers = (*self.rope, self.slowest)
+        if 2 * len(self.rope) != self.head_dim or not all(
+                type(f) is float and 0 <= f < 10 for f in numbers):
+            raise ButlerError(f"frequencies {self.rope} for heads of {self.head_dim}")
 
 
 def fingerprint(model) -> str:
@@ -116,12 +131,12 @@ class Producer(nn.Module):
 
     def __init__(self, c: ButlerConfig, served: int):
         super().__init__()
-        self.shape = (served, c.heads, c.size)
+        self.shape = (served, c.kv_heads, c.size)
         self.norm = nn.LayerNorm(c.width)
         self.up = nn.Linear(c.width, c.hidden, bias=False)
-        self.out = nn.Linear(c.hidden, served * c.heads * c.size, bias=False)
+        self.out = nn.Linear(c.hidden, served * c.kv_heads * c.size, bias=False)
 
-    def forward(self, x):  # [B, T, C] -> [B, T, served, H, E]
+    def forward(self, x):  # [B, T, C] -> [B, T, served, G, E]
         return self.out(F.silu(self.up(self.norm(x)))).unflatten(-1, self.shape)
 
 
@@ -137,30 +152,41 @@ class Butler(nn.Module):
         # one projection per layer and KV head; layer 0 is never predicted
         self.key_projection = nn.Parameter(
             torch.randn(c.layers - 1, c.kv_heads, c.head_dim, c.size) * c.head_dim**-0.5)
+        still = torch.zeros(c.size // 2)  # radians a token: 0 where a pair does not turn
+        if not c.rotated_keys:
+            pairs = c.size // 4
+            still[:pairs] = torch.logspace(
+                math.log10(FASTEST), math.log10(c.slowest), pairs, device="cpu")
+        self.register_buffer("frequencies", still, persistent=False)
+        self.register_buffer("rope", torch.tensor(c.rope, device="cpu"), persistent=False)
 
-    def queries(self, layer: int, x) -> dict:
-        """Input x [B, T, C] of a layer -> {served layer: q_imp [B, H, T, E]}; {} if no producer."""
+    def queries(self, layer: int, x, positions) -> dict:
+        """Input x [B, T, C] of a layer, at positions [B, T] -> {served layer: q_imp [B, G, T, E]};
+        {} if no producer reads this layer."""
         if str(layer) not in self.producers:
             return {}
         out = self.producers[str(layer)](x.float())
-        return {layer + 1 + slot: q.transpose(1, 2) for slot, q in enumerate(out.unbind(2))}
+        rope = turns(positions[:, None, :, None] * self.frequencies)  # [B, 1, T, E]
+        return {layer + 1 + slot: rotate(q.transpose(1, 2), *rope)
+                for slot, q in enumerate(out.unbind(2))}
 
-    def project(self, layer: int, keys):
-        """Rotated keys [B, G, S, D] of a layer >= 1 -> importance keys [B, G, S, E]; those of
-        several layers in a row, `layer` being the first, [R, B, G, S, D] -> [R, B, G, S, E]."""
+    def project(self, layer: int, keys, positions):
+        """Cached keys [B, G, S, D] of a layer >= 1, at positions [S] (or [B, 1, S]) -> importance
+        keys [B, G, S, E]; those of several layers in a row, `layer` being the first,
+        [R, B, G, S, D] -> [R, B, G, S, E]."""
         weight = self.key_projection[layer - 1]
         if keys.dim() > 4:
             weight = self.key_projection[layer - 1 : layer - 1 + len(keys), None]
-        return keys.float() @ weight
+        if self.config.rotated_keys:
+            return keys.float() @ weight
+        positions = positions[..., None]
+        projected = turned_back(keys, positions * self.rope) @ weight
+        return rotate(projected, *turns(positions * self.frequencies))
 
     def scores(self, queries, projected):
-        """q_imp [B, H, T, E], k_imp [B, G, S, E] -> raw scores [B, G, H/G, T, S]; several layers'
-        at once with R in front of each."""
-        *first, H, T, E = queries.shape
-        G = projected.shape[-3]
-        rows = (queries * E**-0.5).reshape(*first, G, H // G * T, E)  # a group's queries together
-        projected = projected.to(rows.dtype).transpose(-1, -2)
-        return (rows @ projected).view(*first, G, H // G, T, -1)
+        """q_imp [..., G, T, E], k_imp [..., G, S, E] -> scores [..., G, T, S]"""
+        rows = queries * queries.shape[-1] ** -0.5
+        return rows @ projected.to(rows.dtype).transpose(-1, -2)
 
     def selector(self, budget, **rules) -> "ButlerSelector":
         """A fresh selector for one sequence (or one batch); rules as for `Selector`."""
@@ -168,9 +194,12 @@ class Butler(nn.Module):
 
     def check(self, model) -> "Butler":
         """Returns self when trained for this base model, else raises ButlerError."""
+        rope = model.frequencies.to(self.rope.device)
         if (actual := fingerprint(model)) != self.config.fingerprint:
             raise ButlerError(f"this butler was trained for another base model (fingerprint "
                               f"{self.config.fingerprint}, the model's is {actual})")
+        if rope.shape != self.rope.shape or not rope.allclose(self.rope, rtol=1e-5, atol=0):
+            raise ButlerError("this butler was trained for this model at other rotary frequencies")
         return self
 
     def save(self, path, extra: dict | None = None) -> None:
@@ -186,8 +215,9 @@ class Butler(nn.Module):
         """Reads what `save` wrote. Raises ButlerError, one line, for anything else."""
         try:
             with safe_open(path, framework="pt") as f:
+                config = ButlerConfig(**json.loads((f.metadata() or {})["butler"]))
                 with torch.device("meta"):  # a header's sizes are compared before any allocation
-                    butler = cls(ButlerConfig(**json.loads((f.metadata() or {})["butler"])))
+                    butler = cls(config)
                 weights = {name: f.get_tensor(name).float() for name in f.keys()}
                 butler.load_state_dict(weights, assign=True)
         except FileNotFoundError:
@@ -197,6 +227,12 @@ class Butler(nn.Module):
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as e:
             raise ButlerError(f"{path}: unreadable butler ({e})") from None
         return butler.eval().requires_grad_(False)
+
+
+def turned_back(keys, angles):
+    """Keys [..., D] that were rotated by angles [..., D/2] -> what they were before, float32."""
+    cos, sin = turns(angles)
+    return rotate(keys, cos, -sin)
 
 
 def load_for(model, path=None) -> Butler:
@@ -255,7 +291,8 @@ class ButlerSelector(Selector):
         if last < 0 or (start == self.next and self.seen[layer].device.type != "cpu"):
             return
         was = self.projected[layer][..., last]  # [B, G, E]
-        now = self.butler.project(layer, self.seen[layer][:, :, last : last + 1].to(was.device))
+        key = self.seen[layer][:, :, last : last + 1].to(was.device)
+        now = self.butler.project(layer, key, torch.tensor([last], device=was.device))
         rounding = 1e-4 + 2 * torch.finfo(was.dtype).eps
         if (now[:, :, 0] - was).abs().max() > rounding * now.abs().max():
             self.filled, self.step = dict.fromkeys(self.filled, 0), 0
@@ -267,7 +304,7 @@ class ButlerSelector(Selector):
         self.filled[layer] = min(self.filled.get(layer, 0), self.start)
 
     def look_ahead(self, layer, x, positions):
-        queries = self.butler.queries(layer, x)
+        queries = self.butler.queries(layer, x, positions)
         if not queries:
             return
         self.queries.update(queries)
@@ -280,7 +317,7 @@ class ButlerSelector(Selector):
             keys = self.importance_keys(served, longest)
         else:  # each layer chooses when it is reached
             return
-        stacked = torch.stack(list(queries.values()))  # [R, B, H, 1, E]
+        stacked = torch.stack(list(queries.values()))  # [R, B, G, 1, E]
         if on_gpu(keys) and not self.neighbours:
             choose, few = self.choose_by_triton, len(served)
         else:
@@ -293,15 +330,15 @@ class ButlerSelector(Selector):
                 self.read_ahead(layers, chosen)
 
     def choose_ahead(self, queries, keys, positions):
-        """q_imp [R, B, H, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""
+        """q_imp [R, B, G, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""
         longest, shape, chosen = self.end - 1, keys.shape[:3], []
-        queries = queries.reshape(-1, queries.shape[2] // shape[2], *queries.shape[3:])
-        keys = keys[..., :longest].flatten(0, 2)[:, None]  # rows [R * B * G, 1, E, S]
+        queries = queries.flatten(0, 2)[:, None]  # rows [R * B * G, 1, 1, E]
+        keys = keys[..., :longest].flatten(0, 2)[:, None]  # [R * B * G, 1, E, S]
         positions = positions[:, None].expand(*shape, 1).flatten(0, 2)
         few = max(1, AT_ONCE // (longest * keys.shape[2]))
         parts = (x.split(few) for x in (queries, keys, positions))
         for q, k, here in zip(*parts, strict=True):
-            chosen.append(self.choose(self.rate(q[None], k[None], here)[0], here))
+            chosen.append(self.choose(self.rate(q, k), here))
         return torch.cat(chosen).view(*shape, 1, -1)
 
     def choose_by_triton(self, queries, keys, positions):
@@ -319,18 +356,12 @@ class ButlerSelector(Selector):
     def scores(self, layer, q, keys, positions):
         self.start = first_position(keys, positions)  # who compares scores calls this alone
         self.see(layer, keys)
-        projected = self.importance_keys([layer], keys.shape[2])[..., : keys.shape[2]]
-        return self.rate(self.queries[layer][None], projected, positions)[0]
+        projected = self.importance_keys([layer], keys.shape[2])[0, ..., : keys.shape[2]]
+        return self.rate(self.queries[layer], projected)
 
-    def rate(self, queries, keys, positions):
-        """q_imp [R, B, H, T, E], k_imp [R, B, G, E, S] -> mean of softmaxes [R, B, G, T, S].
-        A query's own token and later ones do not count."""
-        start, S = self.start, keys.shape[-1]
-        scores = self.butler.scores(queries, keys.transpose(-1, -2))  # [R, B, G, H/G, T, S]
-        if start < S:
-            future = torch.arange(start, S, device=scores.device) >= positions[..., None]
-            scores[..., start:].masked_fill_(future[:, None, None], -torch.inf)
-        return in_order(scores.softmax(dim=-1).mean(3))
+    def rate(self, queries, keys):
+        """q_imp [B, G, T, E], k_imp [B, G, E, S] -> ranks of all tokens, [B, G, T, S]"""
+        return in_order(self.butler.scores(queries, keys.transpose(-1, -2)))
 
     def importance_keys(self, layers: list, S: int):
         """Importance keys [R, B, G, E, capacity] of all or one of a producer's layers, of which
@@ -340,8 +371,9 @@ class ButlerSelector(Selector):
         for at in range(start, S, 4096):
             some = slice(at, min(at + 4096, S))
             new = torch.stack([self.seen[layer][:, :, some] for layer in layers])
-            new = self.butler.project(layers[0], new.to(buffer.device)).transpose(-1, -2)
-            buffer[..., some] = new
+            here = torch.arange(some.start, some.stop, device=buffer.device)
+            new = self.butler.project(layers[0], new.to(buffer.device), here)
+            buffer[..., some] = new.transpose(-1, -2)
         if start < S:
             self.filled.update(dict.fromkeys(layers, S))
         return buffer
@@ -354,7 +386,7 @@ class ButlerSelector(Selector):
         at = (positions - 1 - steps).clamp(min=0)  # [B, I]
         rows = torch.arange(len(at), device=at.device)[:, None]
         new = torch.stack([self.seen[layer][rows, :, at].transpose(1, 2) for layer in layers])
-        new = self.butler.project(layers[0], new).to(buffer.dtype)  # [R, B, G, I, E]
+        new = self.butler.project(layers[0], new, at[:, None]).to(buffer.dtype)  # [R, B, G, I, E]
         buffer[:, rows, :, :, at] = new.permute(1, 3, 0, 2, 4)
         return buffer
 

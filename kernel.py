@@ -16,9 +16,8 @@ A ladder of three forms, with the bytes they move for one query of one layer, e 
     Triton           fetch and attend in one kernel      B*G*K*2D*e read once, on CUDA
 
 K is a tenth of S or less. The price: the rows lie scattered in memory. Scoring reads B*G*S*E*e of
-importance keys, for all layers of a producer at once. PyTorch then writes and reads a score for
-each head and token; Triton reads the keys twice, in `normalise` and in `score`, and writes 2 bytes
-a token.
+importance keys, for all layers of a producer at once, and writes a rank for each KV head and token:
+4 bytes in PyTorch, 2 in Triton.
 
     python kernel.py        compares the forms on random input (Triton's: TRITON_INTERPRET=1)
 """
@@ -35,7 +34,8 @@ except ImportError:  # not a system that Triton runs on: gather + SDPA serves ev
     from types import SimpleNamespace
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-LOW = 2**15 - 1  # the bits of a score that its code leaves out
+LOW = 2**15 - 1  # 15 bits
+HALF = 65504.0  # the largest number of fp16
 BLOCK = 1024  # tokens scored by one program
 BINS = 2048  # of a histogram of codes: their upper 11 bits
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -130,13 +130,15 @@ def fetch_rows(table, tokens, held, places, missed):
 
 
 def in_order(scores):
-    """Scores between 0 and 1, [..., S] float32, as the 15-bit codes by which they are ranked, in
-    which any top-K is the same, stable one: equal codes keep the order of the tokens, the earliest
-    first (as far as 15 bits count them). The code is the number's bits but for the lowest 15; in
-    place of these stands what is left of 32,767 after taking the token's index off."""
+    """Any scores [..., S] -> float32 numbers in whose order a top-K is the same everywhere, and
+    stable: equal scores keep the order of the tokens, the earliest first (as far as 15 bits count
+    them). A score counts as the upper 15 bits of its fp16, whose integer, mirrored where negative,
+    is in the order of the number; below these stands what is left of 32,767 after taking the
+    token's index off."""
+    bits = scores.clamp(-HALF, HALF).half().view(torch.int16).int()
+    code = ((bits ^ (bits >> 31 & LOW)) + LOW + 1 >> 1).clamp(min=1)  # 0: not to be chosen
     s = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).clamp(max=LOW)
-    bits = scores.contiguous().view(torch.int32).clamp(min=LOW + 1)  # code 0: not to be chosen
-    return ((bits | LOW) - s).view(torch.float32)
+    return ((code << 15 | LOW) - s).view(torch.float32)
 
 
 def top_with_neighbours(scores, reach: int, K: int):
@@ -269,55 +271,22 @@ def renew(tokens, had, places, table, old, new, missed, K, OLD, S,
 
 
 @jit
-def products(q, k, row, s, k_g, k_e, scale, N: tl.constexpr, NP: tl.constexpr, E: tl.constexpr):
-    """Raw scores of a group's N query heads with tokens s of one row -> [NP, BLOCK] float32. With
-    keys channel by channel, [E, S], that is a vector load for each and a multiply-add."""
-    n = tl.arange(0, NP)
-    out = tl.zeros([NP, s.shape[0]], tl.float32)
-    for e in tl.static_range(E):
-        query = tl.load(q + (row * N + n) * E + e, mask=n < N, other=0.0).to(tl.float32)
-        keys = tl.load(k + row.to(tl.int64) * k_g + e * k_e + s).to(tl.float32)
-        out += (query * scale)[:, None] * keys[None, :]
-    return out
-
-
-@jit
-def normalise(q, k, tops, totals, positions, BG, G, k_g, k_e, scale,
-              N: tl.constexpr, NP: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
-    """Softmax denominators of one block of past tokens: the top and sum exp(score - top)."""
+def score(q, k, codes, histogram, positions, BG, G, k_g, k_e, scale, S, sinks, window,
+          E: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, HALF: tl.constexpr):
+    """Codes of one block of tokens, as `in_order` makes them, and the histogram of their upper 11
+    bits; 0 where a token may not be chosen. With keys channel by channel, [E, S], a product is a
+    vector load for each channel and a multiply-add."""
     row, block = tl.program_id(0), tl.program_id(1)
-    n, s = tl.arange(0, NP), block * BLOCK + tl.arange(0, BLOCK)
-    past = s < tl.load(positions + row % BG // G)
-    raw = tl.where(past, products(q, k, row, s, k_g, k_e, scale, N, NP, E), float("-inf"))
-    top = tl.max(raw, 1)
-    total = tl.sum(tl.exp(raw - tl.where(top == float("-inf"), 0.0, top)[:, None]), 1)
-    part = (row * N + n) * tl.num_programs(1) + block
-    tl.store(tops + part, top, mask=n < N)
-    tl.store(totals + part, total, mask=n < N)
-
-
-@jit
-def score(q, k, tops, totals, codes, histogram, positions, BG, G, k_g, k_e, scale, S, sinks,
-          window, N: tl.constexpr, NP: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-          CP: tl.constexpr, BINS: tl.constexpr):
-    """Codes of one block of tokens, and the histogram of their upper 11 bits. A score lies between
-    0 and 1: its float32 bits shifted right by 15 are an integer of 15 bits in the same order. At
-    least 1 where the token may be chosen, 0 where not."""
-    row, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    n, s, c = tl.arange(0, NP), block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)
-    part = (row * N + n)[:, None] * blocks + c
-    there = (n < N)[:, None] & (c < blocks)
-    top = tl.load(tops + part, mask=there, other=float("-inf"))
-    total = tl.load(totals + part, mask=there, other=0.0)
-    highest = tl.max(top, 1)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    whole = tl.sum(total * tl.exp(top - highest[:, None]), 1)
+    s = block * BLOCK + tl.arange(0, BLOCK)
+    raw = tl.zeros([BLOCK], tl.float32)
+    for e in tl.static_range(E):
+        keys = tl.load(k + row.to(tl.int64) * k_g + e * k_e + s).to(tl.float32)
+        raw += tl.load(q + row * E + e).to(tl.float32) * scale * keys
     free = (s >= sinks) & (s <= tl.load(positions + row % BG // G) - window)
-    raw = products(q, k, row, s, k_g, k_e, scale, N, NP, E)
-    raw = tl.where((n < N)[:, None] & free, raw, float("-inf"))
-    share = tl.exp(raw - highest[:, None]) / tl.where(whole > 0, whole, 1.0)[:, None]
-    mean = tl.sum(share, 0) / N
-    code = tl.where(free, tl.maximum(mean.to(tl.int32, bitcast=True) >> 15, 1), 0)
+    raw = tl.minimum(tl.maximum(tl.where(free, raw, 0.0), -HALF), HALF)
+    bits = raw.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    code = ((bits ^ ((bits >> 31) & 0x7FFF)) + 0x8000) >> 1
+    code = tl.where(free, tl.maximum(code, 1), 0)
     tl.store(codes + row.to(tl.int64) * S + s, code.to(tl.int16))
     counts = tl.histogram(code >> 4, BINS)
     bins = tl.arange(0, BINS)
@@ -366,25 +335,20 @@ def select(codes, histogram, wants, idx, BG, G, S, K, BLOCK: tl.constexpr, BINS:
 def triton_select(q, k, positions, wants, S: int, K: int, sinks: int, window: int, block=BLOCK):
     """What `in_order` and a top-K choose between sinks and window, for all layers of one producer.
 
-    q_imp [R, B, H, E]; k_imp [R, B, G, E, capacity, a multiple of `block`]; positions [B] of the
+    q_imp [R, B, G, E]; k_imp [R, B, G, E, capacity, a multiple of `block`]; positions [B] of the
     queries, before which keys are there, behind which anything may stand; wants [B], how many
     tokens each chooses; no position is above S, no want above K. Nothing waits for the device.
     -> indices [R, B, G, K] int32, -1 = empty
     """
-    R, B, H, E = q.shape
-    G, N, rows = k.shape[2], H // k.shape[2], R * B * k.shape[2]
-    blocks = triton.cdiv(max(S, 1), block)
+    R, B, G, E = q.shape
+    rows, blocks = R * B * G, triton.cdiv(max(S, 1), block)
     S = blocks * block
-    tops, totals = torch.empty(2, rows * N, blocks, dtype=torch.float32, device=q.device)
     codes = torch.empty(rows, S, dtype=torch.int16, device=q.device)
     histogram = torch.zeros(rows, BINS, dtype=torch.int32, device=q.device)
     idx = torch.empty(R, B, G, K, dtype=torch.int32, device=q.device)
-    sizes = {"N": N, "NP": triton.next_power_of_2(N), "E": E, "BLOCK": block}
-    common = q.contiguous(), k
-    layout = B * G, G, k.stride(2), k.stride(3), E**-0.5
-    normalise[rows, blocks](*common, tops, totals, positions, *layout, **sizes)
-    score[rows, blocks](*common, tops, totals, codes, histogram, positions, *layout, S, sinks,
-                        window, **sizes, CP=triton.next_power_of_2(blocks), BINS=BINS)
+    score[rows, blocks](q.contiguous(), k, codes, histogram, positions, B * G, G, k.stride(2),
+                        k.stride(3), E**-0.5, S, sinks, window, E=E, BLOCK=block, BINS=BINS,
+                        HALF=HALF)
     select[(rows,)](codes, histogram, wants, idx, B * G, G, S, K,
                     BLOCK=min(4096, triton.next_power_of_2(S)), BINS=BINS)
     return idx

@@ -117,8 +117,8 @@ def note(text: str) -> None:
 # ---------------------------------------------------------------------------- the state
 
 
-MOMENTS = {torch.optim.Muon: ("momentum_buffer",),
-           torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}  # what each keeps of a parameter
+MOMENTS = {"Muon": ("momentum_buffer",),
+           "AdamW": ("step", "exp_avg", "exp_avg_sq")}  # what each optimiser keeps of a parameter
 
 
 def state_path(config) -> Path:
@@ -187,7 +187,7 @@ def begin(butler, optimizers, config, log: list, text: str) -> int:
         steps = entries.get("log loss", torch.empty(0)).numel()
         shapes = {"log loss": (steps,)}
         for name, p in parameters.items():
-            moments = MOMENTS.get(type(owners[p]), ()) if steps else ()
+            moments = MOMENTS.get(type(owners[p]).__name__, ()) if steps else ()
             for key in ("weight", *moments):
                 shapes[f"{key} {name}"] = () if key == "step" else p.shape
         counts = [value for entry, value in entries.items() if entry.startswith("step ")]
@@ -269,7 +269,7 @@ if __name__ == "__main__":
     butler = Butler.load(SHIPPED).requires_grad_(True)
     matrices = [p for p in butler.parameters() if p.ndim == 2]
     others = [p for p in butler.parameters() if p.ndim != 2]
-    optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW(others)]  # as train.py has them
+    optimizers = [torch.optim.AdamW(matrices), torch.optim.AdamW(others)]
     sum(p.sum() for p in butler.parameters()).backward()
     for optimizer in optimizers:
         optimizer.step()

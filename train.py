@@ -1,13 +1,17 @@
 """train.py - distillation: the butler learns to guess where the frozen base model attends.
 
     text -> base model (frozen, one forward) -> x of the producer layers, q and k of every layer
-                teacher  p = softmax(q . k / sqrt(D))          what each head attends to
-                student  b = softmax(q_imp . k_imp / sqrt(E))  what the butler expects
-    loss = mean over layers, heads and sampled rows of KL(p || b); only the butler learns.
+        teacher  p = mean over a KV head's query heads of softmax(q . k / sqrt(D))
+        student  b = softmax(q_imp . k_imp / sqrt(E))      what the butler expects of the KV head
+    loss = mean over layers, KV heads and sampled rows of KL(p || b); only the butler learns.
+
+Both are taken over the tokens that a selection has to choose from, between sinks and window: how
+much attention goes to those, which are kept anyway, the butler need not know.
 
 The trainer looks at the base model through the very hook that a selector uses (`Recorder`), so what
 a producer reads here is what it reads when decoding. Rows are sampled because neighbouring queries
-say nearly the same, and the softmaxes of all rows would cost more than the base model.
+say nearly the same, and the softmaxes of all rows would cost more than the base model. Most steps
+look at short texts, which are cheap; every fourth at long ones, for distances that short ones lack.
 
     python train.py                         trains the default butler, ends in a table
     python train.py --model DIR --data TEXT ...  another Llama, your own text
@@ -22,6 +26,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,14 +34,15 @@ from tqdm import tqdm
 
 import survive
 import tokenizer
-from baselines import Probe, make_selector, mean, raw_scores
+from baselines import at_lengths, make_selector, true_attention
 from butler import Butler, ButlerConfig, whole
 from cli import UsageError, flag, provenance, run, writable
 from coreference import pools
 from corpus import Mixture, default_texts, hold_out, read_texts
 from fetch import resolve
 from model import Llama, check_device, fast_dtype
-from synth_task import accuracy, evaluate, fitting
+from selection import Selector
+from synth_task import accuracy, bootstrap, evaluate, fitting
 
 
 @dataclass
@@ -47,17 +53,21 @@ class Config:
     data: list = flag([], "text files or folders to train on (default: this Python's own text)")
     out: str = flag("out/butler.safetensors", "where the butler goes")
     report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
-    steps: int = flag(1200, "optimiser steps", least=1)
+    steps: int = flag(320, "optimiser steps", least=1)
     batch: int = flag(2, "texts per step, of all processes together", least=1)
     length: int = flag(512, "tokens per text", least=64)
+    long: int = flag(4096, "tokens of a long text, at most the model's context", least=64)
+    long_every: int = flag(4, "every so many steps look at long texts; 0: none does", least=0)
     repeats: int = flag(2, "strings that come twice in every 512 tokens of text")
-    rows: int = flag(64, "queries per text that a step looks at", least=1)
-    reuse: int = flag(4, "steps that a batch of texts serves, each with fresh rows", least=1)
+    rows: int = flag(32, "queries per text that a step looks at", least=1)
+    reuse: int = flag(8, "steps that a batch of texts serves, each with fresh rows", least=1)
     learning_rate: float = flag(1e-2, "peak learning rate", least=1e-9)
     stride: int = flag(5, "layers served by one producer (R)", least=1, most=2**20)
-    size: int = flag(16, "channels of importance space (E)", least=1, most=2**20)
-    hidden: int = flag(160, "hidden width of a producer", least=1, most=2**20)
+    size: int = flag(32, "channels of importance space (E)", least=2, most=2**20)
+    rotated_keys: bool = flag(False, "the paper's form: keys as cached, no importance pair turns")
+    hidden: int = flag(176, "hidden width of a producer", least=1, most=2**20)
     documents: int = flag(100, "co-reference documents in the final table", least=1)
+    windows: int = flag(20, "held-out texts in the final table, as long as --long", least=1)
     save_every: float = flag(60.0, "seconds between two states to resume from, 0: every step")
     seed: int = flag(0, "seed of initialisation, data and rows")
     resume: bool = flag(False, "go on from OUT.state, or from the beginning where there is none")
@@ -68,41 +78,40 @@ class Config:
 
 
 class Recorder:
-    """Stands where a selector stands, attends to everything, and keeps what passes by."""
+    """Stands where a selector stands, attends to everything, and keeps what passes by: the keys of
+    all tokens, inputs and queries of the given rows [N] (None: of all)."""
 
-    def __init__(self):
-        self.x, self.q, self.keys = {}, {}, {}
+    def __init__(self, rows=None):
+        self.rows, self.x, self.q, self.keys = rows, {}, {}, {}
 
     def __call__(self, layer, x, q, keys, positions):
-        self.x[layer], self.q[layer], self.keys[layer] = x, q, keys
+        if self.rows is None:
+            self.rows = positions[0]
+        self.x[layer], self.q[layer], self.keys[layer] = x[:, self.rows], q[:, :, self.rows], keys
 
 
-def distillation(butler, record, rows, grouped=False):
-    """KL(teacher || student) of the chosen rows [N] of every layer >= 1 -> [L-1], with gradient.
+def distillation(butler, record, some=slice(None), sinks=Selector.SINKS, window=Selector.WINDOW):
+    """KL(teacher || student) of some of the recorded rows (indices [N]) at every layer >= 1 ->
+    [L-1], with gradient.
 
-    Both are causal softmaxes over the cached tokens, [B, G, H/G, N, S], of each query head; or, if
-    `grouped` or if the butler has one query per KV head, their means over the heads that share a
-    KV head. The entropy of the teacher has no gradient: minimising KL is minimising the paper's
-    cross-entropy.
+    Both are distributions [B, G, N, S] over the tokens between sinks and window; a row counts by
+    the teacher's share of attention there. The entropy of the teacher has no gradient: minimising
+    KL is minimising the paper's cross-entropy.
     """
-    losses, queries = [], {}
-    S = record.keys[0].shape[2]
-    grouped = grouped or butler.config.heads == butler.config.kv_heads
-    later = torch.arange(S, device=rows.device) > rows[:, None]
-    future = torch.where(later, -1e4, 0.0)  # [N, S], finite: the teacher's 0 times it must be 0
-
-    def log_attention(scores):
-        logs = (scores + future).log_softmax(dim=-1)
-        return logs.logsumexp(2, keepdim=True) - math.log(logs.shape[2]) if grouped else logs
-
+    losses, queries, rows = [], {}, record.rows[some]
+    here = torch.arange(record.keys[0].shape[2], device=rows.device)
+    free = (here >= sinks) & (here <= rows[:, None] - window)  # [N, S]
+    taken = torch.where(free, 0.0, -1e4)  # finite: the teacher's 0 times it must be 0
     for layer, keys in record.keys.items():
-        queries |= butler.queries(layer, record.x[layer][:, rows])
+        queries |= butler.queries(layer, record.x[layer][:, some], rows[None])
         if layer == 0:
             continue
         with torch.no_grad():
-            log_p = log_attention(raw_scores(record.q[layer][:, :, rows], keys))
-            p = log_p.exp()
-        log_b = log_attention(butler.scores(queries[layer], butler.project(layer, keys)))
+            p = true_attention(record.q[layer][:, :, some], keys, rows[None]).mean(2) * free
+            total = p.sum(-1, keepdim=True)
+            log_p = (p / total.clamp(min=1e-30)).clamp(min=1e-30).log()
+        scores = butler.scores(queries[layer], butler.project(layer, keys, here))
+        log_b = (scores + taken).log_softmax(dim=-1)
         count = p.shape[:-1].numel()  # dot products: no pass over memory for a product
         losses.append((p.flatten() @ log_p.flatten() - p.flatten() @ log_b.flatten()) / count)
     return torch.stack(losses)
@@ -111,25 +120,19 @@ def distillation(butler, record, rows, grouped=False):
 def distil(llama, butler, mixture, config, log):
     """The loop: trains the butler in place; continues from OUT.state when asked to.
 
-    A batch of texts serves several steps with fresh rows: the base model's forward is most of the
-    cost, and what it says about a text is worth more than one look.
+    A batch of texts serves several steps, each with rows of its own: the base model's forward is
+    most of the cost, and what it says about a text is worth more than one look.
     """
     optimizers = make_optimizers(butler, config.learning_rate)
     text = mixture.digest()
     start = survive.begin(butler, optimizers, config, log, text)
-    share = config.batch // survive.world()  # texts of every batch that this process looks at
+    batches = Batches(llama, mixture, config)
     guard = survive.Guard(butler, optimizers, config, log, text)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, file=sys.stderr,
-               unit_scale=config.batch * config.length / config.reuse, unit="tok", mininterval=1,
-               disable=survive.rank() > 0)
+               mininterval=1, disable=survive.rank() > 0)
     with guard, bar:
         for step in bar:
-            if step == start or step % config.reuse == 0:
-                seed, first = f"{config.seed} {step // config.reuse}", share * survive.rank()
-                tokens = texts(mixture, seed, share, config.length, first)
-                recorded = record(llama, tokens.to(llama.device))
-            rows = sample_rows(random.Random(f"{config.seed} {step}"), config.rows, config.length)
-            kl = distillation(butler, recorded, rows.to(llama.device))
+            kl = distillation(butler, *batches.look(step))
             seen = kl.detach().clone()
             survive.average([seen])
             loss, worst = seen.mean().item(), int(seen.argmax())
@@ -141,6 +144,35 @@ def distil(llama, butler, mixture, config, log):
             bar.set_postfix_str(f"KL {loss:.3f} a layer, worst {seen[worst]:.2f} at {worst + 1}",
                                 refresh=False)
         guard.keep()
+
+
+class Batches:
+    """What the steps look at: two streams of batches, of short and of long texts, each recorded
+    once and then served in parts. Step n depends on the seed alone, so that a resumed run sees
+    what one that nothing stopped saw."""
+
+    def __init__(self, llama, mixture, config):
+        self.llama, self.mixture, self.config = llama, mixture, config
+        self.numbers, self.records = {}, {}  # long or not: which batch, what was recorded of it
+
+    def look(self, step: int):
+        """-> the record of a batch, and which of its rows [N] this step looks at."""
+        c, every = self.config, self.config.long_every
+        earlier = step // every if every else 0  # steps that looked at long texts
+        long = bool(every) and step % every == every - 1
+        length = min(c.long, self.llama.config.context) if long else c.length
+        number, part = divmod(earlier if long else step - earlier, c.reuse)
+        if self.numbers.get(long) != number:
+            self.records.pop(long, None)  # before there is another: memory for one of each
+            seed, share = f"{c.seed} {length} {number}", c.batch // survive.world()
+            rows = sample_rows(random.Random(seed), c.reuse * c.rows, length)
+            tokens = texts(self.mixture, seed, share, length, share * survive.rank())
+            device = self.llama.device
+            self.records[long] = record(self.llama, tokens.to(device), rows.to(device))
+            self.numbers[long] = number
+        seen = self.records[long]
+        some = torch.arange(part, len(seen.rows), c.reuse, device=seen.rows.device)
+        return seen, some
 
 
 def texts(mixture, seed: str, count: int, length: int, first: int = 0):
@@ -166,26 +198,52 @@ def update(butler, optimizers: list, loss, rate: float) -> None:
         optimizer.zero_grad()
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is made orthogonal (Muon, Keller Jordan 2024), as long as AdamW's.
+    torch.optim.Muon is the same in bfloat16, which processors without it multiply so slowly that
+    it took 0.8 of the 1.0 seconds of a step; here float32. For matrices only."""
+
+    def __init__(self, matrices, rate: float):
+        super().__init__(matrices, {"lr": rate})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                length = group["lr"] * 0.2 * max(p.shape) ** 0.5
+                p -= length * orthogonal(p.grad.lerp(momentum, 0.95))
+
+
+def orthogonal(matrix):
+    """The nearest matrix whose singular values are all about 1: five Newton-Schulz steps."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
 def make_optimizers(butler, rate: float) -> list:
-    """Muon for the producers' matrices (steps along the orthogonalised momentum, as long as AdamW's
-    would be), AdamW for the key projections and norms, which are no matrices."""
+    """Muon for the producers' matrices, AdamW for the key projections and norms, which are none."""
     matrices = [p for p in butler.parameters() if p.ndim == 2]
     others = [p for p in butler.parameters() if p.ndim != 2]
-    return [torch.optim.Muon(matrices, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, rate, weight_decay=0.0)]
+    return [Muon(matrices, rate), torch.optim.AdamW(others, rate, weight_decay=0.0)]
 
 
-def record(llama, tokens) -> Recorder:
-    """One dense forward of the frozen base model over tokens [B, T]."""
-    recorder = Recorder()
+def record(llama, tokens, rows=None) -> Recorder:
+    """One dense forward of the frozen base model over tokens [B, T], looking at rows [N]."""
+    recorder = Recorder(rows)
     with torch.no_grad():
         llama(tokens, selector=recorder, last=True)  # last: the vocabulary's logits are not needed
     return recorder
 
 
-def sample_rows(rng: random.Random, rows: int, length: int):
-    """Sorted query rows for the loss, always with the last one, which sees the most. -> [N]"""
-    return torch.tensor(sorted(rng.sample(range(length - 1), min(rows, length) - 1)) + [length - 1])
+def sample_rows(rng: random.Random, count: int, length: int):
+    """Query rows for the loss, in an order drawn by lot. -> [N]"""
+    return torch.tensor(rng.sample(range(length), min(count, length)))
 
 
 # ---------------------------------------------------------------------------- the verdict
@@ -195,27 +253,25 @@ def held_out_kl(llama, butler, windows):
     """Mean KL per layer over windows [N, T] that were never trained on, every 4th row. -> [L-1]"""
     rows = torch.arange(3, windows.shape[1], 4, device=windows.device)
     with torch.no_grad():
-        return torch.stack([distillation(butler, record(llama, w[None]), rows)
+        return torch.stack([distillation(butler, record(llama, w[None], rows))
                             for w in windows]).mean(0)
 
 
-def mass_recall(llama, butler, windows, name: str, budget: float) -> float:
-    """Share of true attention that a selector keeps in windows [N, T], every position under its own
-    selection, measured on the sparse run itself."""
-    probes = [Probe(make_selector(name, budget, butler)) for _ in windows]
-    with torch.no_grad():
-        for window, probe in zip(windows, probes, strict=True):
-            llama(window[None], selector=probe, last=True)
-    return sum(mean(probe.mass) for probe in probes) / len(probes)
-
-
 def verdict(llama, tok, butler, windows, documents) -> dict:
-    """The table: mass recall at 10 %, and co-reference answers with 10 % of the tokens attended."""
+    """The table: share of the attention kept at 10 % of the tokens, at the end of the first 512 and
+    of all tokens of windows [N, T], and co-reference answers with 10 % of the tokens attended."""
     names, rows = ("dense", "oracle", "butler", "recency", "random"), {}
     for name, scores in evaluate(llama, tok, documents, names, ("0.1",), [butler]).items():
         (runs,) = scores.values()
-        recall = 1.0 if name == "dense" else mass_recall(llama, butler, windows, name, 0.1)
-        rows[name] = {"mass_recall": recall, "coreference": accuracy(runs)}
+        rows[name] = {"coreference": accuracy(runs)}
+    makers = {name: partial(make_selector, name, 0.1, butler) for name in names[1:]}
+    contexts = sorted({min(512, windows.shape[1]), windows.shape[1]})
+    kept = {("dense", context): [1.0] * len(windows) for context in contexts}
+    for window in tqdm(windows, desc="attention kept", file=sys.stderr):
+        for context, name, mass, _ in at_lengths(llama, window, contexts, makers, block=64):
+            kept.setdefault((name, context), []).append(mass)
+    for name, row in rows.items():
+        row["kept"] = {str(context): bootstrap([kept[name, context]]) for context in contexts}
     return rows
 
 
@@ -233,7 +289,8 @@ def main(config: Config) -> dict | None:
         raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
     tok = tokenizer.load(path).check(llama)
     documents = fitting(llama, tok, config.documents, config.seed)
-    sizes = {"stride": config.stride, "size": config.size, "hidden": config.hidden}
+    sizes = {name: getattr(config, name)
+             for name in ("stride", "size", "rotated_keys", "hidden")}
     butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = parameters(butler) / parameters(llama)
     survive.note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")
@@ -242,8 +299,10 @@ def main(config: Config) -> dict | None:
     if survive.rank():
         distil(llama, butler, mixture, config, log)
         return survive.leave()
-    windows = texts(Mixture(tok, held, pools("test"), synthetic=0.0), "held out", 16, config.length)
-    windows = windows.to(device)
+    unseen = Mixture(tok, held, pools("test"), synthetic=0.0)
+    windows = texts(unseen, "held out", 16, config.length).to(device)
+    longest = max(config.length, min(config.long, llama.config.context) * (config.long_every > 0))
+    ends = texts(unseen, "held out, long", config.windows, longest).to(device)
     before = held_out_kl(llama, butler, windows).mean().item()
     survive.note(f"held-out KL before: {before:.3f} a layer")
     distil(llama, butler, mixture, config, log)
@@ -256,7 +315,7 @@ def main(config: Config) -> dict | None:
     report = {
         "config": asdict(config), "parameters": parameters(butler), "share": share,
         "kl_before": before, "kl": kl, "kl_layers": layers.tolist(),
-        "table": verdict(llama, tok, butler, windows[:4], documents), "loss": log,
+        "table": verdict(llama, tok, butler, ends, documents), "loss": log,
         "processes": survive.world(), "training_s": round(trained, 1),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -274,18 +333,24 @@ def report_path(config) -> Path:
 
 def table(report: dict) -> str:
     """What the run comes to, for a person; README.md shows that of the shipped butler."""
-    lines = ["selector  tokens attended  attention kept  co-reference answers exact  [95 %]"]
+    contexts = list(report["table"]["dense"]["kept"])
+    n = report["table"]["dense"]["kept"][contexts[0]]["n"]
+    heads = [f"kept at {int(c):,}" for c in contexts]
+    lines = ["  ".join(["selector", "attended", *heads, "co-reference exact  [95 %]"])]
     for name, row in report["table"].items():
         e, attended = row["coreference"], "100 %" if name == "dense" else "10 %"
-        lines.append(f"{name:8s}  {attended:>15s}  {row['mass_recall']:14.3f}  {e['mean']:26.2f}"
-                     f"  [{e['low']:.2f}, {e['high']:.2f}], n = {e['n']}")
+        kept = "".join(f"  {row['kept'][c]['mean']:{len(head)}.3f}"
+                       for c, head in zip(contexts, heads, strict=True))
+        lines.append(f"{name:8s}  {attended:>8s}{kept}  {e['mean']:18.2f}"
+                     f"  [{e['low']:.2f}, {e['high']:.2f}]")
     return "\n".join(lines + [
-        "",
+        "", f"attention kept: {n} held-out texts; co-reference: {e['n']} documents",
         f"KL on held-out text, mean of the layers: {report['kl_before']:.3f} before, "
         f"{report['kl']:.3f} after {report['config']['steps']} steps",
         f"{report['parameters']:,} parameters, {report['share']:.2%} of the base model's; "
         f"{report['seconds'] / 60:.1f} minutes, {report['peak_memory_gb']:.1f} GB at most",
-        f"{report['hardware']}; commit {report['commit']}, seed {report['config']['seed']}"])
+        f"{report['hardware']}; commit {report['commit']}, seed {report['config']['seed']}",
+        report["command"]])
 
 
 def parameters(module) -> int:

@@ -1,20 +1,19 @@
 """results/ablate.py - one change at a time: what each choice of the default butler is worth.
 
-Butlers that differ in one thing are trained side by side, on the same texts and rows: the frozen
-model's forward, which they share, is done once. Then all are measured on the same windows and
-documents, so that a difference to the default row is paired. --only trains a few of them.
+Butlers that differ in one thing are trained side by side, on the same texts and rows where they can
+be: the frozen model's forward, which they share, is done once. Then all are measured on the same
+windows and documents, so that a difference to the default row is paired. --only trains a few.
 
-    python results/ablate.py --text FILE [--only stride=3,size=8] [--write]
+    python results/ablate.py --text out/prose.txt [--only size=16,stride=1] [--write]
 
-kept      attention mass kept at 10 % of the tokens, beside the default row's: difference, 95 %
-over      perplexity over the oracle's, at 10 and 25 %
-tasks     answers exact: co-reference at 7 % of the tokens, needles at 5 %
+kept      attention kept at 10 % of the tokens at the end of contexts of several lengths, as a share
+          of what the oracle keeps; of the longest, the difference to the default row, 95 %
+tasks     answers exact: co-reference at 7 % of the tokens, UUIDs at 5 %
 """
 
-import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +27,12 @@ sys.path.insert(0, str(ROOT))
 import bench
 import tokenizer
 import train
-from baselines import BASELINES, Oracle, Probe, mean
+from baselines import BASELINES, Oracle, at_lengths
 from butler import Butler, ButlerConfig, ButlerSelector, Producer
-from cli import flag, known, names, provenance, run
+from cli import flag, known, names, numbers, provenance, run
 from coreference import pools
 from corpus import Mixture, default_texts, hold_out
-from model import Llama, check_device, fast_dtype, resolve, rotate, turns
+from model import Llama, check_device, fast_dtype, resolve
 from synth_task import accuracy, bootstrap, evaluate, task_documents
 
 
@@ -43,10 +42,11 @@ class Config:
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     only: tuple = flag((), "comma-separated rows (default: all)", names)
-    steps: int = flag(160, "optimiser steps of the default row", least=1)
+    steps: int = flag(160, "optimiser steps", least=1)
     text: str = flag(None, "text file to measure on (default: Python's reference, held-out part)")
-    windows: int = flag(6, "windows of 512 tokens to measure on", least=1)
-    documents: int = flag(40, "co-reference documents to answer", least=1)
+    contexts: tuple = flag(("512", "4096", "8000"), "lengths to measure at", numbers(256, 2**20))
+    windows: int = flag(20, "windows to measure on, as long as the longest context", least=1)
+    documents: int = flag(40, "documents of each task to answer", least=1)
     write: bool = flag(False, "write results/ablations.json, redraw tables")
     device: str = flag("cpu", "cpu or cuda")
 
@@ -62,30 +62,18 @@ class SameInput(Butler):
         last = max(map(int, self.producers))
         self.producers[str(last)] = Producer(config, config.layers - last)
 
-    def queries(self, layer, x):
-        return {served - 1: q for served, q in super().queries(layer, x).items()}
+    def queries(self, layer, x, positions):
+        return {served - 1: q for served, q in super().queries(layer, x, positions).items()}
 
 
-class Moved(Butler):
-    """In training a text stands anywhere in the context. What a rotary model attends to depends on
-    distances alone, so the teacher stays; importance keys see the keys turned further."""
+class Turning(Butler):
+    """Importance space with another number of pairs that turn."""
 
-    def project(self, layer, keys):
-        if not self.training:
-            return super().project(layer, keys)
-        if layer == 1:
-            start = random.randrange(self.context - keys.shape[2] + 1)
-            self.turn = turns(self.frequencies * start)
-        return super().project(layer, rotate(keys.float(), *self.turn))
-
-
-class GroupMax(ButlerSelector):
-    """The paper's reduction: the largest raw score of the group's query heads."""
-
-    def rate(self, queries, keys, positions):
-        return self.butler.scores(queries, keys.transpose(-1, -2)).amax(3)
-
-    choose_by_triton = ButlerSelector.choose_ahead  # Triton knows the mean of softmaxes only
+    def __init__(self, config, pairs):
+        super().__init__(config)
+        fastest, slowest = self.frequencies[0].log10().item(), torch.tensor(config.slowest).log10()
+        self.frequencies.zero_()
+        self.frequencies[:pairs] = torch.logspace(fastest, slowest.item(), pairs)
 
 
 class Int8Keys(ButlerSelector):
@@ -106,64 +94,41 @@ def rival(name, butler, budget, **rules):
 class Variant:
     """How a row differs from the default one; `selection` needs no training of its own."""
 
-    sizes: dict | None = None
-    kv: bool = False  # one importance query per KV head instead of per query head
-    kind: type = Butler
-    grouped: tuple = (False,)  # divergences that the loss sums: of each head, of a group's mean
-    texts: tuple = (2,)  # how many in a batch of 1024 tokens; by turns, if several
-    share: float = 1.0  # of the steps, and so of the training tokens
+    sizes: dict = field(default_factory=dict)  # of the butler
+    kind: Callable = Butler
+    settings: dict = field(default_factory=dict)  # of the training run
+    everything: bool = False  # the loss is over all tokens, sinks, window and the query's own too
     synthetic: float = 0.3
-    repeats: int = 2
-    start: str = "random"
     selection: Callable | None = None  # butler, budget -> selector
 
 
 # what is asked of every row: task -> context, documents at most, budget
-TASKS = {"coreference": (None, 40, "0.07"), "needle_uuid": (1024, 12, "0.05"),
-         "needle_noise": (2048, 8, "0.05")}
+TASKS = {"coreference": (None, 40, "0.07"), "needle_uuid": (1024, 20, "0.05")}
 REUSED, RIVALS = {"interval": 4, "neighbours": 1}, ("random", "keynorm")
+PAPER = {"sizes": {"rotated_keys": True}, "everything": True}
 VARIANTS = {
     "default": Variant(),
-    **{f"stride={r}": Variant({"stride": r}) for r in (1, 2, 3, 6, 10)},
-    **{f"size={e}": Variant({"size": e}) for e in (8, 32)},
-    "query per KV head": Variant(kv=True),
-    "loss per group": Variant(grouped=(True,)),
-    "loss per head and per group": Variant(grouped=(False, True)),
-    "texts of 256": Variant(texts=(4,)),
-    "texts of 1024": Variant(texts=(1,)),
-    "texts of 512 and 1024 by turns": Variant(texts=(2, 1)),
-    "1/4 of the tokens": Variant(share=0.25),
-    "1/2 of the tokens": Variant(share=0.5),
+    "rotated keys, the paper's form": Variant(**PAPER),
+    "rotated keys, short texts alone": Variant(**PAPER, settings={"long_every": 0}),
+    "rotated keys, loss between sinks and window": Variant({"rotated_keys": True}),
+    "short texts alone": Variant(settings={"long_every": 0}),
+    "every other step at long texts": Variant(settings={"long_every": 2}),
+    "long texts of 2,048": Variant(settings={"long": 2048}),
+    "loss over all tokens": Variant(everything=True),
+    **{f"{n} of 16 pairs turn": Variant(kind=partial(Turning, pairs=n)) for n in (0, 4, 16)},
+    **{f"size={e}": Variant({"size": e}) for e in (16, 24, 64)},
+    **{f"hidden={n}": Variant({"hidden": n}) for n in (88, 352)},
+    **{f"stride={r}": Variant({"stride": r}) for r in (1, 3, 10)},
+    "no repeated strings": Variant(settings={"repeats": 0}),
     "no co-reference text": Variant(synthetic=0.0),
-    "no repeated strings": Variant(repeats=0),
-    "texts anywhere in the context": Variant(kind=Moved),
     "serving p to p+R-1": Variant(kind=SameInput),
-    "W_K from principal axes": Variant(start="principal"),
-    "max over the group": Variant(selection=GroupMax),
     "int8 importance keys": Variant(selection=Int8Keys),
+    "interval 4": Variant(selection=partial(ButlerSelector, interval=4)),
     "interval 4 + neighbours 1": Variant(selection=partial(ButlerSelector, **REUSED)),
     "neighbours 1": Variant(selection=partial(ButlerSelector, neighbours=1)),
+    "window 4": Variant(selection=partial(ButlerSelector, window=4)),
     **{f"{name} instead": Variant(selection=partial(rival, name)) for name in RIVALS},
-    **{f"{name} instead + interval 4 + neighbours 1":
-       Variant(selection=partial(rival, name, **REUSED)) for name in RIVALS},
 }
-
-
-def build(variant: Variant, llama, first) -> Butler:
-    """An untrained butler; `first` is a Recorder's look at one text, for the principal axes."""
-    torch.manual_seed(0)
-    random.seed(0)
-    config = ButlerConfig.for_model(llama, **(variant.sizes or {}))
-    if variant.kv:
-        config = replace(config, heads=config.kv_heads)
-    butler = variant.kind(config).to(llama.device)
-    butler.frequencies, butler.context = llama.frequencies.to(llama.device), llama.config.context
-    if variant.start == "principal":
-        for layer in range(1, config.layers):
-            keys = first.keys[layer].float().transpose(0, 1).flatten(1, 2)  # [G, N, D]
-            axes = torch.linalg.svd(keys, full_matrices=False).Vh[:, : config.size]
-            butler.key_projection.data[layer - 1] = axes.transpose(1, 2)
-    return butler
 
 
 # ---------------------------------------------------------------------------- training, measuring
@@ -171,47 +136,39 @@ def build(variant: Variant, llama, first) -> Butler:
 
 def train_all(variants: dict, llama, tok, config) -> dict:
     """-> {name: trained butler}. Rows that share texts share the frozen model's forward."""
-    settings = train.Config()
     splits = [kept for kept, _ in map(hold_out, default_texts())]
     phrases, butlers, groups = pools("train"), {}, {}
     for name, v in variants.items():
-        groups.setdefault((v.texts, v.synthetic, v.repeats), {})[name] = v
-    for (texts, synthetic, repeats), members in groups.items():
-        mixture, learners = Mixture(tok, splits, phrases, synthetic, repeats), {}
+        settings = replace(train.Config(steps=config.steps), **v.settings)
+        groups.setdefault((v.synthetic, str(settings)), (settings, {}))[1][name] = v
+    for (synthetic, _), (settings, members) in groups.items():
+        batches = train.Batches(llama, Mixture(tok, splits, phrases, synthetic, settings.repeats),
+                                settings)
+        learners = {}
+        for name, v in members.items():
+            torch.manual_seed(0)
+            butler = v.kind(ButlerConfig.for_model(llama, **v.sizes)).to(llama.device)
+            learners[name] = butler, train.make_optimizers(butler, settings.learning_rate)
         for step in tqdm(range(config.steps), desc=", ".join(members)[:60], file=sys.stderr):
-            if step % settings.reuse == 0:
-                number = step // settings.reuse
-                count = texts[number % len(texts)]
-                length = settings.batch * settings.length // count
-                tokens = train.texts(mixture, f"0 {number}", count, length)
-                seen = train.record(llama, tokens.to(llama.device))
-                rows = settings.batch * settings.rows // count
-            for name, v in members.items():
-                if name not in learners:
-                    butler = build(v, llama, seen)
-                    learners[name] = (butler, train.make_optimizers(butler, settings.learning_rate))
-                steps = round(v.share * config.steps)
-                if step < steps:
-                    drawn = train.sample_rows(random.Random(f"0 {step}"), rows, length)
-                    look = learners[name][0], seen, drawn.to(llama.device)
-                    loss = sum(train.distillation(*look, grouped).mean() for grouped in v.grouped)
-                    train.update(*learners[name], loss,
-                                 settings.learning_rate * train.schedule(step, steps))
+            look = batches.look(step)
+            rate = settings.learning_rate * train.schedule(step, config.steps)
+            for name, (butler, optimizers) in learners.items():
+                everything = (0, 0) if members[name].everything else ()
+                loss = train.distillation(butler, *look, *everything).mean()
+                train.update(butler, optimizers, loss, rate)
         for name, (butler, _) in learners.items():
             butlers[name] = butler.eval().requires_grad_(False)
     return butlers
 
 
 def measure(butlers: dict, windows, llama, tok, config) -> dict:
-    """-> {row: {"answers", "kept", "over_oracle_0.1", "kept_over_default", "parameters" ...}}"""
-    loss, kept = {}, {}
-    makers = {"oracle": Oracle} | {name: butler.selector for name, butler in butlers.items()}
-    for name, make in tqdm(makers.items(), desc="windows", file=sys.stderr):
-        for budget in (0.1, 0.25):
-            probes = [Probe(make(budget)) for _ in windows]
-            loss[name, budget] = [bench.nats(llama, window, probe)
-                                  for window, probe in zip(windows, probes, strict=True)]
-            kept[name, budget] = [mean(probe.mass) for probe in probes]
+    """-> {row: {"kept" by context, "over_default", "answers", "parameters"}}"""
+    contexts, kept = sorted(map(int, config.contexts)), {}
+    makers = {name: partial(make, 0.1) for name, make in
+              [("oracle", Oracle), *((name, b.selector) for name, b in butlers.items())]}
+    for window in tqdm(windows, desc="windows", file=sys.stderr):
+        for context, name, mass, _ in at_lengths(llama, window, contexts, makers):
+            kept.setdefault((name, context), []).append(mass)
     scores = {}
     for task, (context, n, budget) in TASKS.items():
         documents = task_documents(task, context, min(n, config.documents), [3],
@@ -221,38 +178,37 @@ def measure(butlers: dict, windows, llama, tok, config) -> dict:
         scores[f"{task} {float(budget):.0%}"] = {
             "dense": table["dense"]["1.0"], "oracle": table["oracle"][budget],
             **{name: [run] for name, run in zip(butlers, table["butler"][budget], strict=True)}}
-
     rows = {name: {"answers": {task: accuracy(runs[name]) for task, runs in scores.items()}}
             for name in (*butlers, "oracle", "dense")}
-    rows["oracle"]["kept"] = bootstrap([kept["oracle", 0.1]])
-    for name, butler in butlers.items():
-        rows[name]["kept"] = bootstrap([kept[name, 0.1]])
-        for budget in (0.1, 0.25):
-            over = bench.excess([loss[name, budget]], loss["oracle", budget])
-            rows[name][f"over_oracle_{budget}"] = over
+    for name, row in rows.items():
+        if name == "dense":
+            continue
+        shares = {c: [a / b for a, b in zip(kept[name, c], kept["oracle", c], strict=True)]
+                  for c in contexts}
+        row["kept"] = {str(c): bootstrap([share]) for c, share in shares.items()}
         if "default" in butlers:
-            pairs = zip(kept[name, 0.1], kept["default", 0.1], strict=True)
-            rows[name]["kept_over_default"] = bootstrap([[a - b for a, b in pairs]])
-        if isinstance(butler, Butler):
-            rows[name]["parameters"] = train.parameters(butler)
+            pairs = zip(kept[name, contexts[-1]], kept["default", contexts[-1]], strict=True)
+            row["over_default"] = bootstrap([[a - b for a, b in pairs]])
+        if isinstance(butlers.get(name), Butler):
+            row["parameters"] = train.parameters(butlers[name])
     return rows
 
 
 def table(report: dict) -> str:
-    tasks = next(iter(report["rows"].values()))["answers"]
-    lines = [f"{'row':45s} parameters   kept  over default [95 %]        over oracle 10 %, 25 %  "
-             + "  ".join(tasks)]
-    for name, row in report["rows"].items():
-        d, size = row.get("kept_over_default"), row.get("parameters")
+    rows, c = report["rows"], report["config"]
+    contexts, tasks = list(rows["oracle"]["kept"]), list(rows["oracle"]["answers"])
+    lines = [f"{'row':44s} parameters" + "".join(f"{f'kept at {int(n):,}':>15s}" for n in contexts)
+             + "  over default [95 %]         " + "  ".join(tasks)]
+    for name, row in rows.items():
+        d, size = row.get("over_default"), row.get("parameters")
         lines.append(
-            f"{name:45s} {f'{size:,}' if size else '':>10s}"
-            + (f"  {row['kept']['mean']:.3f}" if "kept" in row else " " * 7)
+            f"{name:44s} {f'{size:,}' if size else '':>10s}"
+            + "".join(f"{row['kept'][n]['mean']:15.1%}" if "kept" in row else " " * 15
+                      for n in contexts)
             + (f"  {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" if d else " " * 28)
-            + "".join(f"  {row[k]['mean']:+8.2%}" if k in row else " " * 10
-                      for k in ("over_oracle_0.1", "over_oracle_0.25")) + "    "
-            + "  ".join(f"{row['answers'][t]['mean']:{len(t)}.2f}" for t in tasks))
-    c, n = report["config"], ", ".join(f"{m['n']}" for m in tasks.values())
-    return "\n".join([*lines, "", f"{c['steps']} steps each, {c['windows']} windows of 512 tokens, "
+            + "  " + "  ".join(f"{row['answers'][t]['mean']:{len(t)}.2f}" for t in tasks))
+    n = ", ".join(f"{m['n']}" for m in rows["oracle"]["answers"].values())
+    return "\n".join([*lines, "", f"{c['steps']} steps each, {c['windows']} windows, "
                       f"documents: {n}; {report['hardware']}; commit {report['commit']}\n"
                       f"{report['command']}"])
 
@@ -269,7 +225,7 @@ def main(config: Config) -> dict:
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
     tok = tokenizer.load(path).check(llama)
     setting = bench.Bench(llama, tok, [], bench.Config(n=config.windows, text=config.text))
-    windows = setting.windows(512)
+    windows = setting.windows(max(map(int, config.contexts)))
     butlers = train_all(trained, llama, tok, config)
     for name, v in wanted.items():
         if v.selection:

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import kernel
 
-NAMES = ("attend 64", "attend 128", "dense 64", "dense 128", "merge", "normalise", "score",
-         "select", "renew 128")
+NAMES = ("attend 64", "attend 128", "dense 64", "dense 128", "merge", "score", "select",
+         "renew 128")
 KINDS = {"idx": "*i32", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "scale": "fp32",
          "codes": "*i16", "histogram": "*i32", "positions": "*i64", "wants": "*i64",
          "out": "*bf16", "k": "*bf16", "v": "*bf16", "tokens": "*i32", "had": "*i32",
@@ -30,13 +30,12 @@ KINDS = {"idx": "*i32", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "sc
 
 
 def compiled(name: str, D: int):
-    sizes = {"N": 4, "E": 16, "D": D, "DP": D, "EXACT": False, "BINS": kernel.BINS, "CHUNK": 128,
-             "ROW": 2 * D, "RP": 2 * D}
+    sizes = {"N": 4, "E": 32, "HALF": kernel.HALF, "D": D, "DP": D, "EXACT": False, "CHUNK": 128,
+             "BINS": kernel.BINS, "ROW": 2 * D, "RP": 2 * D}
     if name == "dense":
         name, sizes["idx"] = "attend", None
     sizes |= {"attend": {"NP": 16, "BLOCK": 64}, "merge": {"CP": 16},
-              "score": {"NP": 4, "BLOCK": kernel.BLOCK, "CP": 128},
-              "normalise": {"NP": 4, "BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096},
+              "score": {"BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096},
               "renew": {"BLOCK": 32}}[name]
     kinds = KINDS | {"q": "*bf16" if name == "attend" else "*fp32"}
     function = getattr(kernel, name)

@@ -253,15 +253,16 @@ def use_butler(path):
     butler = Butler.load(path)
     c = butler.config
     x, keys = torch.ones(1, 3, c.width), torch.ones(1, c.kv_heads, 3, c.head_dim)
-    for layer, q in butler.queries(0, x).items():
-        butler.scores(q, butler.project(layer, keys))
+    here = torch.arange(x.shape[1])
+    for layer, q in butler.queries(0, x, here[None]).items():
+        butler.scores(q, butler.project(layer, keys, here))
 
 
 def a_run(out: Path):
     """A butler being trained, its optimisers, the run's settings."""
     torch.manual_seed(0)
-    butler = Butler(ButlerConfig(layers=3, width=8, heads=2, kv_heads=1, head_dim=4, stride=1,
-                                 size=2, hidden=4))
+    butler = Butler(ButlerConfig(layers=3, width=8, kv_heads=1, head_dim=4, rope=(1.0, 0.1),
+                                 stride=1, size=4, hidden=4))
     return butler, train.make_optimizers(butler, 1e-2), train.Config(
         out=str(out), device="cpu", resume=True)
 
@@ -270,7 +271,8 @@ def step(butler, optimizers):
     """One step of training."""
     loss = butler.key_projection.square().sum()
     for layer in (0, 1):
-        loss = loss + butler.queries(layer, torch.arange(8.0).expand(1, 3, 8))[layer + 1].sum()
+        x, here = torch.arange(8.0).expand(1, 3, 8), torch.arange(3)[None]
+        loss = loss + butler.queries(layer, x, here)[layer + 1].sum()
     train.update(butler, optimizers, loss, 1e-2)
 
 

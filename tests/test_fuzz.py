@@ -60,8 +60,8 @@ def write_tokenizers(folder):
 
 
 def write_others(folder):
-    shape = ButlerConfig(layers=3, width=8, heads=2, kv_heads=1, head_dim=4, stride=1, size=2,
-                         hidden=4, fingerprint="0" * 16)
+    shape = ButlerConfig(layers=3, width=8, kv_heads=1, head_dim=4, rope=(1.0, 0.1), stride=1,
+                         size=4, hidden=4, fingerprint="0" * 16)
     Butler(shape).save(folder / "butler" / "butler.safetensors")
     run = fuzz.a_run(folder / "state" / "run")
     fuzz.step(*run[:2])

@@ -52,7 +52,8 @@ class Noise:
 
 def settings(folder, **other):
     return train.Config(**{"out": str(folder / "b.safetensors"), "steps": 12, "length": 64,
-                           "rows": 16, "device": "cpu", "save_every": 0, "reuse": 2} | other)
+                           "rows": 16, "device": "cpu", "save_every": 0, "reuse": 2,
+                           "long": 96, "long_every": 0} | other)
 
 
 def trained(tiny, config, noise=None):
@@ -78,10 +79,47 @@ def test_training_lowers_the_loss_and_is_deterministic(tiny, tmp_path):
     assert_same_weights(first, again)
 
 
-def test_sampled_rows_are_sorted_unique_and_end_with_the_last():
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
+def test_muon_is_that_of_torch_in_float32(shape):
+    """Three steps; torch's own rounds to bfloat16, which leaves two digits."""
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(4, *shape, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = (train.Muon([ours], 0.1), torch.optim.Muon(
+        [theirs], 0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    for gradient in gradients:
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert moved > 1 and (ours - theirs).norm() < 0.02 * moved
+    assert (torch.linalg.svdvals(train.orthogonal(gradients[0])) - 1).abs().max() < 0.35
+
+
+def test_rows_drawn_are_all_different():
     rows = train.sample_rows(random.Random(1), 128, 512).tolist()
-    assert rows == sorted(set(rows)) and len(rows) == 128 and rows[-1] == 511
-    assert train.sample_rows(random.Random(1), 128, 64).tolist() == list(range(64))
+    assert len(set(rows)) == 128 and min(rows) >= 0 and max(rows) < 512
+    assert sorted(train.sample_rows(random.Random(1), 128, 64).tolist()) == list(range(64))
+
+
+def test_every_fourth_step_looks_at_long_texts_and_each_batch_serves_several(tiny, tmp_path):
+    """A step looks at rows of a batch that no other step has looked at."""
+    config = settings(tmp_path, long_every=4, reuse=3, rows=8)
+    noise = Noise()
+    batches, steps = train.Batches(tiny, noise, config), []
+    for step in range(24):
+        seen, some = batches.look(step)
+        steps.append((seen.keys[1].shape[2], seen, seen.rows[some].tolist()))
+    assert [n for n, (length, *_) in enumerate(steps) if length == 96] == [3, 7, 11, 15, 19, 23]
+    assert {length for length, *_ in steps} == {64, 96}
+    assert noise.calls == ["0 64 0 0", "0 96 0 0", "0 64 1 0", "0 64 2 0", "0 64 3 0", "0 96 1 0",
+                           "0 64 4 0", "0 64 5 0"]
+    for record in {id(seen): seen for _, seen, _ in steps}.values():
+        rows = [row for _, seen, part in steps if seen is record for row in part]
+        assert len(rows) == len(set(rows)) == 24
+        assert record.q[1].shape[2] == record.x[0].shape[1] == 24
+    again = train.Batches(tiny, Noise(), config).look(13)[0]
+    assert torch.equal(again.keys[2], steps[13][1].keys[2])
 
 
 # ---------------------------------------------------------------------------- stopping, resuming
@@ -98,7 +136,7 @@ def test_a_signal_ends_behind_the_step_and_resuming_ends_with_the_same_weights(
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a second one would not wait
 
     with pytest.raises(SystemExit) as left:
-        trained(tiny, settings(tmp_path / "cut", save_every=3600), Noise("0 4 0", interrupt))
+        trained(tiny, settings(tmp_path / "cut", save_every=3600), Noise("0 64 4 0", interrupt))
     assert left.value.code == code and signal.getsignal(number) is before
     assert "stopped after 8 of 12 steps" in capsys.readouterr().err
     assert names(tmp_path / "cut") == ["b.safetensors.state"]
@@ -115,11 +153,11 @@ def test_a_run_cut_off_in_the_middle_of_a_batch_reads_the_batch_again(tiny, tmp_
 
     config = settings(tmp_path / "cut", reuse=4)
     with pytest.raises(MemoryError):
-        trained(tiny, config, Noise("0 2 0", crash))
+        trained(tiny, config, Noise("0 64 2 0", crash))
     assert len(load_file(survive.state_path(config))["log loss"]) == 7
     noise = Noise()
     resumed, again = trained(tiny, settings(tmp_path / "cut", reuse=4, resume=True), noise)
-    assert noise.calls == ["0 1 0", "0 2 0"] and again == log
+    assert noise.calls == ["0 64 1 0", "0 64 2 0"] and again == log
     assert_same_weights(whole, resumed)
 
 
@@ -128,7 +166,7 @@ def test_a_run_stopped_before_its_first_step_is_resumed(tiny, tmp_path):
     whole, _ = trained(tiny, settings(tmp_path / "whole"))
     config = settings(tmp_path / "cut", save_every=3600)
     with pytest.raises(SystemExit):
-        trained(tiny, config, Noise("0 0 0", lambda: os.kill(os.getpid(), signal.SIGINT)))
+        trained(tiny, config, Noise("0 64 0 0", lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert len(load_file(survive.state_path(config))["log loss"]) == 0
     assert_same_weights(whole, trained(tiny, replace(config, resume=True))[0])
 
@@ -217,7 +255,7 @@ def test_a_loss_that_is_no_number_never_reaches_a_state(tiny, tmp_path):
         poisoned.layers[3].self_attn.qkv_proj.weight.fill_(torch.nan)
 
     with pytest.raises(UsageError, match="training diverges: the loss is nan at step 6"):
-        trained(poisoned, config, Noise("0 3 0", poison))
+        trained(poisoned, config, Noise("0 64 3 0", poison))
     state = load_file(survive.state_path(config))
     assert len(state["log loss"]) == 5
     assert all(value.isfinite().all() for value in state.values())
@@ -239,7 +277,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(tiny, tmp_path, capsys):
     config = settings(tmp_path / "full")
     path = survive.state_path(config)
     with pytest.raises(SystemExit):
-        trained(tiny, config, Noise("0 2 0", lambda: os.kill(os.getpid(), signal.SIGINT)))
+        trained(tiny, config, Noise("0 64 2 0", lambda: os.kill(os.getpid(), signal.SIGINT)))
     saved = path.read_bytes()
     with full_disk():
         butler, log = trained(tiny, replace(config, resume=True))
@@ -475,7 +513,7 @@ def one_of_two(number, port, model, folder):
     survive.join("cpu")
     llama = tiny_llama() if model is None else Llama.from_pretrained(model)
     config = settings(folder, batch=4, save_every=3600)
-    noise = Noise("0 2 2", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    noise = Noise("0 64 2 2", lambda: os.kill(os.getpid(), signal.SIGTERM))
     seen, code = gradients(llama, config, noise)
     save_file({str(i): g for i, g in enumerate(seen)}, folder / f"{number}.safetensors")
     (folder / f"{number}.code {code}").touch()

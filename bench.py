@@ -175,28 +175,21 @@ def probed(llama, window, selector) -> dict:
 def length(bench: Bench) -> dict:
     """Attention kept and perplexity at the end of contexts of several lengths, read densely, and
     what they are of the oracle's, window by window."""
-    contexts, makers = [int(c) for c in bench.config.contexts], {}
-    for name, budget, given in bench.makers():
-        makers |= {(name, budget, i): None if name == "dense" else make
-                   for i, make in enumerate(given)}
-    tables = {"kept": {}, "loss": {}}
+    contexts, makers, kept, loss, results = [int(c) for c in bench.config.contexts], {}, {}, {}, {}
+    for name, budget, (make, *_) in bench.makers():
+        makers[name, budget] = None if name == "dense" else make
     for window in tqdm(bench.windows(max(contexts)), desc="length", file=sys.stderr):
-        for context, key, *values in at_lengths(bench.llama, window, contexts, makers):
-            name, budget, i = key
-            for table, value in zip(tables.values(), values, strict=True):
-                runs = table.setdefault((context, name, budget), {})
-                runs.setdefault(i, []).append(value)
-    results = {}
-    for (context, name, budget), kept in tables["kept"].items():
-        loss = list(tables["loss"][context, name, budget].values())
-        rows = {"kept": bootstrap(list(kept.values())),
-                "perplexity": through(math.exp, bootstrap(loss))}
-        best = (context, "oracle", budget)
-        if name != "oracle" and best in tables["kept"]:
-            shares = [[a / b for a, b in zip(run, tables["kept"][best][0], strict=True)]
-                      for run in kept.values()]
-            rows |= {"kept of oracle": bootstrap(shares),
-                     "over oracle": excess(loss, tables["loss"][best][0])}
+        for context, key, mass, nats in at_lengths(bench.llama, window, contexts, makers):
+            kept.setdefault((context, *key), []).append(mass)
+            loss.setdefault((context, *key), []).append(nats)
+    for (context, name, budget), masses in kept.items():
+        losses, best = loss[context, name, budget], (context, "oracle", budget)
+        rows = {"kept": bootstrap([masses]),
+                "perplexity": through(math.exp, bootstrap([losses]))}
+        if name != "oracle" and best in kept:
+            shares = [a / b for a, b in zip(masses, kept[best], strict=True)]
+            rows |= {"kept of oracle": bootstrap([shares]),
+                     "over oracle": excess([losses], loss[best])}
         for what, row in rows.items():
             results.setdefault(f"{what} @{context}", {}).setdefault(name, {})[budget] = row
     return {"results": results}
@@ -339,6 +332,7 @@ def check(config: Config) -> None:
     text_of(config.text)
     check_device(config.device)
     for name, given, suites in (("--butler", config.butler, TIMED),
+                                ("--butler", config.butler, ("length",)),
                                 ("--budgets", config.budgets, ("offload",))):
         if config.suite in suites and len(given) > 1:
             raise UsageError(f"--suite {config.suite} takes one of {name}, not {len(given)}")

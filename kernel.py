@@ -135,7 +135,8 @@ def in_order(scores):
     them). A score counts as the upper 15 bits of its fp16, whose integer, mirrored where negative,
     is in the order of the number; below these stands what is left of 32,767 after taking the
     token's index off."""
-    bits = scores.clamp(-HALF, HALF).half().view(torch.int16).int()
+    bounded = scores.float().clamp(-HALF, HALF) + 0.0  # no -0.0
+    bits = bounded.half().view(torch.int16).int()
     code = ((bits ^ (bits >> 31 & LOW)) + LOW + 1 >> 1).clamp(min=1)  # 0: not to be chosen
     s = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).clamp(max=LOW)
     return ((code << 15 | LOW) - s).view(torch.float32)

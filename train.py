@@ -66,7 +66,7 @@ class Config:
     size: int = flag(32, "channels of importance space (E)", least=2, most=2**20)
     rotated_keys: bool = flag(False, "the paper's form: keys as cached, no importance pair turns")
     hidden: int = flag(176, "hidden width of a producer", least=1, most=2**20)
-    documents: int = flag(100, "co-reference documents in the final table", least=1)
+    documents: int = flag(60, "co-reference documents in the final table", least=1)
     windows: int = flag(20, "held-out texts in the final table, as long as --long", least=1)
     save_every: float = flag(60.0, "seconds between two states to resume from, 0: every step")
     seed: int = flag(0, "seed of initialisation, data and rows")
@@ -360,6 +360,8 @@ def parameters(module) -> int:
 def check(config) -> None:
     """Everything that can be known to be wrong before anything slow starts."""
     check_device(config.device)
+    if config.size % 2:
+        raise UsageError(f"--size {config.size}: importance space has channels in pairs")
     survive.check_processes(config)
     if survive.rank():
         return

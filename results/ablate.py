@@ -44,7 +44,8 @@ class Config:
     only: tuple = flag((), "comma-separated rows (default: all)", names)
     steps: int = flag(160, "optimiser steps", least=1)
     text: str = flag(None, "text file to measure on (default: Python's reference, held-out part)")
-    contexts: tuple = flag(("512", "4096", "8000"), "lengths to measure at", numbers(256, 2**20))
+    contexts: tuple = flag(("512", "1024", "2048", "4096", "8000"), "lengths to measure at",
+                           numbers(256, 2**20))
     windows: int = flag(20, "windows to measure on, as long as the longest context", least=1)
     documents: int = flag(40, "documents of each task to answer", least=1)
     write: bool = flag(False, "write results/ablations.json, redraw tables")
@@ -108,10 +109,10 @@ REUSED, RIVALS = {"interval": 4, "neighbours": 1}, ("random", "keynorm")
 PAPER = {"sizes": {"rotated_keys": True}, "everything": True}
 VARIANTS = {
     "default": Variant(),
-    "rotated keys, the paper's form": Variant(**PAPER),
-    "rotated keys, short texts alone": Variant(**PAPER, settings={"long_every": 0}),
-    "rotated keys, loss between sinks and window": Variant({"rotated_keys": True}),
-    "short texts alone": Variant(settings={"long_every": 0}),
+    "rotated keys": Variant(**PAPER),
+    "rotated keys + short texts": Variant(**PAPER, settings={"long_every": 0}),
+    "rotated keys + loss over the choice": Variant({"rotated_keys": True}),
+    "short texts": Variant(settings={"long_every": 0}),
     "every other step at long texts": Variant(settings={"long_every": 2}),
     "long texts of 2,048": Variant(settings={"long": 2048}),
     "loss over all tokens": Variant(everything=True),

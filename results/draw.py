@@ -5,6 +5,8 @@
     accuracy    co-reference answers exact against budget, every selector
     speed       milliseconds of a step against tokens cached
     recall      attention kept, layer by layer
+    length      attention kept at the end of contexts of several lengths, by selector, and its share
+                of the oracle's by the form of importance keys and the length of training texts
     training    loss of every step
     offload     milliseconds of a step with keys and values in a file
 
@@ -104,6 +106,43 @@ def recall(reports: dict) -> list[Panel]:
                   beside=True)]
 
 
+FORMS = {"default": "512 and 4,096", "long texts of 2048": "512 and 2,048", "short texts": "512",
+         "rotated keys": "rotated keys, 512 and 4,096",
+         "rotated keys + short texts": "rotated keys, 512"}  # row of ablations.json: its label
+
+
+def length(reports: dict) -> list[Panel]:
+    """Oracle, butler and others; then butlers that differ in importance keys or training texts."""
+    panels, by = [], {}
+    for what, table in reports.get("length", {"results": {}})["results"].items():
+        measure, context = what.split(" @")
+        for name, budgets in table.items() if measure == "kept" else ():
+            by.setdefault(name, {})[int(context)] = next(iter(budgets.values()))
+    by.pop("dense", None)
+    if by:
+        panels.append(Panel("10 % of the tokens attended", "tokens cached", "attention kept",
+                            [curve(name, points) for name, points in by.items()], ticks_of(by)))
+    rows = reports.get("ablations", {"rows": {}})["rows"]
+    by = {label: {int(c): m for c, m in rows[name]["kept"].items()}
+          for name, label in FORMS.items() if name in rows}
+    if by:
+        panels.append(Panel("trained on texts of ... tokens", "tokens cached",
+                            "kept, of the oracle's", [curve(*entry) for entry in by.items()],
+                            ticks_of(by)))
+    return panels
+
+
+def ticks_of(by: dict) -> list[int]:
+    return sorted({context for points in by.values() for context in points})
+
+
+def curve(label: str, points: dict) -> Line:
+    """{x: mean with its interval} -> a line with its band."""
+    points = dict(sorted(points.items()))
+    return Line(label, list(points), *([m[end] for m in points.values()]
+                                       for end in ("mean", "low", "high")))
+
+
 def training(reports: dict) -> list[Panel]:
     report, loss = reports["train"], reports["train"]["loss"]
     total = [0, *accumulate(loss)]
@@ -131,7 +170,8 @@ def offload(reports: dict) -> list[Panel]:
 
 
 FIGURES = {"accuracy": (accuracy, "budgets"), "speed": (speed, "attention_smollm2-135m", "speed"),
-           "recall": (recall, "recall"), "training": (training, "train"),
+           "recall": (recall, "recall"), "length": (length, "length", "ablations"),
+           "training": (training, "train"),
            "offload": (offload, "offload*")}  # a figure: its function, and the files it is of
 
 

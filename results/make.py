@@ -8,11 +8,7 @@ there are cores. What a step says goes to out/tables/STEP.log, its last line to 
 step whose file is in out/tables already, by the same command and younger than the checkpoints, is
 not run again, and single scores of synth_task.py are kept as they come. When all are there the
 files go to results/ and the tables are rewritten.
-`pip install` nothing, but fetch once, for the perplexity of prose that neither the butler nor
-Python's documentation has seen (300 news articles of the Lee corpus, which gensim carries):
-
-    pip download --no-deps gensim==4.4.0 --only-binary :all: -d out
-    unzip -jo out/gensim-*.whl gensim/test/test_data/lee_background.cor -d out
+The encyclopedia articles that some measure on are written once by results/prose.py.
 """
 
 import json
@@ -33,46 +29,35 @@ import torch
 
 from cli import UsageError, flag, known, names, run
 
-TEXT = "out/lee_background.cor"
-SEEDS = ",".join(f"checkpoints/smollm2-135m-instruct{s}.safetensors"
-                 for s in ("", "-seed1", "-seed2"))
+TEXT = "out/prose.txt"
 RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
 NEAR = "dense,oracle,butler"
-NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
 
 # step: (command, n of the full run, n of the quick run); the longest first
 STEPS = {
-    "ruler_long": (f"synth_task.py --task {NEEDLES} --context 4096,8000 --selectors {NEAR} "
-                   "--budgets 0.05,0.1", 4, 0),
-    "ruler": (f"synth_task.py --task {NEEDLES} --context 1024,2048 --selectors {NEAR} "
-              "--budgets 0.05,0.1", 12, 1),
-    "coreference": (f"synth_task.py --selectors {RIVALS} --butler {SEEDS} --batch 8", 300, 6),
-    "budgets": (f"synth_task.py --selectors {RIVALS} --budgets 0.06,0.07,0.08,0.1,0.15,0.25,0.5 "
-                "--batch 8", 60, 0),
+    "ruler_long": ("synth_task.py --task needle_noise,needle_prose --context 4096,8000 "
+                   f"--selectors {NEAR} --budgets 0.05,0.1", 20, 0),
+    "length": (f"bench.py --suite length --text {TEXT} --contexts 512,1024,2048,4096,8000 "
+               "--selectors dense,oracle,butler,quest,recency --budgets 0.1,0.25", 20, 0),
+    "ruler": (f"synth_task.py --task needle_noise,needle_prose,needle_uuid --context 1024,2048 "
+              f"--selectors {NEAR} --budgets 0.05,0.1", 20, 1),
+    "ruler_uuid": (f"synth_task.py --task needle_uuid --context 4096 --selectors {NEAR} "
+                   "--budgets 0.05,0.1", 20, 0),
+    "coreference": (f"synth_task.py --selectors {NEAR} --budgets 0.07,0.1 --batch 8", 200, 6),
+    "budgets": (f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1,0.25,0.5 --batch 8", 60, 0),
     "perplexity": (f"bench.py --suite perplexity --text {TEXT} --budgets 0.1,0.25,0.5 "
                    "--selectors dense,oracle,butler,quest,recency", 24, 1),
-    "generation": (f"bench.py --suite generation --selectors dense,butler --length 2048 "
-                   f"--text {TEXT}", 4, 0),
     "recall": (f"bench.py --suite recall --text {TEXT} "
-               "--selectors oracle,butler,quest,recency,random,keynorm", 8, 1),
+               "--selectors oracle,butler,quest,recency,random,keynorm", 20, 1),
     "interval": ("bench.py --suite interval --task coreference,needle_prose,copy "
-                 "--selectors dense,butler --intervals 1,2,4,8,16", 16, 1),
+                 "--selectors dense,butler --intervals 1,2,4,8,16", 20, 1),
     "interval_oracle": ("bench.py --suite interval --task coreference,needle_prose "
-                        "--selectors dense,oracle --intervals 1,2,4,16 --neighbours 1", 12, 0),
-    "ruler_many": (f"synth_task.py --task multivalue,multiquery --selectors {NEAR} "
-                   "--budgets 0.05,0.1", 6, 0),
+                        "--selectors dense,oracle --intervals 1,2,4,16 --neighbours 1", 20, 0),
+    "generation": (f"bench.py --suite generation --selectors dense,butler --length 2048 "
+                   f"--text {TEXT}", 20, 0),
     "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose "
-                     "--selectors dense,quest,h2o,snapkv,recency,random,keynorm", 8, 0),
-    "ruler_rest": ("synth_task.py --task multikey_needles,multikey_uuid,variable_tracking,"
-                   "common_words,frequent_words --selectors dense", 6, 0),
-    "coreference_7": (f"synth_task.py --selectors {NEAR} --budgets 0.07 --butler {SEEDS} "
-                      "--batch 8", 300, 6),
-    "referents_8": (f"synth_task.py --referents 8 --context 600 --selectors {NEAR} "
-                    f"--butler {SEEDS} --batch 8", 40, 2),
-    "referents_4": (f"synth_task.py --referents 4 --selectors {NEAR} --butler {SEEDS} --batch 8",
-                    100, 4),
-    "referents_2": (f"synth_task.py --referents 2 --selectors {NEAR} --butler {SEEDS} --batch 8",
-                    100, 4),
+                     "--selectors dense,quest,h2o,snapkv,recency,random,keynorm", 20, 0),
+    "referents_2": (f"synth_task.py --referents 2 --selectors {NEAR} --batch 8", 100, 4),
     "coreference_prefill": (f"synth_task.py --question prefill --selectors {RIVALS} --batch 8",
                             60, 0),
 }
@@ -89,14 +74,14 @@ class Config:
 def main(config: Config) -> dict:
     known("step", config.only, STEPS)
     if not (ROOT / TEXT).exists() and any(TEXT in STEPS[s][0] for s in config.only or STEPS):
-        raise UsageError(f"no file {TEXT}: see the two commands at the head of results/make.py")
+        raise UsageError(f"no file {TEXT}: python results/prose.py writes it")
     out, began = ROOT / "out" / ("quick" if config.quick else "tables"), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     steps = [s for s in config.only or STEPS if STEPS[s][1 + config.quick]]
     with ThreadPoolExecutor(torch.get_num_threads()) as cores:
         seconds = dict(zip(steps, cores.map(lambda s: step(s, out, config.quick), steps),
                            strict=True))
-    if not config.quick and not config.only:
+    if not config.quick:
         for name in steps:
             shutil.copy(out / f"{name}.json", ROOT / "results")
         subprocess.run([sys.executable, str(ROOT / "results" / "render.py")], check=True)

@@ -112,6 +112,19 @@ def recall(report: dict) -> str:
     return "\n".join([*grid(rows, "selector"), source(report)])
 
 
+def length(report: dict) -> str:
+    """Contexts down, selectors across, a table for each budget."""
+    tables = {}
+    for what, name, budget, m in measures(report):
+        measure, context = what.split(" @")
+        if name not in ("dense", "oracle") and measure in ("kept of oracle", "over oracle"):
+            form = ".1%" if measure == "kept of oracle" else "+.1%"
+            row = tables.setdefault(budget, {}).setdefault(f"{int(context):,}", {})
+            row[f"{name}, {measure}"] = cell(m, form)
+    parts = ["\n".join(grid(rows, f"at {percent(b)}")) for b, rows in tables.items()]
+    return "\n".join(["\n\n".join(parts), source(report)])
+
+
 def interval(report: dict) -> str:
     rows = {}
     for label, name, _, m in measures(report):
@@ -127,10 +140,10 @@ def timed(report: dict) -> str:
                       f"{report['commit']}", report["command"]])
 
 
-TABLES = {"train": train.table, "ablations": ablate.table, "compare": compare.table,
-          "perplexity": perplexity, "recall": recall, "interval": interval,
-          "interval_oracle": interval, "ruler": tasks, "ruler_long": tasks, "ruler_many": tasks,
-          "ruler_rest": tasks, "attention_smollm2-135m": timed, "speed": timed,
+TABLES = {"train": train.table, "train_default": train.table, "ablations": ablate.table,
+          "compare": compare.table, "perplexity": perplexity, "recall": recall, "length": length,
+          "interval": interval, "interval_oracle": interval, "ruler": tasks, "ruler_long": tasks,
+          "ruler_uuid": tasks, "attention_smollm2-135m": timed, "speed": timed,
           "speed_llama-3.2-1b": timed, "offload": timed, "offload_llama-3.2-1b": timed}
 
 

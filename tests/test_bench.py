@@ -15,7 +15,7 @@ from test_scripts import script
 from test_speed import TINY
 
 import bench
-from baselines import NAMES, make_selector
+from baselines import NAMES, Probe, make_selector, mean
 from butler import Butler, ButlerConfig, load_for
 from model import Llama
 
@@ -41,6 +41,33 @@ def test_masked_perplexity_is_that_of_the_text_decoded_token_by_token(setting, t
         (m,) = report[name].values()
         loss = F.cross_entropy(logits[0, :-1], window[1:]).item()
         assert m["mean"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_length_is_what_decoding_the_end_of_a_text_gives(setting, tok):
+    llama = randomise(Llama(replace(TINY, vocab_size=tok.vocab_size)))
+    setting = replace(setting, llama=llama,
+                      config=replace(setting.config, n=2, contexts=("300", "256")),
+                      butlers=[Butler(ButlerConfig.for_model(llama, stride=1)).eval()])
+    results = bench.length(setting)["results"]
+    for context in (256, 300):
+        for name in ("dense", "oracle", "butler"):
+            kept, losses = [], []
+            for window in setting.windows(300):
+                cache = llama.new_cache(1, context)
+                selector = make_selector(name, 0.5, setting.butlers[0])
+                probe = Probe(selector) if selector else None
+                llama.prefill(window[None, : context - 128], cache)
+                logits = []
+                for token in window[context - 128 : context]:
+                    logits.append(llama.decode(token.view(1, 1), cache, probe))
+                    kept.append(mean(probe.mass) if probe else 1.0)
+                losses.append(F.cross_entropy(torch.cat(logits, 1)[0, :-1],
+                                              window[context - 127 : context]).item())
+            (m,) = results[f"kept @{context}"][name].values()
+            assert m["mean"] == pytest.approx(sum(kept) / len(kept), rel=1e-3) and m["n"] == 2
+            (m,) = results[f"perplexity @{context}"][name].values()
+            assert m["mean"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-3)
+    assert 0 < results["kept of oracle @256"]["butler"]["0.5"]["mean"] < 1
 
 
 def test_over_oracle_is_the_ratio_of_perplexities(setting):

@@ -1,15 +1,19 @@
 """Contracts of the butler and its selection: what may never happen, tiny and real."""
 
+import copy
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import assert_close, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baselines import NAMES, Oracle, make_selector, true_attention
-from butler import Butler, ButlerConfig, ButlerError, fingerprint
-from kernel import reference
+from butler import Butler, ButlerConfig, ButlerError, fingerprint, turned_back
+from kernel import mark, reference
+from model import Llama, rotate, turns
 from selection import SelectionError, Selector, allowance
 from train import Recorder, distillation, record
 
@@ -408,6 +412,75 @@ def test_layer_0_alone_is_dense(tiny):
     with torch.no_grad():
         tiny(torch.arange(50)[None], selector=selector)
     assert sorted(selector.index) == list(range(1, tiny.config.layers))
+
+
+# ---------------------------------------------------------------------------- positions
+
+
+LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 4.0}, LLAMA3, "factors"],
+                         ids=lambda s: s["type"] if isinstance(s, dict) else str(s))
+def test_turning_back_gives_what_the_projection_of_the_model_produced(tiny, scaling):
+    """Rotary layouts and scaling: a wrong one would pass every test of self-consistency."""
+    of_file = scaling == "factors"
+    model = randomise(Llama(replace(tiny.config, rope_scaling=None if of_file else scaling)))
+    if of_file:  # a GGUF file may carry a divisor for every frequency
+        model.frequencies = model.frequencies / torch.linspace(1, 9, 8)
+    butler = Butler(ButlerConfig.for_model(model)).check(model)
+    ids = torch.randint(256, (2, 300), generator=torch.Generator().manual_seed(0))
+    seen, here = record(model, ids), torch.arange(300)
+    c = model.config
+    for layer in (0, 2, 4):
+        block, x = model.layers[layer], seen.x[layer]
+        heads = block.self_attn.qkv_proj(block.input_layernorm(x)).unflatten(-1, (-1, c.head_dim))
+        plain = heads[:, :, c.heads : c.heads + c.kv_heads].transpose(1, 2)
+        back = turned_back(seen.keys[layer], here[:, None] * butler.rope)
+        assert (seen.keys[layer] - plain).abs().max() > 0.1
+        assert_close("keys turned back", back, plain, 1e-4)
+
+
+def test_a_score_depends_on_content_and_distance_alone(tiny, tiny_butler):
+    """The same keys and inputs, all 1,000 tokens later: turned further, they score the same."""
+    generator = torch.Generator().manual_seed(1)
+    plain = torch.randn(1, tiny.config.kv_heads, 40, tiny.config.head_dim, generator=generator)
+    x = torch.randn(1, 40, tiny.config.width, generator=generator)
+    scores = []
+    for start in (0, 1000):
+        here = start + torch.arange(40)
+        keys = rotate(plain, *turns(here[:, None] * tiny.frequencies))
+        queries = tiny_butler.queries(0, x, here[None])[1]
+        scores.append(tiny_butler.scores(queries, tiny_butler.project(1, keys, here)))
+    assert_close("scores", *scores, 1e-3)
+    nearer = tiny_butler.project(1, keys, here + 5)  # but another distance is another score
+    assert (tiny_butler.scores(queries, nearer) - scores[1]).abs().max() > 0.05
+
+
+def test_a_butler_at_other_rotary_frequencies_is_refused(tiny, tiny_butler):
+    stretched = copy.copy(tiny)
+    stretched.frequencies = tiny.frequencies / 2
+    with pytest.raises(ButlerError, match="other rotary frequencies"):
+        tiny_butler.check(stretched)
+
+
+def test_choices_at_6000_tokens_do_not_depend_on_how_the_prompt_was_read(tiny):
+    """In one piece, in chunks, or token by token, watched or not. The model's own rounding differs
+    with the size of a block, so that a choice at the edge of the budget may."""
+    model = randomise(Llama(replace(tiny.config, context=8192, layers=2)))
+    torch.manual_seed(3)
+    butler = Butler(ButlerConfig.for_model(model, size=16, hidden=16)).eval()
+    ids = torch.randint(256, (1, 6001), generator=torch.Generator().manual_seed(0))
+    kept = []
+    for chunk in (6000, 512, 1):
+        cache, selector = model.new_cache(1, 6001), butler.selector(600)
+        model.prefill(ids[:, :6000], cache, selector.watch if chunk == 512 else None, chunk=chunk)
+        model.decode(ids[:, 6000:], cache, selector)
+        kept.append(torch.stack([mark(index, 6001) for index in selector.index.values()]))
+        assert (kept[-1].sum(-1) == 600).all()
+    for other in kept[1:]:
+        assert (kept[0] & other).sum(-1).min() >= 597
 
 
 # ---------------------------------------------------------------------------- loss, files

@@ -103,6 +103,7 @@ def test_triton_selects_what_the_reference_does(case):
     rng = torch.Generator().manual_seed(S)
     q = torch.randn(R, B, G, E, generator=rng) * 2
     q[0] *= R < 3
+    q[-1, 0, 0] *= 1e5 ** (S == 512)  # scores that fp16 does not hold
     k = torch.randn(R, B, G, E, S, generator=rng)
     for b, position in enumerate(positions):
         k[:, b, :, :, position:] = torch.nan
@@ -165,6 +166,8 @@ def test_order_is_that_of_the_scores_and_then_of_the_text():
     assert torch.equal(kernel.in_order(rising.flip(0)).argsort(), torch.arange(8, -1, -1))
     ends = kernel.in_order(torch.tensor([torch.inf, 1e6, -1e6, -torch.inf]))
     assert ends.argsort(descending=True).tolist() == [0, 1, 2, 3] and ends.isfinite().all()
+    assert kernel.in_order(torch.tensor([65504, 1e6])).argsort().tolist() == [1, 0]  # they tie
+    assert torch.equal(kernel.in_order(torch.tensor([-0.0])), kernel.in_order(torch.zeros(1)))
     assert kernel.in_order(torch.zeros(3)).tolist() == sorted(kernel.in_order(torch.zeros(3)))[::-1]
 
 

@@ -1,13 +1,17 @@
 """The shipped butler reproduces its golden numbers: released weights, released results."""
 
 import json
+from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 
+from baselines import at_lengths, make_selector
 from butler import SHIPPED, load_for
 from coreference import coreference_documents
+from corpus import hold_out
 from synth_task import evaluate
 from train import distillation, record
 
@@ -23,14 +27,14 @@ def butler(llama):
 
 def test_its_size_is_at_most_a_hundredth_or_so(llama, butler):
     share = sum(p.numel() for p in butler.parameters()) / sum(p.numel() for p in llama.parameters())
-    assert share <= 0.012
+    assert share <= 0.01
     assert SHIPPED.stat().st_size < 8e6
 
 
 def test_golden_divergence(llama, tok, butler):
     """KL of each layer's mean on one co-reference document, every fourth row, float32."""
     ids = torch.tensor([tok.encode(coreference_documents("test", 1, seed=1)[0].text)])
-    kl = distillation(butler, record(llama, ids), torch.arange(3, ids.shape[1], 4))
+    kl = distillation(butler, record(llama, ids, torch.arange(3, ids.shape[1], 4)))
     assert kl.mean().item() == pytest.approx(GOLDEN_KL, rel=2e-3)
 
 
@@ -56,6 +60,16 @@ def test_near_the_oracle_where_recency_fails(fast, tok, butler):
     assert count["recency"] <= 1
 
 
+def test_near_the_oracle_at_the_end_of_4096_tokens(llama, tok, butler):
+    """Of held-out prose: the share of the attention kept, and what recency keeps."""
+    ids = tok.encode("\n\n".join(hold_out(topics)[1]))[:4096]
+    makers = {name: partial(make_selector, name, 0.1, butler)
+              for name in ("oracle", "butler", "recency")}
+    kept = {name: mass for _, name, mass, _ in at_lengths(
+        llama, torch.tensor(ids), [4096], makers, block=32)}
+    assert kept["butler"] > 0.96 * kept["oracle"] and kept["recency"] < 0.85 * kept["oracle"]
+
+
 @pytest.mark.slow
 def test_the_claim_on_a_hundred_documents(llama, tok, butler):
     """Co-reference, question-sparse, 10 % of all tokens, 100 documents that no result has used."""
@@ -74,4 +88,14 @@ def test_the_recorded_run_is_that_of_the_checkpoint():
     with safe_open(SHIPPED, framework="pt") as f:
         extra = json.loads(f.metadata()["extra"])
     assert extra["kl"] == report["kl"] and extra["config"]["seed"] == report["config"]["seed"]
-    assert report["kl"] <= 0.58 and report["seconds"] <= 900 and report["peak_memory_gb"] <= 6
+    assert report["peak_memory_gb"] <= 6
+
+
+def test_the_default_run_is_short_and_nearly_as_good():
+    """As README.md shows it: minutes on two cores without AVX-512, and near the oracle."""
+    report = json.loads((RESULTS / "train_default.json").read_text())
+    assert report["command"] == "python train.py --report results/train_default.json"
+    assert report["seconds"] <= 900 and report["peak_memory_gb"] <= 6
+    for context, most in report["table"]["oracle"]["kept"].items():
+        kept = report["table"]["butler"]["kept"][context]
+        assert kept["n"] >= 20 and kept["mean"] >= 0.95 * most["mean"], context

@@ -295,6 +295,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(tiny, tmp_path, capsys):
 
 WRONG = [
     ("--steps", "0"), ("--batch", "0"), ("--length", "63"), ("--repeats", "-1"), ("--rows", "0"),
+    ("--long", "63"), ("--long-every", "-1"), ("--windows", "0"), ("--size", "5"),
     ("--reuse", "0"), ("--learning-rate", "nan"), ("--learning-rate", "0"), ("--stride", "0"),
     ("--size", "2000000"), ("--hidden", "0"), ("--documents", "0"), ("--save-every", "-1"),
     ("--seed", "-1"), ("--device", "abacus"), ("--device", "meta"), ("--out", "tests"),
@@ -364,8 +365,8 @@ def test_a_short_context_gets_short_questions_or_is_refused_before_training(
 
 def command(folder, out, *more):
     return ["train.py", "--model", folder, "--data", ROOT / "LICENSE", "--out", out,
-            "--steps", "60", "--length", "64", "--rows", "16", "--documents", "1",
-            "--save-every", "0", "--device", "cpu", *more]
+            "--steps", "60", "--length", "64", "--long", "128", "--rows", "16", "--documents", "1",
+            "--windows", "1", "--save-every", "0", "--device", "cpu", *more]
 
 
 @pytest.fixture(scope="module")
@@ -568,7 +569,8 @@ def test_torchrun_adds_one_line_of_ours_to_its_own(folder, tmp_path):
 @pytest.mark.slow
 def test_training_end_to_end(tmp_path):
     out = tmp_path / "b.safetensors"
-    done = script("train.py", "--steps", "6", "--documents", "2", "--out", out, "--rows", "32")
+    done = script("train.py", "--steps", "6", "--long", "1024", "--documents", "2",
+                  "--windows", "1", "--out", out)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["kl"] < report["kl_before"]

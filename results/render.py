@@ -143,7 +143,7 @@ def timed(report: dict) -> str:
 TABLES = {"train": train.table, "train_default": train.table, "ablations": ablate.table,
           "compare": compare.table, "perplexity": perplexity, "recall": recall, "length": length,
           "interval": interval, "interval_oracle": interval, "ruler": tasks, "ruler_long": tasks,
-          "ruler_uuid": tasks, "attention_smollm2-135m": timed, "speed": timed,
+          "attention_smollm2-135m": timed, "speed": timed,
           "speed_llama-3.2-1b": timed, "offload": timed, "offload_llama-3.2-1b": timed}
 
 

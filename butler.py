@@ -152,12 +152,12 @@ class Butler(nn.Module):
         # one projection per layer and KV head; layer 0 is never predicted
         self.key_projection = nn.Parameter(
             torch.randn(c.layers - 1, c.kv_heads, c.head_dim, c.size) * c.head_dim**-0.5)
-        still = torch.zeros(c.size // 2)  # radians a token: 0 where a pair does not turn
+        still = torch.zeros(c.size // 2, device="cpu")  # radians a token: 0: this pair is still
         if not c.rotated_keys:
             pairs = c.size // 4
             still[:pairs] = torch.logspace(
                 math.log10(FASTEST), math.log10(c.slowest), pairs, device="cpu")
-        self.register_buffer("frequencies", still, persistent=False)
+        self.register_buffer("frequencies", still, persistent=False)  # on a CPU even in `load`
         self.register_buffer("rope", torch.tensor(c.rope, device="cpu"), persistent=False)
 
     def queries(self, layer: int, x, positions) -> dict:

@@ -35,14 +35,12 @@ NEAR = "dense,oracle,butler"
 
 # step: (command, n of the full run, n of the quick run); the longest first
 STEPS = {
-    "ruler_long": ("synth_task.py --task needle_noise,needle_prose --context 4096,8000 "
-                   f"--selectors {NEAR} --budgets 0.05,0.1", 20, 0),
+    "ruler_long": ("synth_task.py --task needle_noise,needle_prose --context 8000 "
+                   f"--selectors {NEAR} --budgets 0.05,0.1 --batch 2", 20, 0),
     "length": (f"bench.py --suite length --text {TEXT} --contexts 512,1024,2048,4096,8000 "
-               "--selectors dense,oracle,butler,quest,recency --budgets 0.1,0.25", 20, 0),
-    "ruler": (f"synth_task.py --task needle_noise,needle_prose,needle_uuid --context 1024,2048 "
-              f"--selectors {NEAR} --budgets 0.05,0.1", 20, 1),
-    "ruler_uuid": (f"synth_task.py --task needle_uuid --context 4096 --selectors {NEAR} "
-                   "--budgets 0.05,0.1", 20, 0),
+               "--selectors dense,oracle,butler,recency --budgets 0.1,0.25", 20, 0),
+    "ruler": ("synth_task.py --task needle_noise,needle_prose,needle_uuid "
+              f"--context 1024,2048,4096 --selectors {NEAR} --budgets 0.05,0.1", 20, 1),
     "coreference": (f"synth_task.py --selectors {NEAR} --budgets 0.07,0.1 --batch 8", 200, 6),
     "budgets": (f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1,0.25,0.5 --batch 8", 60, 0),
     "perplexity": (f"bench.py --suite perplexity --text {TEXT} --budgets 0.1,0.25,0.5 "

@@ -257,7 +257,7 @@ class Probe:
         return index
 
 
-def at_lengths(llama, window, contexts, makers: dict, block=128):
+def at_lengths(llama, window, contexts, makers: dict, block=32):
     """How do selections fare at the end of contexts of several lengths? Reads a window [T] densely,
     once; then the last `block` tokens before each of `contexts` go through every selection. From
     the longest to the shortest, so that nothing is read that a selection wrote.

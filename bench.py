@@ -6,7 +6,7 @@
     perplexity  exp of the mean loss; each position keeps its own subset, as if it were decoded
     recall      share of the true attention kept, error of the attention's output, and Spearman rank
                 correlation of scores and attention, by layer; all on the sparse run's own states
-    length      the same share, and the loss, of the last 128 tokens before each of --contexts, what
+    length      the same share, and the loss, of the last 32 tokens before each of --contexts, what
                 comes before them being read densely: does a butler choose as well far from where it
                 was trained?
     interval    the tasks at prediction intervals 1 to 16, with and without neighbours, at equal
@@ -316,9 +316,9 @@ def check(config: Config) -> None:
     if "snapkv" in config.selectors and config.suite in ("perplexity", "recall", "length"):
         raise UsageError(f"snapkv evicts at the end of a prompt, and the text of --suite "
                          f"{config.suite} has none")
-    if config.suite == "length" and min(map(int, config.contexts)) < 256:
-        raise UsageError("--suite length measures 128 tokens behind as many at least: no context "
-                         "below 256")
+    if config.suite == "length" and min(map(int, config.contexts)) < 64:
+        raise UsageError("--suite length measures 32 tokens behind as many at least: no context "
+                         "below 64")
     evicting = sorted(set(config.selectors) & set(synth_task.EVICTING))
     if evicting and config.suite in ("interval", "length"):
         raise UsageError(f"{evicting[0]} evicts at every step: no --suite {config.suite}")

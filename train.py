@@ -268,7 +268,7 @@ def verdict(llama, tok, butler, windows, documents) -> dict:
     contexts = sorted({min(512, windows.shape[1]), windows.shape[1]})
     kept = {("dense", context): [1.0] * len(windows) for context in contexts}
     for window in tqdm(windows, desc="attention kept", file=sys.stderr):
-        for context, name, mass, _ in at_lengths(llama, window, contexts, makers, block=64):
+        for context, name, mass, _ in at_lengths(llama, window, contexts, makers):
             kept.setdefault((name, context), []).append(mass)
     for name, row in rows.items():
         row["kept"] = {str(context): bootstrap([kept[name, context]]) for context in contexts}

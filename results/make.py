@@ -35,10 +35,10 @@ NEAR = "dense,oracle,butler"
 
 # step: (command, n of the full run, n of the quick run); the longest first
 STEPS = {
-    "ruler_long": ("synth_task.py --task needle_noise,needle_prose --context 8000 "
-                   f"--selectors {NEAR} --budgets 0.05,0.1 --batch 2", 20, 0),
+    "ruler_long": (f"synth_task.py --task needle_prose --context 8000 --selectors {NEAR} "
+                   "--budgets 0.05,0.1 --batch 2", 20, 0),
     "length": (f"bench.py --suite length --text {TEXT} --contexts 512,1024,2048,4096,8000 "
-               "--selectors dense,oracle,butler,recency --budgets 0.1,0.25", 20, 0),
+               "--selectors dense,oracle,butler,recency", 20, 0),
     "ruler": ("synth_task.py --task needle_noise,needle_prose,needle_uuid "
               f"--context 1024,2048,4096 --selectors {NEAR} --budgets 0.05,0.1", 20, 1),
     "coreference": (f"synth_task.py --selectors {NEAR} --budgets 0.07,0.1 --batch 8", 200, 6),

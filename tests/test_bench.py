@@ -56,13 +56,13 @@ def test_length_is_what_decoding_the_end_of_a_text_gives(setting, tok):
                 cache = llama.new_cache(1, context)
                 selector = make_selector(name, 0.5, setting.butlers[0])
                 probe = Probe(selector) if selector else None
-                llama.prefill(window[None, : context - 128], cache)
+                llama.prefill(window[None, : context - 32], cache)
                 logits = []
-                for token in window[context - 128 : context]:
+                for token in window[context - 32 : context]:
                     logits.append(llama.decode(token.view(1, 1), cache, probe))
                     kept.append(mean(probe.mass) if probe else 1.0)
                 losses.append(F.cross_entropy(torch.cat(logits, 1)[0, :-1],
-                                              window[context - 127 : context]).item())
+                                              window[context - 31 : context]).item())
             (m,) = results[f"kept @{context}"][name].values()
             assert m["mean"] == pytest.approx(sum(kept) / len(kept), rel=1e-3) and m["n"] == 2
             (m,) = results[f"perplexity @{context}"][name].values()

@@ -525,6 +525,10 @@ def test_a_butler_survives_saving(tiny, tiny_butler, tmp_path):
     assert again.config == tiny_butler.config
     for name, tensor in tiny_butler.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+    x, here = torch.randn(1, 2, tiny_butler.config.width), torch.tensor([[3, 500]])
+    assert torch.equal(again.queries(0, x, here)[2], tiny_butler.queries(0, x, here)[2])
+    keys = torch.randn(1, tiny.config.kv_heads, 2, tiny.config.head_dim)
+    assert torch.equal(again.project(2, keys, here[0]), tiny_butler.project(2, keys, here[0]))
     assert [p.name for p in path.parent.iterdir()] == ["b.safetensors"]
 
 

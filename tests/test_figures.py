@@ -51,6 +51,8 @@ def test_a_figure_shows_all_lines_and_is_drawn_alike_twice(name, tmp_path):
 
 
 def test_every_selector_measured_is_in_the_figure():
+    if not (RESULTS / "budgets.json").exists():
+        pytest.skip("not measured yet: results/budgets.json")
     table = json.loads((RESULTS / "budgets.json").read_text())["results"]["coreference"]
     (panel,) = draw.panels("accuracy")
     shown = {name: line for line in panel.lines for name in re.split(r",\s", line.label)}

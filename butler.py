@@ -111,6 +111,14 @@ class ButlerConfig:
                 type(f) is float and 0 <= f < 10 for f in numbers):
             raise ButlerError(f"frequencies {self.rope} for heads of {self.head_dim}")
 
+    def frequencies(self) -> dict:
+        """Radians a token of each pair of channels: `rope` of the base model, `frequencies` of
+        importance space, of which half stand still."""
+        turning = torch.logspace(math.log10(FASTEST), math.log10(self.slowest), self.size // 4)
+        still = torch.zeros(self.size // 2 - len(turning))
+        frequencies = torch.cat([turning * (not self.rotated_keys), still])
+        return {"rope": torch.tensor(self.rope), "frequencies": frequencies}
+
 
 def fingerprint(model) -> str:
     """Which base model is this? A hash of its shape and of its norm weights as bfloat16, which
@@ -152,13 +160,8 @@ class Butler(nn.Module):
         # one projection per layer and KV head; layer 0 is never predicted
         self.key_projection = nn.Parameter(
             torch.randn(c.layers - 1, c.kv_heads, c.head_dim, c.size) * c.head_dim**-0.5)
-        still = torch.zeros(c.size // 2, device="cpu")  # radians a token: 0: this pair is still
-        if not c.rotated_keys:
-            pairs = c.size // 4
-            still[:pairs] = torch.logspace(
-                math.log10(FASTEST), math.log10(c.slowest), pairs, device="cpu")
-        self.register_buffer("frequencies", still, persistent=False)  # on a CPU even in `load`
-        self.register_buffer("rope", torch.tensor(c.rope, device="cpu"), persistent=False)
+        for name, values in c.frequencies().items():
+            self.register_buffer(name, values, persistent=False)
 
     def queries(self, layer: int, x, positions) -> dict:
         """Input x [B, T, C] of a layer, at positions [B, T] -> {served layer: q_imp [B, G, T, E]};
@@ -220,6 +223,8 @@ class Butler(nn.Module):
                     butler = cls(config)
                 weights = {name: f.get_tensor(name).float() for name in f.keys()}
                 butler.load_state_dict(weights, assign=True)
+                for name, values in config.frequencies().items():
+                    setattr(butler, name, values)
         except FileNotFoundError:
             raise ButlerError(f"no butler at {path}: train one with python train.py") from None
         except KeyError:

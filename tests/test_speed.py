@@ -93,7 +93,7 @@ def test_bytes(monkeypatch):
     assert speed.memory(llama, 3, 100, 0.1, 4, 16) == weights + 300 * (3 * token + 2 * 2 * 16 * 4)
 
 
-def test_importance_keys_cost_a_sixteenth_of_keys_and_values_at_head_size_128(monkeypatch):
+def test_importance_keys_cost_an_eighth_of_keys_and_values_at_head_size_128(monkeypatch):
     settings = config(monkeypatch, suite="speed")
     monkeypatch.setitem(speed.SHAPES, "tiny", Config(**vars(TINY) | {"head_dim": 128}))
     llama, butler = speed.model_of(settings)
@@ -102,7 +102,7 @@ def test_importance_keys_cost_a_sixteenth_of_keys_and_values_at_head_size_128(mo
         llama.decode(torch.tensor([[1]]), cache, selector)
     keys = sum(b.numel() * b.element_size() / b.shape[-1] for b in selector.buffers.values())
     both = sum(t.numel() * t.element_size() / 1024 for t in cache.k[1:] + cache.v[1:])
-    assert keys / both == 0.0625
+    assert keys / both == 0.125
 
 
 def test_break_even_is_where_the_line_crosses_one():

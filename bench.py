@@ -331,8 +331,7 @@ def check(config: Config) -> None:
     check_budgets(config.budgets)
     text_of(config.text)
     check_device(config.device)
-    for name, given, suites in (("--butler", config.butler, TIMED),
-                                ("--butler", config.butler, ("length",)),
+    for name, given, suites in (("--butler", config.butler, (*TIMED, "length")),
                                 ("--budgets", config.budgets, ("offload",))):
         if config.suite in suites and len(given) > 1:
             raise UsageError(f"--suite {config.suite} takes one of {name}, not {len(given)}")

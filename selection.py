@@ -65,7 +65,7 @@ class Selector:
                  `bound` for how many tokens the shapes of a step are to be made
     """
 
-    SINKS, WINDOW = 4, 16
+    SINKS, WINDOW = 4, 8
     read_ahead, capturable, bound = None, False, None
 
     def __init__(self, budget, sinks=SINKS, window=WINDOW, interval=1, neighbours=0, dense_below=0):

@@ -108,10 +108,9 @@ class Evicting(Selector):
     differ in length it may stand at the end of the last block, nowhere else.
     """
 
-    def __init__(self, budget, interval=1, neighbours=0, dense_below=0, **rules):
-        if interval > 1 or neighbours or dense_below:
-            raise SelectionError("h2o and snapkv evict at every step: interval 1, no neighbours, "
-                                 "no dense steps")
+    def __init__(self, budget, dense_below=0, **rules):
+        if dense_below:
+            raise SelectionError("h2o and snapkv evict at every step: no dense steps")
         super().__init__(budget, **rules)
         self.value, self.alive = {}, {}
 
@@ -211,15 +210,17 @@ BASELINES = {"oracle": Oracle, "quest": Quest, "h2o": H2O, "snapkv": SnapKV,
 NAMES = ("dense", "butler", *BASELINES)
 
 
-def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | None:
+def make_selector(name: str, budget: float, butler=None, drift=0.0, **rules) -> Selector | None:
     """A fresh selector by its name on the command line; for dense None, which is just that."""
     known("selector", [name], NAMES)
-    if name == "dense":
-        return None
     if name == "butler":
         if butler is None:
             raise SelectionError("the selector 'butler' needs a trained butler")
-        return butler.selector(budget, **rules)
+        return butler.selector(budget, drift=drift, **rules)
+    if drift:
+        raise SelectionError(f"{name} has no queries ahead of time that could drift")
+    if name == "dense":
+        return None
     return BASELINES[name](budget, **rules)
 
 

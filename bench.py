@@ -9,8 +9,8 @@
     length      the same share, and the loss, of the last 32 tokens before each of --contexts, what
                 comes before them being read densely: does a butler choose as well far from where it
                 was trained?
-    interval    the tasks at prediction intervals 1 to 16, with and without neighbours, at equal
-                total budget; and accuracy by the number of steps since the last prediction
+    drift       the tasks, choices being kept until their queries have turned by more than --drifts:
+                accuracy, and the steps between two choices
     generation  free text of --length tokens: which share of its 8-grams has been there before?
     attention, speed    milliseconds of a decode step, see speed.py
     offload             the same with keys and values elsewhere, see speed_offload.py
@@ -24,6 +24,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -51,7 +52,7 @@ class Config:
     """Measures what a selection costs in quality, and what a decode step costs in time."""
 
     suite: str = flag("perplexity",
-                      "perplexity, recall, length, interval, generation, attention, speed or "
+                      "perplexity, recall, length, drift, generation, attention, speed or "
                       "offload")
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     butler: tuple = flag((), "comma-separated checkpoints (default: the shipped one)", names)
@@ -61,14 +62,13 @@ class Config:
     text: str = flag(None, "text file (default: Python's reference, the part not trained on)")
     n: int = flag(12, "windows, documents or prompts; of a timed suite rounds or steps", least=1)
     length: int = flag(512, "tokens of a window; of a generated text", least=64)
-    task: tuple = flag(("coreference", "needle_noise", "copy"), "interval: tasks", names)
-    intervals: tuple = flag(("1", "2", "4", "8", "16"), "interval, attention, speed, offload: "
-                            "steps between choices", numbers(1, 2**20))
-    neighbours: tuple = flag(("0", "1"), "interval: tokens on either side of a chosen one",
-                             numbers(0, 1024))
+    task: tuple = flag(("coreference", "needle_prose", "copy"), "drift: tasks", names)
+    drifts: tuple = flag(("0", "0.1", "0.2", "0.3", "0.4"), "drift, offload: how far a query may "
+                         "turn before the choice is made anew, 1 - cosine", numbers(0, 2, float))
     shape: str = flag(None, "attention, speed, offload: random weights in the shape of "
                             f"{', '.join(speed.SHAPES)} or a config.json")
-    contexts: tuple = flag(("512", "2048", "8000"), "length, attention, speed, offload: tokens",
+    contexts: tuple = flag(("512", "2048", "8000"), "length, drift (RULER-style), attention, "
+                           "speed, offload: tokens",
                            numbers(1, 2**20))
     batch: tuple = flag(("1",), "attention, speed: sequences", numbers(1, 2**16))
     memory: float = flag(0.0, "offload: share of the keys and values that may be in memory, page "
@@ -195,35 +195,38 @@ def length(bench: Bench) -> dict:
     return {"results": results}
 
 
-def interval(bench: Bench) -> dict:
-    """Accuracy at every interval, with and without neighbours, and token accuracy by the age of
-    the choice. One document at a time: steps are counted in it alone."""
-    c, results, ages = bench.config, {}, {}
-    rules = [{"interval": i, "neighbours": k} for i in map(int, c.intervals)
-             for k in map(int, c.neighbours)]
-    for task in c.task:
-        scores, hits = {}, {}
-        documents = synth_task.task_documents(
-            task, None, c.n, [c.seed], lambda text: len(bench.tok.encode(text)))
-        if documents[0].new_tokens:
-            raise UsageError(f"--suite interval counts steps in forced answers, {task} has none")
-        for document in tqdm(documents, desc=task, file=sys.stderr):
+def drift(bench: Bench) -> dict:
+    """Accuracy, and mean steps between two choices, at every drift. One document at a time: steps
+    are counted in it alone."""
+    c, results, steps = bench.config, {}, {}
+
+    def count(text):
+        return len(bench.tok.encode(text))
+
+    for task, context in product(c.task, c.contexts):
+        name = task if task == "coreference" else f"{task}@{context}"
+        if name in results:
+            continue
+        length = None if task == "coreference" else int(context)
+        documents = synth_task.task_documents(task, length, c.n, [c.seed], count)
+        synth_task.fits(bench.llama, {name: documents}, count)
+        scores, kept = results.setdefault(name, {}), steps.setdefault(name, {})
+        for document in tqdm(documents, desc=name, file=sys.stderr):
             prompts = Prompts(bench.llama, bench.tok, [document], "sparse")
-            for name, budget, makers in bench.makers():
-                for rule in rules[: 1 if name == "dense" else None]:
-                    label = f"interval {rule['interval']}, neighbours {rule['neighbours']}"
-                    runs = scores.setdefault((label, name, budget), [[] for _ in makers])
-                    by_age = hits.setdefault((label, name, budget), {})
+            for selector, budget, makers in bench.makers():
+                for allowed in c.drifts if selector == "butler" else c.drifts[:1]:
+                    label = f"{selector}, drift {allowed}" if selector == "butler" else selector
+                    runs = scores.setdefault(label, {}).setdefault(budget, [[] for _ in makers])
                     for given, make in zip(runs, makers, strict=True):
-                        given += prompts.answer(make(**rule))
-                        for step, hit in prompts.hits:
-                            by_age.setdefault(step % rule["interval"], []).append(hit)
-        for (label, name, budget), runs in scores.items():
-            column = results.setdefault(f"{task}, {label}", {}).setdefault(name, {})
-            column[budget] = accuracy(runs)
-        ages[task] = {f"{label}, {name} {budget}": {str(a): sum(h) / len(h) for a, h in by.items()}
-                      for (label, name, budget), by in hits.items()}
-    return {"results": results, "token_accuracy_by_age": ages}
+                        select = make(drift=float(allowed)) if selector == "butler" else make()
+                        given += prompts.answer(select)
+                        if float(allowed):
+                            kept.setdefault(f"{label}, {budget}", []).append(select.interval)
+        results[name] = {label: {budget: accuracy(runs) for budget, runs in by.items()}
+                         for label, by in scores.items()}
+    means = {name: {label: sum(v) / len(v) for label, v in by.items()}
+             for name, by in steps.items()}
+    return {"results": results, "steps between choices": means}
 
 
 def generation(bench: Bench) -> dict:
@@ -262,7 +265,7 @@ def through(function, interval: dict) -> dict:
 
 # ---------------------------------------------------------------------------- the script
 
-SUITES = {"perplexity": perplexity, "recall": recall, "length": length, "interval": interval,
+SUITES = {"perplexity": perplexity, "recall": recall, "length": length, "drift": drift,
           "generation": generation}
 TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
 
@@ -320,7 +323,7 @@ def check(config: Config) -> None:
         raise UsageError("--suite length measures 32 tokens behind as many at least: no context "
                          "below 64")
     evicting = sorted(set(config.selectors) & set(synth_task.EVICTING))
-    if evicting and config.suite in ("interval", "length"):
+    if evicting and config.suite in ("drift", "length"):
         raise UsageError(f"{evicting[0]} evicts at every step: no --suite {config.suite}")
     if config.shape:
         speed.shape_of(config.shape)

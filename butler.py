@@ -39,7 +39,7 @@ from torch import nn
 
 from kernel import BLOCK, in_order, on_gpu, triton_select
 from model import rotate, turns
-from selection import Selector, first_position
+from selection import SelectionError, Selector, first_position
 from weights import Refusal
 
 AT_ONCE = 2**23  # numbers of importance keys scored at once: bounds the memory of a step, below
@@ -257,17 +257,26 @@ class ButlerSelector(Selector):
     this very token are not there yet, and not needed, as it is in the window. In a block of tokens,
     and behind a prompt that was read without the selector, each layer is scored when it is reached.
 
+    drift       a KV head's choice stays in use until its importance query has turned away by more
+                than this (1 - cosine) from the one that it was made for, 16 steps at most; 0: it is
+                made anew at every step. A text that was rewound or read unseen gets new ones
     key_dtype   format of the importance keys, None: that of the keys
     """
 
-    def __init__(self, butler: Butler, budget, key_dtype=None, **rules):
+    capturable, OLDEST = True, 16
+
+    def __init__(self, butler: Butler, budget, drift=0.0, key_dtype=None, **rules):
         super().__init__(budget, **rules)
-        self.capturable = not self.neighbours
+        if not 0 <= drift <= 2:
+            raise SelectionError(f"drift {drift}: 1 - cosine is from 0 to 2")
         self.butler, self.queries, self.ahead = butler, {}, {}
-        self.key_dtype = key_dtype
+        self.drift, self.key_dtype, self.next = drift, key_dtype, 0
         self.seen, self.filled = {}, {}  # per layer: keys [B, G, S, D]; how many were projected
-        self.buffers = {}  # by the first layer that a producer serves
         self.projected = {}  # per layer: its part of a buffer, [B, G, E, capacity]
+        # by the first layer that a producer serves: importance keys; choices, the queries that they
+        # were made for and their age in steps; where in a block of tokens they were made
+        self.buffers, self.choices, self.asked, self.age, self.made = {}, {}, {}, {}, {}
+        self.tally = torch.zeros(2, dtype=torch.long, device=butler.key_projection.device)
 
     def __call__(self, layer, x, q, keys, positions):
         if layer:
@@ -276,16 +285,19 @@ class ButlerSelector(Selector):
 
     def arrive(self, T, start, end):
         self.notice(start)
+        if not self.next - 1 <= start <= self.next:  # rewound by more than a token, or some read
+            self.asked.clear()  # unseen: choose anew
+        self.next = start + T
         super().arrive(T, start, end)
 
     @torch.inference_mode()
     def watch(self, layer, x, q, keys, positions):
         if layer == 0:
             self.arrive(positions.shape[1], first_position(keys, positions), keys.shape[2])
+            self.asked.clear()
         else:
             self.see(layer, keys)
             self.importance_keys([layer], keys.shape[2])  # as long as the keys are at hand
-        super().watch(layer, x, q, keys, positions)
 
     def notice(self, start: int):
         """Starts anew if tokens before `start` were forgotten and others written in their place,
@@ -300,11 +312,12 @@ class ButlerSelector(Selector):
         now = self.butler.project(layer, key, torch.tensor([last], device=was.device))
         rounding = 1e-4 + 2 * torch.finfo(was.dtype).eps
         if (now[:, :, 0] - was).abs().max() > rounding * now.abs().max():
-            self.filled, self.step = dict.fromkeys(self.filled, 0), 0
+            self.filled = dict.fromkeys(self.filled, 0)
+            self.asked.clear()
 
     def see(self, layer, keys):
         """Takes note of a layer's keys; those from the first new position on are to be projected
-        when they are needed, like any that a reuse step or a prompt read unseen left out."""
+        when they are needed, like any of a prompt that was read unseen."""
         self.seen[layer] = keys
         self.filled[layer] = min(self.filled.get(layer, 0), self.start)
 
@@ -315,47 +328,115 @@ class ButlerSelector(Selector):
         self.queries.update(queries)
         served, longest = list(queries), (self.bound or self.end) - 1
         self.ahead.update(dict.fromkeys(served))
+        stacked = torch.stack(list(queries.values()))  # [R, B, G, T, E]
         known = [self.seen[s].shape[2] if s in self.seen else 0 for s in served]
         if self.bound:
             keys = self.latest_keys(served, positions)
         elif x.shape[1] == 1 and min(known) >= longest > 0:
             keys = self.importance_keys(served, longest)
         else:  # each layer chooses when it is reached
+            if self.drift:
+                self.made[served[0]] = self.made_at(served[0], stacked)
             return
-        stacked = torch.stack(list(queries.values()))  # [R, B, G, 1, E]
-        if on_gpu(keys) and not self.neighbours:
-            choose, few = self.choose_by_triton, len(served)
-        else:
-            choose, few = self.choose_ahead, AT_ONCE // (longest * keys[0, ..., 0].numel()) or 1
+        due, few = None, AT_ONCE // (longest * keys[0, ..., 0].numel()) or 1
+        choose = self.choose_by_triton if on_gpu(keys) else self.choose_ahead
+        if self.drift:
+            due = self.due(served[0], stacked[..., 0, :])
+        if self.drift or on_gpu(keys):
+            few = len(served)
+        chosen = self.held(served[0], stacked.shape[:3], max(int(self.wanted(longest)), 0))
         for at in range(0, len(served), few):  # these are fetched while the next are scored
-            layers = served[at : at + few]
-            chosen = choose(stacked[at : at + few], keys[at : at + few], positions)
-            self.ahead.update(zip(layers, chosen, strict=True))
+            some = slice(at, at + few)
+            choose(stacked[some], keys[some], positions, chosen[some], due)
+            self.ahead.update(zip(served[some], chosen[some], strict=True))
             if self.read_ahead:
-                self.read_ahead(layers, chosen)
+                self.read_ahead(served[some], chosen[some].clone())  # kept beyond the next step
 
-    def choose_ahead(self, queries, keys, positions):
-        """q_imp [R, B, G, 1, E], k_imp [R, B, G, E, capacity] -> chosen tokens [R, B, G, 1, K']"""
-        longest, shape, chosen = self.end - 1, keys.shape[:3], []
-        queries = queries.flatten(0, 2)[:, None]  # rows [R * B * G, 1, 1, E]
-        keys = keys[..., :longest].flatten(0, 2)[:, None]  # [R * B * G, 1, E, S]
-        positions = positions[:, None].expand(*shape, 1).flatten(0, 2)
-        few = max(1, AT_ONCE // (longest * keys.shape[2]))
-        parts = (x.split(few) for x in (queries, keys, positions))
-        for q, k, here in zip(*parts, strict=True):
-            chosen.append(self.choose(self.rate(q, k), here))
-        return torch.cat(chosen).view(*shape, 1, -1)
+    def choose_ahead(self, queries, keys, positions, chosen, due=None):
+        """q_imp [R, B, G, 1, E], k_imp [R, B, G, E, capacity] -> writes into chosen [R, B, G, 1, K]
+        the choices that are `due` [R, B, G], or all"""
+        longest, shape = self.end - 1, keys.shape[:3]
+        keys = keys[..., :longest]
+        positions = positions[:, None].expand(*shape, 1)
+        queries, keys, positions, chosen = (x.flatten(0, 2)[:, None]
+                                            for x in (queries, keys, positions[..., 0], chosen))
+        few = max(1, AT_ONCE // keys[0].numel())
+        parts = [slice(at, at + few) for at in range(0, len(keys), few)]
+        if due is not None and not due.all():
+            parts = [slice(row, row + 1) for row in due.flatten().nonzero()[:, 0].tolist()]
+        for some in parts:
+            new = self.choose(self.rate(queries[some], keys[some]), positions[some])
+            chosen[some] = F.pad(new, (0, chosen.shape[-1] - new.shape[-1]), value=-1)
 
-    def choose_by_triton(self, queries, keys, positions):
+    def choose_by_triton(self, queries, keys, positions, chosen, due=None):
         wants = self.wanted(positions[:, 0]).clamp(min=0)
-        longest = (self.bound or self.end) - 1
-        K = max(int(self.wanted(longest)), 0)
-        return triton_select(queries[:, :, :, 0], keys, positions[:, 0], wants, longest, K,
-                             self.sinks, self.window)[..., None, :]
+        triton_select(queries[:, :, :, 0], keys, positions[:, 0], wants, chosen[..., 0, :], due,
+                      (self.bound or self.end) - 1, self.sinks, self.window)
 
     def pick(self, layer, q, keys, positions):
-        chosen = self.ahead[layer]
-        return super().pick(layer, q, keys, positions) if chosen is None else chosen
+        if self.ahead[layer] is not None:
+            return self.ahead[layer]
+        chosen = super().pick(layer, q, keys, positions)
+        return self.settled(layer, chosen) if self.drift else chosen
+
+    # ---- which choices are made anew
+
+    @property
+    def interval(self) -> float:
+        """Steps between two choices of a KV head, on average so far."""
+        made, used = self.tally.tolist()
+        return used / made if made else 1.0
+
+    def due(self, first: int, queries):
+        """Queries of a step [R, B, G, E] -> whose choices are to be made anew, [R, B, G]; of
+        these, they are remembered."""
+        queries = F.normalize(queries, dim=-1)
+        if first not in self.asked:
+            self.asked[first] = queries
+            self.age[first] = torch.full_like(queries[..., 0], self.OLDEST)
+        asked, age = self.asked[first], self.age[first]
+        age += 1
+        due = ((queries * asked).sum(-1) < 1 - self.drift) | (age >= self.OLDEST)
+        asked.copy_(torch.where(due[..., None], queries, asked))
+        age.masked_fill_(due, 0)
+        self.tally[0] += due.sum()
+        self.tally[1] += due.numel()
+        return due
+
+    def made_at(self, first: int, queries):
+        """Queries of a block [R, B, G, T, E] -> at which of its tokens the choice that each token
+        uses is made, counted from 1, or 0: before them; [R, B, G, T]"""
+        made = torch.zeros(queries.shape[:-1], dtype=torch.long, device=queries.device)
+        at = made[..., 0]
+        for t, q in enumerate(queries.unbind(3)):
+            made[..., t] = at = at.where(~self.due(first, q), t + 1)
+        return made
+
+    def settled(self, layer: int, new):
+        """Choices made for every token of a block [B, G, T, K] -> those that are used."""
+        first = self.first(layer)
+        made = self.made[first]
+        held = self.held(first, made.shape[:3], new.shape[-1])[layer - first]
+        both = torch.cat([held, new], dim=2)
+        used = both.gather(2, made[layer - first][..., None].expand_as(new))
+        held.copy_(used[:, :, -1:])
+        return used
+
+    def held(self, first: int, shape, K: int):
+        """The choices in use of a producer's layers, [R, B, G, 1, K]; overwritten by new ones."""
+        held = self.choices.get(first)
+        if held is None or held.shape[:3] != shape:
+            held = self.tally.new_empty(*shape, 1, 0)
+        if held.shape[-1] != K:
+            held = F.pad(held, (0, K - held.shape[-1]), value=-1)
+        self.choices[first] = held
+        return held
+
+    def first(self, layer: int) -> int:
+        """The first layer that is served by the producer which serves this one."""
+        return (layer - 1) // self.butler.config.stride * self.butler.config.stride + 1
+
+    # ---- importance keys
 
     @torch.inference_mode()
     def scores(self, layer, q, keys, positions):
@@ -385,20 +466,19 @@ class ButlerSelector(Selector):
 
     def latest_keys(self, layers: list, positions):
         """importance_keys, in a decode step whose `positions` [B, 1] only the device knows: each
-        row's latest keys, as many as can be new since the last choice, are projected."""
+        row's latest key is projected."""
         buffer = self.room(layers, self.bound)
-        steps = torch.arange(min(self.interval, self.bound), device=positions.device)
-        at = (positions - 1 - steps).clamp(min=0)  # [B, I]
+        at = (positions - 1).clamp(min=0)  # [B, 1]
         rows = torch.arange(len(at), device=at.device)[:, None]
         new = torch.stack([self.seen[layer][rows, :, at].transpose(1, 2) for layer in layers])
-        new = self.butler.project(layers[0], new, at[:, None]).to(buffer.dtype)  # [R, B, G, I, E]
+        new = self.butler.project(layers[0], new, at[:, None]).to(buffer.dtype)  # [R, B, G, 1, E]
         buffer[:, rows, :, :, at] = new.permute(1, 3, 0, 2, 4)
         return buffer
 
     def room(self, layers: list, S: int):
         """The part [R, B, G, E, capacity] of a buffer that is these layers', for S tokens."""
         c, keys = self.butler.config, self.seen[layers[0]]
-        first = (layers[0] - 1) // c.stride * c.stride + 1  # that the same producer serves
+        first = self.first(layers[0])
         buffer = self.buffers.get(first, keys.new_empty(0))
         if buffer.shape[-1] < S:
             head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room

@@ -59,16 +59,16 @@ def bounded(kind, least, most):
     return number
 
 
-def numbers(least=0, most=2**31):
-    """-> a function: `1,2,3` -> ("1", "2", "3"), whole numbers from least to most as they stand."""
-    def whole_numbers(text: str) -> tuple[str, ...]:
+def numbers(least=0, most=2**31, kind=int):
+    """-> a function: `1,2,3` -> ("1", "2", "3"), numbers from least to most as they stand."""
+    def listed(text: str) -> tuple[str, ...]:
         parts = names(text)
         for part in parts:
-            bounded(int, least, most)(part)
+            bounded(kind, least, most)(part)
         return parts
 
-    whole_numbers.__name__ = "list of whole numbers"
-    return whole_numbers
+    listed.__name__ = "list of whole numbers" if kind is int else "list of numbers"
+    return listed
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,9 +10,9 @@ which every number that depends on the text's length is a tensor, and every shap
 `bound` tokens, the length rounded up to a block of 1,024: keys are written at `cache.lengths`,
 attention ends there, and a choice has as many slots as the bound's budget, the last ones empty.
 
-The CPU counts along, which is how it knows when a choice is due (a step that makes one and a step
-that reuses one are two graphs), when the text outgrows the bound (a new graph), and when a text
-was rewound or read: the step behind that is a plain one, as are all steps where there is no GPU.
+The CPU counts along, which is how it knows when the text outgrows the bound (a new graph), and when
+a text was rewound or read: the step behind that is a plain one, as are all steps where there is no
+GPU.
 
 Right on the CPU, in Triton's interpreter; on a GPU not measured yet.
 
@@ -44,7 +44,7 @@ class Graph:
         self.token = torch.zeros_like(cache.lengths)[:, None]
         self.view = copy.copy(cache)  # the same tensors, seen `bound` tokens long
         self.view.ragged = True
-        self.graphs = {}  # by bound and whether a choice is made: the graph and what it leaves
+        self.captured = None  # the bound of a graph, the graph, and what it leaves
         self.end, self.sparse, self.ready = 0, False, False
 
     @torch.inference_mode()
@@ -56,20 +56,15 @@ class Graph:
         follows = self.end - 1 <= size <= self.end and sparse == self.sparse and size < self.room
         self.end, self.sparse = size + 1, sparse
         if not (self.ready and follows):
-            self.graphs.clear()
-            logits = self.llama.decode(token, cache, selector)
-            self.ready = not sparse or selector.fresh  # every key that came before is projected
-            return logits
+            self.captured, self.ready = None, True  # every key that comes before will be projected
+            return self.llama.decode(token, cache, selector)
         if selector:
             selector.arrive(1, selector.start + self.end - selector.end, self.end)
-        fresh = sparse and selector.fresh
         bound = min(-(-self.end // BLOCK) * BLOCK, self.room)
         self.token.copy_(token)
-        if (bound, fresh) not in self.graphs:
-            if fresh:  # steps that reuse its choice will find it at another address
-                self.graphs.clear()
-            self.graphs[bound, fresh] = self.capture(bound)
-        replay, logits, index = self.graphs[bound, fresh]
+        if self.captured is None or self.captured[0] != bound:
+            self.captured = bound, *self.capture(bound)
+        _, replay, logits, index = self.captured
         replay()
         cache.size += 1
         if selector:
@@ -80,6 +75,8 @@ class Graph:
         """-> a function that runs the step, the logits and the indices that it leaves behind."""
         self.run(bound)  # compiles kernels and grows buffers; what it wrote is written again
         self.cache.lengths -= 1
+        for age in self.selector.age.values() if self.sparse else ():
+            age -= 1  # of choices, which the step counts again
         replay, logits = record(lambda: self.run(bound))
         return replay, logits, dict(self.selector.index) if self.selector else {}
 

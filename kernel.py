@@ -142,17 +142,6 @@ def in_order(scores):
     return ((code << 15 | LOW) - s).view(torch.float32)
 
 
-def top_with_neighbours(scores, reach: int, K: int):
-    """Neighbour fetch as a max-filter: every token gets the best score within `reach` of it. The
-    first K by (that, own score) are the best tokens, each followed by its neighbours: every index
-    once, K in all, those whose score is -inf last. -> values and indices [B, G, T, K]"""
-    widest = F.max_pool1d(scores.flatten(0, -2)[:, None], 2 * reach + 1, stride=1, padding=reach)
-    widest = widest.view_as(scores).masked_fill(scores == -torch.inf, -torch.inf)
-    own = scores.argsort(dim=-1, descending=True, stable=True)
-    values, order = widest.gather(-1, own).sort(dim=-1, descending=True, stable=True)
-    return values[..., :K], own.gather(-1, order[..., :K])
-
-
 # ---------------------------------------------------------------------------- Triton
 
 
@@ -272,12 +261,14 @@ def renew(tokens, had, places, table, old, new, missed, K, OLD, S,
 
 
 @jit
-def score(q, k, codes, histogram, positions, BG, G, k_g, k_e, scale, S, sinks, window,
+def score(q, k, codes, histogram, positions, due, BG, G, k_g, k_e, scale, S, sinks, window,
           E: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, HALF: tl.constexpr):
     """Codes of one block of tokens, as `in_order` makes them, and the histogram of their upper 11
     bits; 0 where a token may not be chosen. With keys channel by channel, [E, S], a product is a
-    vector load for each channel and a multiply-add."""
+    vector load for each channel and a multiply-add. Rows that are not `due` are passed over."""
     row, block = tl.program_id(0), tl.program_id(1)
+    if tl.load(due + row) == 0:
+        return
     s = block * BLOCK + tl.arange(0, BLOCK)
     raw = tl.zeros([BLOCK], tl.float32)
     for e in tl.static_range(E):
@@ -304,11 +295,13 @@ def edge(counts, bins, wanted):
 
 
 @jit
-def select(codes, histogram, wants, idx, BG, G, S, K, BLOCK: tl.constexpr, BINS: tl.constexpr):
+def select(codes, histogram, wants, idx, due, BG, G, S, K, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """Those with the best codes of one row, as many as it wants, in the order of the tokens: the
     histogram names the bin of the K-th best code, one pass over that bin's codes the code itself;
     a last pass keeps all codes above it and the earliest that are equal."""
     row = tl.program_id(0)
+    if tl.load(due + row) == 0:
+        return
     bins, low, here = tl.arange(0, BINS), tl.arange(0, 32), tl.arange(0, BLOCK)
     codes += row.to(tl.int64) * S
     wanted = tl.load(wants + row % BG // G)
@@ -333,26 +326,25 @@ def select(codes, histogram, wants, idx, BG, G, S, K, BLOCK: tl.constexpr, BINS:
         tl.store(idx + row * K + start + here, -1, mask=(start + here >= end) & (start + here < K))
 
 
-def triton_select(q, k, positions, wants, S: int, K: int, sinks: int, window: int, block=BLOCK):
+def triton_select(q, k, positions, wants, idx, due, S: int, sinks: int, window: int, block=BLOCK):
     """What `in_order` and a top-K choose between sinks and window, for all layers of one producer.
 
     q_imp [R, B, G, E]; k_imp [R, B, G, E, capacity, a multiple of `block`]; positions [B] of the
     queries, before which keys are there, behind which anything may stand; wants [B], how many
     tokens each chooses; no position is above S, no want above K. Nothing waits for the device.
-    -> indices [R, B, G, K] int32, -1 = empty
+    Writes idx [R, B, G, K], int64, -1 = empty, where `due` [R, B, G] says so, or everywhere (None).
     """
     R, B, G, E = q.shape
     rows, blocks = R * B * G, triton.cdiv(max(S, 1), block)
     S = blocks * block
+    due = torch.ones(rows, dtype=torch.int32, device=q.device) if due is None else due.int()
     codes = torch.empty(rows, S, dtype=torch.int16, device=q.device)
     histogram = torch.zeros(rows, BINS, dtype=torch.int32, device=q.device)
-    idx = torch.empty(R, B, G, K, dtype=torch.int32, device=q.device)
-    score[rows, blocks](q.contiguous(), k, codes, histogram, positions, B * G, G, k.stride(2),
+    score[rows, blocks](q.contiguous(), k, codes, histogram, positions, due, B * G, G, k.stride(2),
                         k.stride(3), E**-0.5, S, sinks, window, E=E, BLOCK=block, BINS=BINS,
                         HALF=HALF)
-    select[(rows,)](codes, histogram, wants, idx, B * G, G, S, K,
+    select[(rows,)](codes, histogram, wants, idx, due, B * G, G, S, idx.shape[-1],
                     BLOCK=min(4096, triton.next_power_of_2(S)), BINS=BINS)
-    return idx
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import tokenizer
-from baselines import BASELINES, NAMES, make_selector
+from baselines import NAMES, make_selector
 from butler import Butler, load_for
 from cli import UsageError, flag, known, provenance, read_text, run, writable
 from coreference import coreference, pools
@@ -43,9 +43,8 @@ class Config:
     butler: str = flag(None, "butler checkpoint (default: the shipped one)")
     selector: str = flag("butler", f"what chooses the tokens: {', '.join(NAMES)}")
     budget: float = flag(0.1, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
-    interval: int = flag(1, "score and choose at every I-th step only", least=1)
-    neighbours: int = flag(0, "tokens fetched on either side of a chosen one, within the budget",
-                           most=1024)
+    drift: float = flag(0.0, "a butler's choice is kept until its query has turned by more than "
+                             "this (1 - cosine, 16 steps at most)", most=2)
     dense_below: int = flag(0, "tokens cached below which steps are dense; a selection begins to "
                                f"pay at about {BREAK_EVEN:,} on a CPU")
     prompt: str = flag(None, "text to continue (default: a generated document and its question)")
@@ -192,6 +191,9 @@ def main(config: Config) -> dict:
     if config.show and selector:
         print(marked(tok, ids, tally))
         print("\nbackground: kept by more than 5, 15, 30, 60 % of all layers, heads and steps\n")
+    if config.drift:
+        report["interval"] = round(selector.interval, 2)
+        print(f"a choice served {report['interval']} steps on average")
     print(f"{len(new)} tokens at {report['tokens_per_s']} a second; each query attended "
           f"to {report['attended_per_step']} of up to {cached} cached tokens ({config.selector}); "
           f"keys and values: {report['cache_bytes'] / 1e6:.1f} MB")
@@ -215,13 +217,14 @@ def advise(config, cached: int, full: bool) -> None:
 
 
 def rules(config) -> dict:
-    return {"interval": config.interval, "neighbours": config.neighbours,
-            "dense_below": config.dense_below}
+    return {"drift": config.drift, "dense_below": config.dense_below}
 
 
 def check(config) -> None:
     known("selector", [config.selector], NAMES)
-    BASELINES.get(config.selector, Selector)(config.budget, **rules(config))
+    Selector(config.budget)
+    if config.selector != "butler":
+        make_selector(config.selector, config.budget, **rules(config))
     cache_kind(config.offload, config.offload_dir, config.device)
     if config.dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")

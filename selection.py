@@ -6,16 +6,13 @@
 
 A selection always holds the sinks (first tokens) and a recent window; what is left of the budget
 goes to the best scores, one choice per KV head. The butler (butler.py) and what one compares it
-with (baselines.py) differ in their scores, and those that evict in what is left to choose from. A
-choice may be kept for some steps; a text that was rewound or read unseen gets a new one.
+with (baselines.py) differ in their scores, and those that evict in what is left to choose from.
 
     python selection.py        prints what budgets keep
 """
 
 import torch
-import torch.nn.functional as F
 
-from kernel import top_with_neighbours
 from weights import Refusal
 
 
@@ -46,11 +43,9 @@ class Selector:
     """Which cached tokens may each query attend to? Subclasses answer with `scores`, or `pick`.
 
     budget       all tokens attended, per layer and KV head: a fraction (<= 1) or a count (> 1);
-                 it includes sinks, window, chosen tokens, their neighbours and the token itself
+                 it includes sinks, window, chosen tokens and the token itself
     sinks        first tokens of the text, always kept: where attention rests when idle
     window       most recent tokens, always kept, the newest one included
-    interval     I: in decoding, score and choose at every I-th step only, reuse in between
-    neighbours   a chosen token brings this many tokens on either side, within the budget
     dense_below  attends to everything while fewer tokens than this are cached, where a selection
                  takes longer than it saves; decided for a block of tokens by its last one
 
@@ -68,20 +63,17 @@ class Selector:
     SINKS, WINDOW = 4, 8
     read_ahead, capturable, bound = None, False, None
 
-    def __init__(self, budget, sinks=SINKS, window=WINDOW, interval=1, neighbours=0, dense_below=0):
+    def __init__(self, budget, sinks=SINKS, window=WINDOW, dense_below=0):
         if not (0 < budget <= 1 or (budget > 1 and float(budget).is_integer())):
             raise SelectionError(f"budget {budget}: a fraction up to 1 or a whole count of tokens")
-        if sinks < 0 or window < 1 or interval < 1 or neighbours < 0:
-            raise SelectionError("sinks and neighbours are >= 0, window and interval >= 1")
+        if sinks < 0 or window < 1:
+            raise SelectionError("sinks are >= 0, a window >= 1")
         self.budget, self.sinks, self.window = budget, sinks, window
-        self.interval, self.neighbours, self.dense_below = interval, neighbours, dense_below
-        self.step, self.start, self.next, self.end = 0, 0, 0, 0
-        self.chosen, self.index = {}, {}
+        self.dense_below, self.index = dense_below, {}
+        self.start, self.end = 0, 0
 
     def watch(self, layer, x, q, keys, positions) -> None:
-        """Stands in the selector's place while a prompt is read densely; the next step then makes
-        a choice of its own, whatever the interval."""
-        self.step = 0
+        """Stands in the selector's place while a prompt is read densely."""
 
     def look_ahead(self, layer: int, x, positions) -> None:
         """Sees the input x [B, T, C] of every layer, before the layer runs."""
@@ -97,15 +89,8 @@ class Selector:
     def arrive(self, T: int, start: int, end: int) -> None:
         """T tokens a row have come, the first at `start` or behind it, the last before `end`: what
         is decided without the device."""
-        if not self.next - 1 <= start <= self.next:  # rewound by more than a token, or some read
-            self.step = 0  # unseen: choose anew
-        self.start, self.next, self.end = start, start + T, end
+        self.start, self.end = start, end
         self.dense = end < self.dense_below
-        if not self.dense:
-            steps = self.step + torch.arange(T)
-            self.age = steps % self.interval  # [T] steps since the choice in use was made
-            self.fresh = bool((self.age == 0).any())
-            self.step += T
 
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
@@ -116,27 +101,12 @@ class Selector:
             return None
         if layer == 0:
             self.kept = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
-        if self.fresh:
-            self.look_ahead(layer, x, positions)
+        self.look_ahead(layer, x, positions)
         if layer == 0:
             return None
-        if not self.fresh:
-            chosen = self.chosen[layer].expand(-1, -1, x.shape[1], -1)
-        else:
-            chosen = self.pick(layer, q, keys, positions)
-            if self.interval > 1 and x.shape[1] > 1:
-                chosen = self.reuse(self.chosen.get(layer, chosen[:, :, :1]), chosen)
-        self.chosen[layer] = chosen[:, :, -1:]
+        chosen = self.pick(layer, q, keys, positions)
         self.index[layer] = torch.cat([self.kept, chosen], dim=-1).int()
         return self.index[layer]
-
-    def reuse(self, old, new):
-        """Choices made at every step [B, G, T, K], and the one in use before [B, G, 1, K] -> those
-        of the last step at which a choice is due."""
-        K = max(old.shape[-1], new.shape[-1])
-        rows = torch.cat([F.pad(c, (0, K - c.shape[-1]), value=-1) for c in (old, new)], dim=2)
-        due = torch.arange(1, new.shape[2] + 1) - self.age
-        return rows[:, :, due.clamp(min=0).to(rows.device)]
 
     def always(self, positions):
         """Sinks and window of queries at `positions` [B, T] -> [B, T, sinks + window]."""
@@ -162,10 +132,7 @@ class Selector:
             taken = s > positions[:, None, :, None] - self.window  # [B, 1, T, S']
             scores = scores.masked_fill(taken, -torch.inf)
         K = min(max(int(rest.max()), 0), scores.shape[-1])
-        if self.neighbours and K:
-            values, indices = top_with_neighbours(scores, self.neighbours, K)
-        else:
-            values, indices = scores.topk(K)
+        values, indices = scores.topk(K)
         rank = torch.arange(K, device=scores.device)
         real = (rank < rest[:, None, :, None]) & (values > -torch.inf)
         return torch.where(real, indices + self.sinks, -1)

@@ -62,16 +62,16 @@ def shape_of(name: str) -> Config:
 
 
 def by_turns(candidates: dict, rounds: int, device) -> dict:
-    """{name: (function, steps that one call makes)} -> {name: median seconds of a step}."""
+    """{name: function} -> {name: median seconds of a call}."""
     seconds = {name: [] for name in candidates}
     for number in tqdm(range(rounds + 1), file=sys.stderr, leave=False):
-        for name, (function, steps) in candidates.items():
+        for name, function in candidates.items():
             settle(device)
             began = time.perf_counter()
             function()
             settle(device)
             if number:  # the first round warms up
-                seconds[name].append((time.perf_counter() - began) / steps)
+                seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -84,7 +84,7 @@ def copy_bandwidth(device) -> float:
     """Bytes per second of a large copy, read and written ones."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
-    seconds = by_turns({"copy": (lambda: target.copy_(source), 1)}, 7, device)
+    seconds = by_turns({"copy": lambda: target.copy_(source)}, 7, device)
     return 2 * source.nbytes / seconds["copy"]
 
 
@@ -103,8 +103,7 @@ DENSE = {
 
 def attention(llama, butler, batch: int, context: int, config) -> dict:
     """One step's attention of all layers but the first, which is dense for everybody, on random
-    keys and values -> candidates: {name: (function, kept, interval)}, see `moved`. A function
-    makes as many steps as the interval has, or one."""
+    keys and values -> candidates: {name: (function, kept, chooses)}, see `moved`."""
     c, device = llama.config, llama.device
     cache = filled(llama, batch, context)
     q = torch.randn(c.layers, batch, c.heads, 1, c.head_dim, device=device).to(cache.k[0].dtype)
@@ -120,7 +119,7 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
     for kind, dtype in formats(llama).items():
         converted = q.to(dtype), [t.to(dtype) for t in k], [t.to(dtype) for t in v]
         for name, form in DENSE.items():
-            candidates[f"dense, {name}, {kind}"] = partial(attend, form, *converted), None, 1
+            candidates[f"dense, {name}, {kind}"] = partial(attend, form, *converted), None, False
 
     def step(selector, attending=True):
         for layer in range(c.layers):
@@ -134,8 +133,8 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
         selector = butler.selector(kept)
         step(selector)
         reading = partial(attend, sparse_attention, q, k, v, selector.index[1])
-        candidates[f"choosing {kept:g} alone"] = partial(repeat, 1, choose, selector), 0.0, 1
-        candidates[f"attend to {kept:g} alone"] = reading, kept, None
+        candidates[f"choosing {kept:g} alone"] = partial(anew, choose, selector), 0.0, True
+        candidates[f"attend to {kept:g} alone"] = reading, kept, False
     return candidates
 
 
@@ -162,15 +161,16 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
     candidates = {}
     for kind, dtype in formats(llama).items():
         own = filled(llama, batch, context, dtype)
-        candidates[f"dense, {kind}"] = partial(step, own), None, 1
+        candidates[f"dense, {kind}"] = partial(step, own), None, False
     cache = filled(llama, batch, context)
     candidates |= butlers(butler, partial(step, cache), config)
     for kept in map(float, config.budgets):
-        kept_for_good = butler.selector(kept, interval=2**31)
+        kept_for_good = butler.selector(kept, drift=2.0)
+        kept_for_good.OLDEST = math.inf
         candidates[f"choice for nothing, {kept:g}"] = (
-            partial(step, cache, kept_for_good), kept, None)
+            partial(step, cache, kept_for_good), kept, False)
     if on_gpu(cache.lengths):
-        graphs = {"dense": (replayed, None, 1)} | butlers(butler, replayed, config)
+        graphs = {"dense": (replayed, None, False)} | butlers(butler, replayed, config)
         for function, *_ in graphs.values():  # plain steps; the round that warms up captures
             function()
         candidates |= {f"{name}, CUDA graph": graph for name, graph in graphs.items()}
@@ -178,22 +178,15 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
 
 
 def butlers(butler, step, config) -> dict:
-    """A candidate per budget and interval: as many steps as the interval, one of them fresh."""
-    candidates = {}
-    for kept in map(float, config.budgets):
-        for interval in map(int, config.intervals):
-            selector = butler.selector(kept, interval=interval)
-            candidates[f"butler {kept:g}, interval {interval}"] = (
-                partial(repeat, interval, step, selector), kept, interval)
-    return candidates
+    """A candidate for each budget; every step chooses anew."""
+    return {f"butler {kept:g}": (partial(anew, step, butler.selector(kept)), kept, True)
+            for kept in map(float, config.budgets)}
 
 
-def repeat(times: int, function, selector) -> None:
-    """As many steps as an interval has; the text would have grown by as many tokens since the last
-    choice, so that their keys are taken for new ones."""
-    selector.filled = {layer: n - times for layer, n in selector.filled.items()}
-    for _ in range(times):
-        function(selector)
+def anew(step, selector) -> None:
+    """A step again; the text would have grown by a token since, whose key is taken for new."""
+    selector.filled = {layer: n - 1 for layer, n in selector.filled.items()}
+    step(selector)
 
 
 def filled(llama, batch: int, context: int, dtype=None):
@@ -210,18 +203,18 @@ def fill(cache, tokens: int, tables: list) -> None:
     cache.advance(tokens)
 
 
-def moved(suite, llama, batch: int, context: int, kept, interval, number: int, size: int) -> int:
+def moved(suite, llama, batch: int, context: int, kept, chooses, number: int, size: int) -> int:
     """Bytes that a step reads at least, `number` for each channel: keys and values, all or `kept`;
-    importance keys of `size` channels every `interval` steps (None: never); in a whole step the
-    dense first layer and the weights too."""
+    importance keys of `size` channels where it `chooses`; in a whole step the dense first layer and
+    the weights too."""
     c = llama.config
     token = 2 * c.kv_heads * c.head_dim * number  # of one layer
     if kept is None:
         cache = context * token
     else:
         cache = token * (context * kept if kept <= 1 else kept)
-        if interval:
-            cache += context * c.kv_heads * size * number / interval
+        if chooses:
+            cache += context * c.kv_heads * size * number
     read = batch * (c.layers - 1) * cache
     if suite == "speed":
         long, few, _ = weight_bytes(llama)
@@ -277,18 +270,17 @@ def measure(config) -> dict:
     for batch, context in product(map(int, config.batch), map(int, config.contexts)):
         with torch.inference_mode():
             candidates = SUITES[config.suite](llama, butler, batch, context, config)
-            seconds = by_turns({name: (function, interval or 1) for name, (function, _, interval)
-                                in candidates.items()}, config.n, config.device)
+            seconds = by_turns({name: function for name, (function, *_) in candidates.items()},
+                               config.n, config.device)
         dense = min(t for name, t in seconds.items() if name.startswith("dense"))
-        for name, (_, kept, interval) in candidates.items():
+        for name, (_, kept, chooses) in candidates.items():
             number = formats(llama).get(name.split()[-1], dtype).itemsize
-            read = moved(config.suite, llama, batch, context, kept, interval, number, size)
+            read = moved(config.suite, llama, batch, context, kept, chooses, number, size)
             rows.append({
                 "suite": config.suite, "device": config.device, "shape": config.shape,
-                "batch": batch, "context": context, "selector": name, "interval": interval,
-                "kept": kept, "ms": 1e3 * seconds[name], "predicted_ms": 1e3 * read / rate,
-                "bytes": read, "tokens_per_s": batch / seconds[name],
-                "speedup": dense / seconds[name],
+                "batch": batch, "context": context, "selector": name, "kept": kept,
+                "ms": 1e3 * seconds[name], "predicted_ms": 1e3 * read / rate, "bytes": read,
+                "tokens_per_s": batch / seconds[name], "speedup": dense / seconds[name],
                 "memory_bytes": memory(llama, batch, context, kept, number, size)})
     return {"rows": rows, "copy_bytes_per_s": rate, "break_even": break_even(rows)}
 

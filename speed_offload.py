@@ -8,7 +8,7 @@ r"""speed_offload.py - what a decode step costs when keys and values live elsewh
     resident       the butler with all rows where the model computes, if they fit
 
 Steps of a real text choose largely the rows of the steps before. Random weights know no text, so
-the tokens of the random shapes drift: each one's embedding is mostly that of the token before, so
+the tokens of the random shapes walk: each one's embedding is mostly that of the token before, so
 far that as many rows are chosen again as on prose by the default model (`again`, measured; about
 0.59 at a budget of 5 %). On a CPU the store is `disk`; `--memory` bounds what the cache may hold in
 memory, by a cgroup: what the operating system keeps of the file, importance keys, layer 0 and
@@ -37,7 +37,7 @@ from kernel import fetch_rows
 from offload import DiskCache, cache_kind, host_rows
 from speed import by_turns, copy_bandwidth, fill, model_of, settle
 
-DRIFT = 0.9  # share of a token's embedding that is the one before
+LIKE = 0.9  # share of a token's embedding that is the one before
 WARM = 8  # steps of a selection before those that count
 TURNS = 3  # of each candidate, one after the other
 
@@ -47,7 +47,7 @@ def measure(config) -> dict:
     read from the store, hits among the rows held, and the memory taken; of a GPU "bus" too."""
     llama, butler = model_of(config)
     if config.shape:
-        drift(llama.embed_tokens.weight)
+        walk(llama.embed_tokens.weight)
     rows = []
     for context in map(int, config.contexts):
         size = llama.new_cache(1, 1).bytes * context
@@ -71,22 +71,22 @@ def bus(llama, tokens=2**16, kept=2048) -> dict:
     places = torch.zeros(1, c.kv_heads, tokens, dtype=torch.int32, device=llama.device)
     chosen = torch.rand(1, c.kv_heads, tokens, device=llama.device).topk(kept).indices.int()
     seconds = by_turns({
-        "copied": (lambda: copy.copy_(host, non_blocking=True), 1),
-        "fetched": (lambda: fetch_rows(table, chosen, None, places, counts), 1)}, 9, llama.device)
+        "copied": lambda: copy.copy_(host, non_blocking=True),
+        "fetched": lambda: fetch_rows(table, chosen, None, places, counts)}, 9, llama.device)
     return {"copied_bytes_per_s": host.nbytes / seconds["copied"],
             "fetched_bytes_per_s": host.nbytes / tokens * kept / seconds["fetched"]}
 
 
-def drift(weight) -> None:
+def walk(weight) -> None:
     """Turns an embedding [V, C] into a walk: token i is like token i - 1."""
     for i in range(1, len(weight)):
-        weight[i] = DRIFT * weight[i - 1] + (1 - DRIFT**2) ** 0.5 * weight[i]
+        weight[i] = LIKE * weight[i - 1] + (1 - LIKE**2) ** 0.5 * weight[i]
 
 
 def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
     kept, form = float(config.budgets[0]), torch.bfloat16 if config.memory else None  # half as much
     steps = -(-config.n // TURNS)
-    room, resident = context + WARM + steps + max(map(int, config.intervals)), None
+    room, resident = context + WARM + steps, None
     if not config.memory:
         with suppress(torch.OutOfMemoryError):
             resident = llama.new_cache(1, room)
@@ -101,27 +101,28 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
     for layer in range(llama.config.layers):  # as if it had seen the prompt
         selector.watch(layer, None, None, cache.k[layer][:, :, :context], positions)
     name = f"butler {kept:g}, {store}"
-    candidates = {f"dense, {store}": (None, cache, 1, None),
-                  f"{name}, no look-ahead": (selector, cache, 1, None)}
-    for interval in map(int, config.intervals):
-        candidates[f"{name}, interval {interval}"] = selector, cache, interval, cache.read_ahead
+    candidates = {f"dense, {store}": (None, cache, 0.0, None),
+                  f"{name}, no look-ahead": (selector, cache, 0.0, None)}
+    for drift in map(float, config.drifts):
+        candidates[f"{name}, drift {drift:g}"] = selector, cache, drift, cache.read_ahead
     if resident:
-        candidates["dense, resident"] = None, resident, 1, None
-        candidates[f"butler {kept:g}, resident"] = butler.selector(kept), resident, 1, None
+        candidates["dense, resident"] = None, resident, 0.0, None
+        candidates[f"butler {kept:g}, resident"] = butler.selector(kept), resident, 0.0, None
     runs, first = {name: [] for name in candidates}, 0
-    for _ in range(TURNS):  # a drift of the machine's speed meets all of them
-        for name, (selector, where, interval, ahead) in candidates.items():
+    for _ in range(TURNS):  # a change of the machine's speed meets all of them
+        for name, (selector, where, drift, ahead) in candidates.items():
             where.truncate(context)
             if selector:
-                selector.interval, selector.read_ahead = interval, ahead
+                selector.drift, selector.read_ahead = drift, ahead
+                selector.tally.zero_()
             first += 1000  # each time other tokens
-            runs[name].append(decode(llama, selector, where, -(-steps // interval), first))
+            runs[name].append(decode(llama, selector, where, steps, first))
     rows = [{"suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
-             "context": context, "selector": name, "interval": interval,
+             "context": context, "selector": name, "drift": drift,
              "kept": kept if selector else None, "cache_bytes": size,
              "limit_bytes": int(size * config.memory) or None,
              **summary(runs[name], size if selector is None else 0, cache.unit)}
-            for name, (selector, _, interval, _) in candidates.items()]
+            for name, (selector, _, drift, _) in candidates.items()]
     for row in rows:
         row["speedup"] = rows[0]["ms"] / row["ms"]
         here = row["selector"].endswith("resident")
@@ -139,6 +140,7 @@ def summary(turns: list[dict], size: int, unit: int) -> dict:
     return {"ms": ms, "tokens_per_s": 1e3 / ms, "bytes": size or unit * missed / steps,
             "waited_ms": 1e3 * waited / steps, "hits": 1 - missed / asked if asked else None,
             "again": statistics.mean(again) if again else None,
+            "interval": statistics.mean(turn["interval"] for turn in turns),
             "held_bytes": max(turn["held"] for turn in turns)}
 
 
@@ -150,12 +152,11 @@ def forget(cache) -> None:
 
 
 def decode(llama, selector, cache, n: int, first: int) -> dict:
-    """The steps of n intervals, with the tokens from `first` on: {"seconds": a step's, for each
-    interval; "again": shares of rows chosen in the step before as well; "steps", rows "asked"
+    """n steps with the tokens from `first` on: {"seconds" of each; "again": shares of rows chosen
+    in the step before as well; "interval": steps between choices; how many "steps", rows "asked"
     for and "missed", seconds "waited" for them, bytes of memory "held"}"""
-    warm, interval = (WARM, selector.interval) if selector else (1, 1)
-    seconds, shares, last = [], [], {}
-    for step in range(warm + n * interval):
+    warm, seconds, shares, last = WARM if selector else 1, [], [], {}
+    for step in range(warm + n):
         if step == warm:
             before = counters(cache)
         token = torch.full((1, 1), (first + step) % llama.config.vocab_size, device=llama.device)
@@ -169,8 +170,8 @@ def decode(llama, selector, cache, n: int, first: int) -> dict:
             shares += [len(now[i] & last[i]) / len(now[i]) for i in now if last]
             last = now
     traffic = zip(("asked", "missed", "waited"), before, counters(cache), strict=True)
-    rounds = torch.tensor(seconds[warm:]).view(-1, interval).mean(1).tolist()
-    return {"seconds": rounds, "again": shares, "steps": n * interval,
+    return {"seconds": seconds[warm:], "again": shares, "steps": n,
+            "interval": selector.interval if selector else 1.0,
             "held": taken(llama.device), **{key: b - a for key, a, b in traffic}}
 
 
@@ -230,7 +231,7 @@ def table(report: dict) -> str:
         lines.append(f"{context:,} tokens: {rows[0]['cache_bytes'] / 1e9:.2f} GB of keys and "
                      f"values{within}")
         off, on = (next((r for r in rows if r["selector"].endswith(end)), None)
-                   for end in ("no look-ahead", "interval 1"))
+                   for end in ("no look-ahead", "drift 0"))
         if off and on and off["waited_ms"]:
             less = 1 - on["waited_ms"] / off["waited_ms"]
             lines.append(f"a step waits {off['waited_ms']:.0f} ms for rows; with look-ahead "

@@ -58,9 +58,8 @@ class Config:
     data: str = flag(None, "instead of a task: JSONL file of context, question, answer")
     selectors: tuple = flag(NAMES, f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
-    interval: int = flag(1, "score and choose at every I-th token only", least=1)
-    neighbours: int = flag(0, "tokens fetched on either side of a chosen one, within the budget",
-                           most=1024)
+    drift: float = flag(0.0, "a butler's choice is kept until its query has turned by more than "
+                             "this (1 - cosine, 16 steps at most)", most=2)
     n: int = flag(100, "documents for each seed", least=1)
     seeds: tuple = flag(("0",), "comma-separated seeds of the documents", numbers())
     referents: int = flag(1, "coreference: places introduced in a document", least=1, most=8)
@@ -160,20 +159,19 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
              scores=None, task="", kind=Cache, **rules) -> dict:
     """-> {selector: {budget: [[score of each document] of each butler]}}; one list if not butler.
 
-    Budgets are given as text and come back as keys; dense stands under "1.0". `rules` (interval,
-    neighbours) hold for all but those that evict. `scores` may know some already. `kind` says where
-    keys and values live (offload.py).
+    Budgets are given as text and come back as keys; dense stands under "1.0". `rules` (drift) hold
+    for the butler. `scores` may know some already. `kind` says where keys and values live.
     """
     scores = scores or Scores()
     makers = {}
     for name in selectors:
-        own = {} if name in EVICTING else rules
+        own = rules if name == "butler" else {}
         for b in ("1.0",) if name == "dense" else budgets:
             for i, butler in enumerate(butlers if name == "butler" else [None]):
                 makers[name, b, i] = partial(make_selector, name, float(b), butler, **own)
     evicting = [EVICTING[name] for name in selectors if name in EVICTING]
-    if documents[0].new_tokens and (evicting or rules.get("interval", 1) > 1):
-        batch = 1  # evictions and reuse count a row's own steps; padding before its end is none
+    if documents[0].new_tokens and (evicting or rules.get("drift")):
+        batch = 1  # evictions and drift follow a row's own steps; padding before its end is none
 
     def entry(d, key):
         return " ".join(map(str, (task, d, *key)))
@@ -348,7 +346,7 @@ def main(config: Config) -> dict:
     for name, documents in tasks.items():
         table = evaluate(llama, tok, documents, config.selectors, config.budgets, butlers,
                          config.question, config.batch, scores, name, kind,
-                         interval=config.interval, neighbours=config.neighbours)
+                         drift=config.drift)
         results[name] = {s: {b: accuracy(runs) for b, runs in by.items()}
                          for s, by in table.items()}
         selected[name] = sum(count(d.question if config.question == "sparse" else "")

@@ -105,7 +105,7 @@ class Variant:
 
 # what is asked of every row: task -> context, documents at most, budget
 TASKS = {"coreference": (None, 40, "0.07"), "needle_uuid": (1024, 20, "0.05")}
-REUSED, RIVALS = {"interval": 4, "neighbours": 1}, ("random", "keynorm")
+RIVALS = "random", "keynorm"
 PAPER = {"sizes": {"rotated_keys": True}, "everything": True}
 VARIANTS = {
     "default": Variant(),
@@ -124,10 +124,8 @@ VARIANTS = {
     "no co-reference text": Variant(synthetic=0.0),
     "serving p to p+R-1": Variant(kind=SameInput),
     "int8 importance keys": Variant(selection=Int8Keys),
-    "interval 4": Variant(selection=partial(ButlerSelector, interval=4)),
-    "interval 4 + neighbours 1": Variant(selection=partial(ButlerSelector, **REUSED)),
-    "neighbours 1": Variant(selection=partial(ButlerSelector, neighbours=1)),
-    "window 4": Variant(selection=partial(ButlerSelector, window=4)),
+    "drift 0.25": Variant(selection=partial(ButlerSelector, drift=0.25)),
+    **{f"window {n}": Variant(selection=partial(ButlerSelector, window=n)) for n in (4, 16)},
     **{f"{name} instead": Variant(selection=partial(rival, name)) for name in RIVALS},
 }
 

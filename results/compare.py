@@ -27,7 +27,7 @@ from butler import load_for
 from cli import UsageError, flag, numbers, provenance, run
 from model import Llama, fast_dtype, resolve
 from selection import Selector
-from speed import by_turns, repeat
+from speed import anew, by_turns
 
 try:
     from cyllama.llama import llama_cpp
@@ -42,8 +42,6 @@ class Config:
     contexts: tuple = flag(("512", "2048", "7900"), "comma-separated: tokens cached",
                            numbers(32, 8191))
     budget: float = flag(0.05, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
-    intervals: tuple = flag(("1", "4", "16"), "comma-separated: steps between choices",
-                            numbers(1, 32))
     n: int = flag(15, "rounds", least=1)
     write: bool = flag(False, "write results/compare.json, redraw tables")
 
@@ -138,11 +136,9 @@ def measure(config: Config) -> dict:
             began = time.perf_counter()
             model.read(ids)
             reading[name] = time.perf_counter() - began
-            candidates[name] = model.step, 1
-        for interval in map(int, config.intervals):
-            selector = ours.butler.selector(config.budget, interval=interval)
-            candidates[f"butler {config.budget:g}, interval {interval}"] = (
-                partial(repeat, interval, ours.step, selector), interval)
+            candidates[name] = model.step
+        candidates[f"butler {config.budget:g}"] = partial(
+            anew, ours.step, ours.butler.selector(config.budget))
         seconds = by_turns(candidates, config.n, "cpu")
         rows += [{"context": context, "candidate": name, "ms": 1e3 * s,
                   "first_token_s": reading.get(name)} for name, s in seconds.items()]

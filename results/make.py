@@ -47,10 +47,8 @@ STEPS = {
                    "--selectors dense,oracle,butler,quest,recency", 24, 1),
     "recall": (f"bench.py --suite recall --text {TEXT} "
                "--selectors oracle,butler,quest,recency,random,keynorm", 20, 1),
-    "interval": ("bench.py --suite interval --task coreference,needle_prose,copy "
-                 "--selectors dense,butler --intervals 1,2,4,8,16", 20, 1),
-    "interval_oracle": ("bench.py --suite interval --task coreference,needle_prose "
-                        "--selectors dense,oracle --intervals 1,2,4,16 --neighbours 1", 20, 0),
+    "drift": ("bench.py --suite drift --task coreference,needle_prose,copy --contexts 1024,4096 "
+              "--selectors dense,butler --drifts 0,0.1,0.2,0.25,0.3,0.4,2", 20, 1),
     "generation": (f"bench.py --suite generation --selectors dense,butler --length 2048 "
                    f"--text {TEXT}", 20, 0),
     "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose "

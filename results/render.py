@@ -25,7 +25,9 @@ import speed
 import speed_offload
 import train
 from cli import parse
-from selection import allowance
+from selection import Selector, allowance
+
+ALWAYS = Selector.SINKS + Selector.WINDOW
 
 
 def cell(m: dict, form=".2f") -> str:
@@ -95,9 +97,9 @@ def perplexity(report: dict) -> str:
             rows[name][f"over oracle {percent(budget)}"] = cell(m, "+.2%")
     seen = torch.arange(1, report["config"]["length"] + 1)
     shares = ", ".join(
-        f"{percent(b)}: {(allowance(float(b), seen, 20) / seen).mean():.0%}"
+        f"{percent(b)}: {(allowance(float(b), seen, ALWAYS) / seen).mean():.0%}"
         for b in report["config"]["budgets"])
-    shares = f"\nattended on average, with the 20 tokens that are always granted: {shares}"
+    shares = f"\nattended on average, with the {ALWAYS} tokens that are always granted: {shares}"
     return "\n".join([*grid(rows, "selector"), shares, source(report)])
 
 
@@ -125,12 +127,15 @@ def length(report: dict) -> str:
     return "\n".join(["\n\n".join(parts), source(report)])
 
 
-def interval(report: dict) -> str:
-    rows = {}
-    for label, name, _, m in measures(report):
-        task, rule = label.split(", ", 1)
-        rows.setdefault("dense" if name == "dense" else f"{name}, {rule}", {})[task] = cell(m)
-    return "\n".join([*grid(rows, "at 10 %"), source(report)])
+def drift(report: dict) -> str:
+    """Selectors down, tasks across, each with the mean of its steps between two choices."""
+    rows, steps = {}, report["steps between choices"]
+    for task, name, budget, m in measures(report):
+        row = rows.setdefault(name if name == "dense" else f"{name}, {percent(budget)}", {})
+        row[task] = cell(m)
+        if name != "dense":
+            row[f"{task}, steps"] = f"{steps[task].get(f'{name}, {budget}', 1):.1f}"
+    return "\n".join([*grid(rows, "choices kept"), source(report)])
 
 
 def timed(report: dict) -> str:
@@ -142,7 +147,7 @@ def timed(report: dict) -> str:
 
 TABLES = {"train": train.table, "train_default": train.table, "ablations": ablate.table,
           "compare": compare.table, "perplexity": perplexity, "recall": recall, "length": length,
-          "interval": interval, "interval_oracle": interval, "ruler": tasks, "ruler_long": tasks,
+          "drift": drift, "ruler": tasks, "ruler_long": tasks,
           "attention_smollm2-135m": timed, "speed": timed,
           "speed_llama-3.2-1b": timed, "offload": timed, "offload_llama-3.2-1b": timed}
 

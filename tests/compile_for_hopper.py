@@ -24,7 +24,7 @@ import kernel
 NAMES = ("attend 64", "attend 128", "dense 64", "dense 128", "merge", "score", "select",
          "renew 128")
 KINDS = {"idx": "*i32", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "scale": "fp32",
-         "codes": "*i16", "histogram": "*i32", "positions": "*i64", "wants": "*i64",
+         "codes": "*i16", "due": "*i32", "histogram": "*i32", "positions": "*i64", "wants": "*i64",
          "out": "*bf16", "k": "*bf16", "v": "*bf16", "tokens": "*i32", "had": "*i32",
          "places": "*i32", "missed": "*i64", "table": "*bf16", "old": "*bf16", "new": "*bf16"}
 
@@ -37,7 +37,8 @@ def compiled(name: str, D: int):
     sizes |= {"attend": {"NP": 16, "BLOCK": 64}, "merge": {"CP": 16},
               "score": {"BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096},
               "renew": {"BLOCK": 32}}[name]
-    kinds = KINDS | {"q": "*bf16" if name == "attend" else "*fp32"}
+    kinds = KINDS | {"q": "*bf16" if name == "attend" else "*fp32",
+                     "idx": "*i64" if name == "select" else "*i32"}
     function = getattr(kernel, name)
     names = function.arg_names
     constants = {(i,): sizes[n] for i, n in enumerate(names) if n in sizes}

@@ -92,18 +92,15 @@ def test_repeated_counts_8_grams():
     assert bench.repeated(list(range(20)) * 2) == pytest.approx(13 / 33)
 
 
-def test_interval_suite(main):
-    report = main("bench.py", "--suite", "interval", "--n", "1", "--task", "copy",
-                  "--budgets", "0.2", "--selectors", "dense,butler", "--intervals", "1,4",
-                  "--neighbours", "0,1")
-    labels = {f"copy, interval {i}, neighbours {k}" for i in (1, 4) for k in (0, 1)}
-    assert set(report["results"]) == labels
-    label = "interval 4, neighbours 1"
-    ages = report["token_accuracy_by_age"]["copy"][f"{label}, butler 0.2"]
-    assert set(ages) == {"0", "1", "2", "3"}
-    share = report["results"][f"copy, {label}"]["butler"]["0.2"]["mean"]
-    assert min(ages.values()) <= share <= max(ages.values())
-    assert "dense" in report["results"]["copy, interval 1, neighbours 0"]
+def test_drift_suite(main):
+    report = main("bench.py", "--suite", "drift", "--n", "1", "--task", "coreference,copy",
+                  "--contexts", "600,700", "--budgets", "0.2", "--selectors", "dense,butler",
+                  "--drifts", "0,0.2,2")
+    assert set(report["results"]) == {"coreference", "copy@600", "copy@700"}
+    for name, rows in report["results"].items():
+        assert list(rows) == ["dense", "butler, drift 0", "butler, drift 0.2", "butler, drift 2"]
+        steps = report["steps between choices"][name]
+        assert 1 < steps["butler, drift 0.2, 0.2"] < steps["butler, drift 2, 0.2"] <= 16
 
 
 @pytest.mark.parametrize("suite, selectors", [
@@ -138,7 +135,7 @@ def test_what_compare_writes_stands_in_the_tables(tmp_path):
             if path.is_file():
                 shutil.copy(path, tmp_path / path.relative_to(ROOT))
     done = subprocess.run([sys.executable, "results/compare.py", "--contexts", "32", "--n", "1",
-                           "--intervals", "1", "--write"],
+                           "--write"],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results" / "compare.json").read_text())["rows"]

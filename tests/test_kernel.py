@@ -108,16 +108,20 @@ def test_triton_selects_what_the_reference_does(case):
     for b, position in enumerate(positions):
         k[:, b, :, :, position:] = torch.nan
     sinks, window = 4, 16
-    idx = kernel.triton_select(*(x.to(DEVICE) for x in (
-        q, k, torch.tensor(positions), torch.tensor(wants))), max(positions), max(wants), sinks,
-        window, block=128).cpu()
-    assert idx.shape == (R, B, G, max(wants)) and idx.dtype == torch.int32
+    idx = torch.full((R, B, G, max(wants)), -7, device=DEVICE)
+    inputs = [x.to(DEVICE) for x in (q, k, torch.tensor(positions), torch.tensor(wants))]
+    due = torch.rand(R, B, G, generator=rng) < 0.5
+    kernel.triton_select(*inputs, idx, due.to(DEVICE), max(positions), sinks, window, block=128)
+    some = idx.cpu().clone()
+    kernel.triton_select(*inputs, idx, None, max(positions), sinks, window, block=128)
+    idx = idx.cpu()
+    assert torch.equal(some, idx.where(due[..., None], -7))
     for b, (position, want) in enumerate(zip(positions, wants, strict=True)):
         raw = (q[:, b, :, None] * E**-0.5) @ k[:, b, :, :, :position]
         codes = kernel.in_order(raw[:, :, 0])
         best = codes[..., sinks : max(position - window + 1, sinks)].topk(want).indices + sinks
         chosen = idx[:, b]
-        assert torch.equal(chosen[..., :want], best.sort(-1).values.int())
+        assert torch.equal(chosen[..., :want], best.sort(-1).values)
         assert (chosen[..., want:] == -1).all()
 
 

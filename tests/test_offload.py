@@ -77,7 +77,7 @@ def compare(stores, model, butler, name, *rest, **rules):
     return caches
 
 
-RULES = [{}, {"interval": 3}, {"neighbours": 1}, {"dense_below": 160}, {"budget": 60}]
+RULES = [{}, {"drift": 0.9}, {"dense_below": 160}, {"budget": 60}]
 
 
 @pytest.mark.parametrize("name, rules", [("butler", r) for r in RULES] + [
@@ -94,9 +94,9 @@ def test_stores_equal_the_resident_cache(tiny, stores, name, rules, batch):
 def test_rows_in_memory_are_attended_to_where_they_are(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "CALM", 0)
     prompt = torch.arange(160)[None] % 64
-    expected, _ = run(*tiny, "butler", offload.Cache, prompt, 25, interval=2)
+    expected, _ = run(*tiny, "butler", offload.Cache, prompt, 25, drift=0.9)
     actual, cache = run(*tiny, "butler", offload.cache_kind("disk", tmp_path), prompt, 25,
-                        interval=2)
+                        drift=0.9)
     assert_close("logits", actual, expected, 1e-5)
     assert cache.in_memory and cache.missed < cache.asked / 10
 
@@ -179,7 +179,7 @@ def test_what_crosses_the_bus(tiny, by_triton, monkeypatch):
         llama, butler = Llama(TINY), Butler(tiny[1].config)
     llama.frequencies = tiny[0].frequencies.to("meta")
     row = (TINY.layers - 1) * TINY.kv_heads * 2 * TINY.head_dim * 4
-    for rules in ({}, {"interval": 2}):
+    for rules in ({}, {"drift": 0.9}):
         cache = llama.new_cache(1, 200, kind=offload.PinnedCache)
         selector, tokens = butler.selector(0.4, **rules), torch.zeros(1, 130, device="meta").long()
         selector.read_ahead = cache.read_ahead
@@ -244,7 +244,7 @@ def test_a_stream_beside_is_waited_for(by_triton, monkeypatch):
 
     def story(kind):
         cache, logits, ids = llama.new_cache(1, 70, kind=kind), [], iter(tokens.split(1, dim=1))
-        for rules, first in (({}, 0), ({"interval": 2}, 32)):
+        for rules, first in (({}, 0), ({"drift": 0.9}, 32)):
             selector = butler.selector(0.9, **rules)
             selector.read_ahead = cache.read_ahead
             cache.truncate(first)

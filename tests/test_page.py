@@ -20,7 +20,7 @@ from sample import Config, generate
 PROMPT = ("</script><b>&amp;</b> & <!-- \u2028 \tA tab,\n\n newlines, an \u00e9 and \U0001f9a9. "
           + "The harbour was quiet that morning, and the boats lay still. " * 12)
 WRITTEN = " \U0001f9a9\n\n\t</script>&lt;\u4f60'\""
-LAYERS, HEADS, SINKS, WINDOW = 29, 3, 4, 16
+LAYERS, HEADS, SINKS, WINDOW = 29, 3, 4, 8
 
 
 class Spy:

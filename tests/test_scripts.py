@@ -51,11 +51,10 @@ sample.py --budget 1.5
 sample.py --budget nan
 sample.py --budget inf
 sample.py --budget -1
-sample.py --interval 0
-sample.py --interval 99999999999999999999
-sample.py --selector h2o --interval 4
-sample.py --neighbours -1
-sample.py --neighbours 99999999
+sample.py --drift -1
+sample.py --drift 99999999999999999999
+sample.py --selector h2o --drift 0.2
+sample.py --drift nan
 sample.py --dense-below -1
 sample.py --prompt-file /nowhere/at/all
 sample.py --prompt-file tests
@@ -92,8 +91,7 @@ synth_task.py --question never
 synth_task.py --budgets a
 synth_task.py --budgets 0.1,7.5
 synth_task.py --budgets 0.1,nan
-synth_task.py --interval 0
-synth_task.py --neighbours -1
+synth_task.py --drift -1
 synth_task.py --n 0
 synth_task.py --batch 0
 synth_task.py --seeds a
@@ -115,15 +113,15 @@ synth_task.py --device abacus
 bench.py --suite magic
 bench.py --selectors snapkv
 bench.py --selectors magic
-bench.py --suite interval --selectors h2o
-bench.py --suite interval --task magic
+bench.py --suite drift --selectors h2o
+bench.py --suite drift --task magic
 bench.py --text /nowhere/at/all.txt
 bench.py --text /dev/zero
 bench.py --budgets 0
 bench.py --n 0
 bench.py --length 63
-bench.py --intervals 0
-bench.py --neighbours a
+bench.py --drifts 3
+bench.py --drifts a
 bench.py --suite attention --contexts 0
 bench.py --suite attention --contexts 99999999999
 bench.py --suite attention --batch 1,-1
@@ -147,7 +145,6 @@ results/ablate.py --device abacus
 results/compare.py --contexts 8192
 results/compare.py --contexts 512,a
 results/compare.py --budget 0
-results/compare.py --intervals 64
 results/compare.py --n 0
 results/make.py --only magic
 results/make.py --quick yes

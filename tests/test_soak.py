@@ -20,7 +20,7 @@ def test_memory_is_flat(store, steps, tmp_path):
     model = Llama(TINY).eval().requires_grad_(False)
     butler = Butler(ButlerConfig.for_model(model, stride=2)).eval().requires_grad_(False)
     cache = model.new_cache(1, 256, kind=cache_kind(store, tmp_path))
-    selector = butler.selector(0.2, interval=2)
+    selector = butler.selector(0.2, drift=0.9)
     selector.read_ahead = cache.read_ahead
     logits = model.prefill(torch.arange(60)[None], cache, selector.watch)
     for step in range(steps):

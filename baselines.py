@@ -228,7 +228,8 @@ class Probe:
     """Wraps a selector and compares it, while it is active, with the true attention of that very
     run. Each maps a layer to the mean over queries and heads in the latest call:
 
-    mass       share of the attention that the selected tokens hold; always
+    mass       share of the attention that the selected tokens hold; always (`share` has that of
+               each query, [B, T])
     spearman   rank correlation of scores and attention (mean of the group) over the tokens before
                the query; if `rank`, and for selectors that rank all tokens by scores
     error      |o' - o| / |o| of the outputs over selected and over all tokens; if given the cache
@@ -236,7 +237,7 @@ class Probe:
 
     def __init__(self, selector: Selector, rank=False, cache=None):
         self.selector, self.rank, self.cache = selector, rank, cache
-        self.mass, self.spearman, self.error = {}, {}, {}
+        self.share, self.mass, self.spearman, self.error = {}, {}, {}, {}
 
     def __call__(self, layer, x, q, keys, positions):
         index = self.selector(layer, x, q, keys, positions)
@@ -245,6 +246,7 @@ class Probe:
         attention = true_attention(q, keys, positions)  # [B, G, H/G, T, S]
         held = attention * mark(index, keys.shape[2])[:, :, None]
         share = held.sum(-1, keepdim=True)
+        self.share[layer] = share.mean((1, 2, 4))
         self.mass[layer] = share.mean().item()
         if self.cache is not None:
             v = self.cache.v[layer][:, :, None, : keys.shape[2]].float()

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import ruler
 import tokenizer
-from baselines import BASELINES, NAMES, Evicting, make_selector
+from baselines import BASELINES, NAMES, Evicting, Probe, make_selector
 from butler import SHIPPED, Butler, fingerprint, load_for
 from cli import UsageError, flag, known, names, numbers, provenance, read_text, run, writable
 from coreference import Document, coreference_documents
@@ -156,11 +156,12 @@ class Scores:
 
 
 def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sparse", batch=4,
-             scores=None, task="", kind=Cache, **rules) -> dict:
+             scores=None, task="", kind=Cache, kept=None, **rules) -> dict:
     """-> {selector: {budget: [[score of each document] of each butler]}}; one list if not butler.
 
     Budgets are given as text and come back as keys; dense stands under "1.0". `rules` (drift) hold
-    for the butler. `scores` may know some already. `kind` says where keys and values live.
+    for the butler. `scores` may know some already. `kind` says where keys and values live. `kept`, a
+    dictionary, gets the shares of the attention kept in the same form, if answers are forced.
     """
     scores = scores or Scores()
     makers = {}
@@ -183,13 +184,22 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
     for group in tqdm(groups, desc=task or "answering", unit="batch", file=sys.stderr):
         prompts = Prompts(llama, tok, [documents[d] for d in group], question, evicting, kind)
         for key in dict.fromkeys(key for d in group for key in todo[d]):
-            for d, score in zip(group, prompts.answer(makers[key]()), strict=True):
+            given = prompts.answer(makers[key](), kept is not None)
+            for d, score in zip(group, given, strict=True):
                 scores.add(entry(d, key), score)
-    table = {}
-    for name, b, i in makers:
-        column = [scores.known[entry(d, (name, b, i))] for d in range(len(documents))]
-        table.setdefault(name, {}).setdefault(b, []).append(column)
-    return table
+            for d, share in zip(group, prompts.kept, strict=False):
+                scores.add(entry(d, ("kept", *key)), share)
+
+    def table(*what):
+        found = {}
+        for name, b, i in makers:
+            column = [scores.known[entry(d, (*what, name, b, i))] for d in range(len(documents))]
+            found.setdefault(name, {}).setdefault(b, []).append(column)
+        return found
+
+    if kept is not None and not documents[0].new_tokens:
+        kept.update(table("kept"))
+    return table()
 
 
 class Prompts:
@@ -230,19 +240,24 @@ class Prompts:
         self.cache.advance(longest, self.lengths)
 
     @torch.inference_mode()
-    def answer(self, selector) -> list[float]:
+    def answer(self, selector, probed=False) -> list[float]:
         """Scores of all documents, question and answer going through a fresh selector. Of a forced
-        answer, `hits` then lists (step since the context's end, right?) of every token."""
+        answer, `hits` then lists (step since the context's end, right?) of every token, and if
+        `probed` `kept` the share of the attention kept by its question and answer."""
         self.cache.truncate(self.lengths)
         if selector:
             selector.read_ahead = self.cache.read_ahead
         if type(selector) in self.watchers:
             selector.follow(self.watchers[type(selector)])
-        even = bool((self.real == self.real[0]).all())
-        logits = self.llama(self.block, self.cache, selector, None if even else self.real,
+        even, self.kept = bool((self.real == self.real[0]).all()), []
+        probe = Probe(selector) if probed and selector and not self.new else None
+        logits = self.llama(self.block, self.cache, probe or selector, None if even else self.real,
                             last=bool(self.new))
         if self.new:
             return self.written(logits, selector)
+        if probed:
+            share = torch.stack(list(probe.share.values())).mean(0) if probe else torch.ones(self.block.shape)
+            self.kept = [row[:n].mean().item() for row, n in zip(share, self.real, strict=True)]
         scores, self.hits = [], []
         for row, (document, answer) in enumerate(zip(self.documents, self.answers, strict=True)):
             first = int(self.real[row]) - len(answer)
@@ -342,13 +357,17 @@ def main(config: Config) -> dict:
     identity["files"] = [digest(Path(f)) for f in (*config.butler, SHIPPED, config.data) if f]
     scores = Scores(config.out, identity)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
-    results, selected = {}, {}
+    results, kept, selected = {}, {}, {}
     for name, documents in tasks.items():
+        shares = {}
         table = evaluate(llama, tok, documents, config.selectors, config.budgets, butlers,
-                         config.question, config.batch, scores, name, kind,
+                         config.question, config.batch, scores, name, kind, shares,
                          drift=config.drift)
         results[name] = {s: {b: accuracy(runs) for b, runs in by.items()}
                          for s, by in table.items()}
+        kept[name] = {s: {b: bootstrap(of_oracle(runs, *shares["oracle"][b]))
+                          for b, runs in by.items()}
+                      for s, by in shares.items() if "oracle" in shares and s != "dense"}
         selected[name] = sum(count(d.question if config.question == "sparse" else "")
                              + (d.new_tokens or count(d.answer)) for d in documents)
         selected[name] /= len(documents)
@@ -356,9 +375,19 @@ def main(config: Config) -> dict:
             for budget, m in by.items():
                 print(f"{name:18s} {selector:8s} {budget:>5s}  {m['mean']:.3f}  "
                       f"[{m['low']:.3f}, {m['high']:.3f}]  n = {m['n']}")
+        for selector, by in kept[name].items():
+            for budget, m in by.items():
+                print(f"{name:18s} {selector:8s} {budget:>5s}  keeps {m['mean']:.1%} of the "
+                      f"oracle's attention  [{m['low']:.1%}, {m['high']:.1%}]")
         print(f"{name:18s} up to {selected[name]:.0f} tokens went through the selection",
               flush=True)
-    return {"results": results, "selected_tokens": selected, "dtype": dtype} | provenance()
+    return {"results": results, "kept of oracle": kept, "selected_tokens": selected,
+            "dtype": dtype} | provenance()
+
+
+def of_oracle(runs: list[list[float]], best: list[float]) -> list[list[float]]:
+    """Shares of the attention kept, by document, as shares of what the oracle keeps."""
+    return [[share / most for share, most in zip(run, best, strict=True)] for run in runs]
 
 
 def fits(llama, tasks, count) -> None:

@@ -75,7 +75,8 @@ def accuracy(report: dict) -> str:
 
 
 def tasks(report: dict) -> str:
-    """Tasks down, selectors and budgets across; then what is left of dense where that is good."""
+    """Tasks down, selectors and budgets across, and the attention that the butler keeps, of the
+    oracle's; then what is left of dense where that is good."""
     rows, left = {}, {}
     for task, name, budget, m in measures(report):
         what = name if name == "dense" else f"{name} {percent(budget)}"
@@ -83,6 +84,9 @@ def tasks(report: dict) -> str:
         dense = report["results"][task]["dense"]["1.0"]["mean"]
         if dense >= 0.8 and name != "dense":
             left.setdefault(what, []).append(m["mean"] / dense)
+    for task, by in report.get("kept of oracle", {}).items():
+        for budget, m in by.get("butler", {}).items():
+            rows[task][f"butler {percent(budget)}, kept"] = f"{m['mean']:.1%}"
     shares = ", ".join(f"{what} {sum(v) / len(v):.1%}" for what, v in left.items())
     end = [f"\nof dense, mean over the tasks where dense scores 0.8 or more: {shares}"] * bool(left)
     return "\n".join([*grid(rows, "task"), *end, source(report)])

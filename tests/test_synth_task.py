@@ -81,19 +81,22 @@ def test_found_counts_references_in_any_case():
 
 @pytest.mark.parametrize("question", ["sparse", "prefill"])
 def test_a_batch_scores_as_its_documents_do_alone(llama, tok, butler, question):
-    """Token hits of every selector, contexts and questions of different lengths."""
+    """Token hits of every selector, and the attention kept; all lengths differ."""
     documents = [coreference_documents("test", 1, seed=s, words=w)[0]
                  for s, w in ((1, 90), (2, 140))]
     kinds = [synth_task.BASELINES[name] for name in ("h2o", "snapkv")]
     together = Prompts(llama, tok, documents, question, kinds)
     alone = [Prompts(llama, tok, [d], question, kinds) for d in documents]
     for name in ("dense", "oracle", "butler", "quest", "h2o", "snapkv", "keynorm", "recency"):
-        together.answer(synth_task.make_selector(name, 0.3, butler))
-        hits = []
+        together.answer(synth_task.make_selector(name, 0.3, butler), probed=True)
+        hits, kept = [], []
         for prompts in alone:
-            prompts.answer(synth_task.make_selector(name, 0.3, butler))
+            prompts.answer(synth_task.make_selector(name, 0.3, butler), probed=True)
             hits += prompts.hits
+            kept += prompts.kept
         assert together.hits == hits, name
+        assert together.kept == pytest.approx(kept, abs=1e-3)
+        assert all(share == 1 if name == "dense" else 0.3 < share < 1 for share in kept)
 
 
 def test_evictors_decide_before_the_question(llama, tok):
@@ -133,11 +136,11 @@ def test_interrupted_scores_go_on(llama, tok, tmp_path, monkeypatch):
     assert whole == {"dense": {"1.0": [[1, 0, 1, 0, 1]]}, "recency": {"0.3": [[0] * 5]}}
     old, left = Prompts.answer, [3]
 
-    def cut(self, selector):
+    def cut(self, selector, probed):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return old(self, selector)
+        return old(self, selector, probed)
 
     monkeypatch.setattr(Prompts, "answer", cut)
     with pytest.raises(KeyboardInterrupt):

@@ -160,8 +160,8 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
     """-> {selector: {budget: [[score of each document] of each butler]}}; one list if not butler.
 
     Budgets are given as text and come back as keys; dense stands under "1.0". `rules` (drift) hold
-    for the butler. `scores` may know some already. `kind` says where keys and values live. `kept`, a
-    dictionary, gets the shares of the attention kept in the same form, if answers are forced.
+    for the butler. `scores` may know some already. `kind` says where keys and values live. If
+    answers are forced `kept`, a dictionary, gets the attention kept in the same form.
     """
     scores = scores or Scores()
     makers = {}
@@ -256,7 +256,9 @@ class Prompts:
         if self.new:
             return self.written(logits, selector)
         if probed:
-            share = torch.stack(list(probe.share.values())).mean(0) if probe else torch.ones(self.block.shape)
+            share = torch.ones(self.block.shape)
+            if probe:
+                share = torch.stack(list(probe.share.values())).mean(0)
             self.kept = [row[:n].mean().item() for row, n in zip(share, self.real, strict=True)]
         scores, self.hits = [], []
         for row, (document, answer) in enumerate(zip(self.documents, self.answers, strict=True)):

@@ -114,7 +114,7 @@ VARIANTS = {
     "rotated keys + loss over the choice": Variant({"rotated_keys": True}),
     "short texts": Variant(settings={"long_every": 0}),
     "every other step at long texts": Variant(settings={"long_every": 2}),
-    "long texts of 2,048": Variant(settings={"long": 2048}),
+    "long texts of 2048": Variant(settings={"long": 2048}),
     "loss over all tokens": Variant(everything=True),
     **{f"{n} of 16 pairs turn": Variant(kind=partial(Turning, pairs=n)) for n in (0, 4, 16)},
     **{f"size={e}": Variant({"size": e}) for e in (16, 24, 64)},

@@ -1,6 +1,6 @@
 """results/make.py - the tables of what selectors answer and keep, from nothing but the checkpoints.
 
-    python results/make.py            about an hour on 2 cores; goes on when interrupted
+    python results/make.py            about six hours on 2 cores; goes on when interrupted
     python results/make.py --quick    with few documents, in minutes, into out/quick/
 
 Each step is a command of its own, shown as it starts, on one core; as many run side by side as
@@ -33,26 +33,32 @@ TEXT = "out/prose.txt"
 RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
 NEAR = "dense,oracle,butler"
 
+NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
+
 # step: (command, n of the full run, n of the quick run); the longest first
 STEPS = {
-    "ruler_long": (f"synth_task.py --task needle_prose --context 8000 --selectors {NEAR} "
-                   "--budgets 0.05,0.1 --batch 2", 20, 0),
+    "ruler_8000": (f"synth_task.py --task {NEEDLES} --context 8000 --selectors {NEAR} "
+                   "--budgets 0.05,0.1 --batch 2", 40, 0),
+    "ruler_4096": (f"synth_task.py --task {NEEDLES} --context 4096 --selectors {NEAR} "
+                   "--budgets 0.05,0.1", 40, 0),
+    "drift": ("bench.py --suite drift --task coreference,needle_prose,copy --contexts 1024,4096 "
+              "--selectors dense,butler --drifts 0,0.1,0.2,0.25,0.3,0.4,2", 20, 1),
+    "ruler": (f"synth_task.py --task {NEEDLES},copy --context 1024,2048 --selectors {NEAR} "
+              "--budgets 0.05,0.1", 40, 1),
+    "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose --context 2048 --selectors "
+                     "dense,quest,h2o,snapkv,recency,random,keynorm --budgets 0.1,0.25", 20, 0),
     "length": (f"bench.py --suite length --text {TEXT} --contexts 512,1024,2048,4096,8000 "
                "--selectors dense,oracle,butler,recency", 20, 0),
-    "ruler": ("synth_task.py --task needle_noise,needle_prose,needle_uuid "
-              f"--context 1024,2048,4096 --selectors {NEAR} --budgets 0.05,0.1", 20, 1),
+    "length_25": (f"bench.py --suite length --text {TEXT} --contexts 512,1024,2048,4096 "
+                  "--selectors dense,oracle,butler,recency --budgets 0.25", 20, 0),
     "coreference": (f"synth_task.py --selectors {NEAR} --budgets 0.07,0.1 --batch 8", 200, 6),
     "budgets": (f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1,0.25,0.5 --batch 8", 60, 0),
     "perplexity": (f"bench.py --suite perplexity --text {TEXT} --budgets 0.1,0.25,0.5 "
                    "--selectors dense,oracle,butler,quest,recency", 24, 1),
     "recall": (f"bench.py --suite recall --text {TEXT} "
                "--selectors oracle,butler,quest,recency,random,keynorm", 20, 1),
-    "drift": ("bench.py --suite drift --task coreference,needle_prose,copy --contexts 1024,4096 "
-              "--selectors dense,butler --drifts 0,0.1,0.2,0.25,0.3,0.4,2", 20, 1),
     "generation": (f"bench.py --suite generation --selectors dense,butler --length 2048 "
                    f"--text {TEXT}", 20, 0),
-    "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose "
-                     "--selectors dense,quest,h2o,snapkv,recency,random,keynorm", 20, 0),
     "referents_2": (f"synth_task.py --referents 2 --selectors {NEAR} --batch 8", 100, 4),
     "coreference_prefill": (f"synth_task.py --question prefill --selectors {RIVALS} --batch 8",
                             60, 0),

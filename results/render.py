@@ -151,7 +151,8 @@ def timed(report: dict) -> str:
 
 TABLES = {"train": train.table, "train_default": train.table, "ablations": ablate.table,
           "compare": compare.table, "perplexity": perplexity, "recall": recall, "length": length,
-          "drift": drift, "ruler": tasks, "ruler_long": tasks,
+          "length_25": length, "drift": drift,
+          "ruler": tasks, "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks,
           "attention_smollm2-135m": timed, "speed": timed,
           "speed_llama-3.2-1b": timed, "offload": timed, "offload_llama-3.2-1b": timed}
 

@@ -30,6 +30,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+import kernel_cpu
 from kernel import BLOCK, in_order, on_gpu, triton_select
 from model import rotate, turns
 from selection import SelectionError, Selector, first_position
 from weights import Refusal
 
-AT_ONCE = 2**23  # numbers of importance keys scored at once: bounds the memory of a step, below
-# the 32 MB in float32 from which on glibc gets each tensor anew, page by page, which takes longer
 FASTEST = 0.5  # radians a token of the first pair of importance channels
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
 
@@ -248,11 +248,30 @@ def load_for(model, path=None) -> Butler:
 # ---------------------------------------------------------------------------- choosing ahead
 
 
+class ImportanceKeys(NamedTuple):
+    """In 8 bits, channel by channel: the product with a query runs along the tokens."""
+
+    numbers: torch.Tensor  # [..., E, S] int8
+    scales: torch.Tensor  # [..., S] float32, of each token; a key is the product
+
+    @classmethod
+    def of(cls, keys) -> "ImportanceKeys":
+        """Keys [..., S, E] -> the same in 8 bits."""
+        scales = keys.abs().amax(-1).clamp(min=1e-30) / 127
+        return cls((keys / scales[..., None]).round().to(torch.int8).transpose(-1, -2), scales)
+
+    def __call__(self):
+        """-> the keys [..., S, E]"""
+        return (self.numbers * self.scales[..., None, :]).transpose(-1, -2)
+
+    def each(self, function) -> "ImportanceKeys":
+        return ImportanceKeys(*map(function, self))
+
+
 class ButlerSelector(Selector):
     """Scores by the butler.
 
-    Importance keys are stored channel by channel, [B, G, E, S]: the product with a query runs along
-    the tokens. The layers of one producer share a buffer [R, B, G, E, capacity], so that, in
+    The layers of one producer share a buffer of importance keys [R, B, G, E, capacity], so that, in
     decoding, all are scored and chosen together as soon as their producer has spoken; the keys of
     this very token are not there yet, and not needed, as it is in the window. In a block of tokens,
     and behind a prompt that was read without the selector, each layer is scored when it is reached.
@@ -260,19 +279,18 @@ class ButlerSelector(Selector):
     drift       a KV head's choice stays in use until its importance query has turned away by more
                 than this (1 - cosine) from the one that it was made for, 16 steps at most; 0: it is
                 made anew at every step. A text that was rewound or read unseen gets new ones
-    key_dtype   format of the importance keys, None: that of the keys
     """
 
     capturable, OLDEST = True, 16
 
-    def __init__(self, butler: Butler, budget, drift=0.0, key_dtype=None, **rules):
+    def __init__(self, butler: Butler, budget, drift=0.0, **rules):
         super().__init__(budget, **rules)
         if not 0 <= drift <= 2:
             raise SelectionError(f"drift {drift}: 1 - cosine is from 0 to 2")
         self.butler, self.queries, self.ahead = butler, {}, {}
-        self.drift, self.key_dtype, self.next = drift, key_dtype, 0
+        self.drift, self.next = drift, 0
         self.seen, self.filled = {}, {}  # per layer: keys [B, G, S, D]; how many were projected
-        self.projected = {}  # per layer: its part of a buffer, [B, G, E, capacity]
+        self.projected = {}  # per layer: its part of a buffer, [B, G, E, capacity] and scales
         # by the first layer that a producer serves: importance keys; choices, the queries that they
         # were made for and their age in steps; where in a block of tokens they were made
         self.buffers, self.choices, self.asked, self.age, self.made = {}, {}, {}, {}, {}
@@ -307,11 +325,10 @@ class ButlerSelector(Selector):
         last = min(self.filled.get(layer, 0), start) - 1
         if last < 0 or (start == self.next and self.seen[layer].device.type != "cpu"):
             return
-        was = self.projected[layer][..., last]  # [B, G, E]
+        was = self.projected[layer].each(lambda x: x[..., last : last + 1])()  # [B, G, 1, E]
         key = self.seen[layer][:, :, last : last + 1].to(was.device)
         now = self.butler.project(layer, key, torch.tensor([last], device=was.device))
-        rounding = 1e-4 + 2 * torch.finfo(was.dtype).eps
-        if (now[:, :, 0] - was).abs().max() > rounding * now.abs().max():
+        if (now - was).abs().max() > 0.01 * now.abs().max():
             self.filled = dict.fromkeys(self.filled, 0)
             self.asked.clear()
 
@@ -338,40 +355,29 @@ class ButlerSelector(Selector):
             if self.drift:
                 self.made[served[0]] = self.made_at(served[0], stacked)
             return
-        due, few = None, AT_ONCE // (longest * keys[0, ..., 0].numel()) or 1
-        choose = self.choose_by_triton if on_gpu(keys) else self.choose_ahead
+        shape = stacked.shape[:3]
+        due = torch.ones(shape, dtype=torch.bool, device=positions.device)
         if self.drift:
             due = self.due(served[0], stacked[..., 0, :])
-        if self.drift or on_gpu(keys):
-            few = len(served)
-        chosen = self.held(served[0], stacked.shape[:3], max(int(self.wanted(longest)), 0))
-        for at in range(0, len(served), few):  # these are fetched while the next are scored
-            some = slice(at, at + few)
-            choose(stacked[some], keys[some], positions, chosen[some], due)
-            self.ahead.update(zip(served[some], chosen[some], strict=True))
-            if self.read_ahead:
-                self.read_ahead(served[some], chosen[some].clone())  # kept beyond the next step
+        chosen = self.held(served[0], shape, max(int(self.wanted(longest)), 0))
+        self.choose_ahead(stacked[..., 0, :], keys, positions[:, 0], due, chosen[..., 0, :])
+        self.ahead.update(zip(served, chosen, strict=True))
+        if self.read_ahead:
+            self.read_ahead(served, chosen.clone())  # kept beyond the next step
 
-    def choose_ahead(self, queries, keys, positions, chosen, due=None):
-        """q_imp [R, B, G, 1, E], k_imp [R, B, G, E, capacity] -> writes into chosen [R, B, G, 1, K]
-        the choices that are `due` [R, B, G], or all"""
-        longest, shape = self.end - 1, keys.shape[:3]
-        keys = keys[..., :longest]
-        positions = positions[:, None].expand(*shape, 1)
-        queries, keys, positions, chosen = (x.flatten(0, 2)[:, None]
-                                            for x in (queries, keys, positions[..., 0], chosen))
-        few = max(1, AT_ONCE // keys[0].numel())
-        parts = [slice(at, at + few) for at in range(0, len(keys), few)]
-        if due is not None and not due.all():
-            parts = [slice(row, row + 1) for row in due.flatten().nonzero()[:, 0].tolist()]
-        for some in parts:
-            new = self.choose(self.rate(queries[some], keys[some]), positions[some])
-            chosen[some] = F.pad(new, (0, chosen.shape[-1] - new.shape[-1]), value=-1)
-
-    def choose_by_triton(self, queries, keys, positions, chosen, due=None):
-        wants = self.wanted(positions[:, 0]).clamp(min=0)
-        triton_select(queries[:, :, :, 0], keys, positions[:, 0], wants, chosen[..., 0, :], due,
-                      (self.bound or self.end) - 1, self.sinks, self.window)
+    def choose_ahead(self, queries, keys, positions, due, chosen):
+        """q_imp [R, B, G, E], k_imp [R, B, G, E, capacity] -> writes into chosen [R, B, G, K] the
+        choices of queries at `positions` [B] that are `due` [R, B, G]"""
+        queries, wants = queries * queries.shape[-1] ** -0.5, self.wanted(positions).clamp(min=0)
+        if on_gpu(queries):
+            longest = (self.bound or self.end) - 1
+            triton_select(queries, *keys, positions, wants, chosen, due, longest, self.sinks,
+                          self.window)
+            return
+        rows = [x[:, None].expand_as(due).flatten() for x in (positions, wants)]
+        queries, keys, due, chosen = (queries.flatten(0, 2), keys.each(lambda x: x.flatten(0, 2)),
+                                      due.flatten(), chosen.flatten(0, 2))
+        kernel_cpu.choose(queries, *keys, *rows, due, chosen, self.sinks, self.window)
 
     def pick(self, layer, q, keys, positions):
         if self.ahead[layer] is not None:
@@ -442,24 +448,24 @@ class ButlerSelector(Selector):
     def scores(self, layer, q, keys, positions):
         self.start = first_position(keys, positions)  # who compares scores calls this alone
         self.see(layer, keys)
-        projected = self.importance_keys([layer], keys.shape[2])[0, ..., : keys.shape[2]]
-        return self.rate(self.queries[layer], projected)
+        known = self.importance_keys([layer], keys.shape[2]).each(lambda x: x[0])
+        return self.rate(self.queries[layer], known.each(lambda x: x[..., : keys.shape[2]]))
 
     def rate(self, queries, keys):
         """q_imp [B, G, T, E], k_imp [B, G, E, S] -> ranks of all tokens, [B, G, T, S]"""
-        return in_order(self.butler.scores(queries, keys.transpose(-1, -2)))
+        return in_order(self.butler.scores(queries, keys()))
 
     def importance_keys(self, layers: list, S: int):
         """Importance keys [R, B, G, E, capacity] of all or one of a producer's layers, of which
         those of the first S tokens are there."""
-        buffer = self.room(layers, S)
+        numbers, scales = buffer = self.room(layers, S)
         start = min(self.filled[layer] for layer in layers)
         for at in range(start, S, 4096):
             some = slice(at, min(at + 4096, S))
             new = torch.stack([self.seen[layer][:, :, some] for layer in layers])
-            here = torch.arange(some.start, some.stop, device=buffer.device)
-            new = self.butler.project(layers[0], new.to(buffer.device), here)
-            buffer[..., some] = new.transpose(-1, -2)
+            here = torch.arange(some.start, some.stop, device=scales.device)
+            new = ImportanceKeys.of(self.butler.project(layers[0], new.to(scales.device), here))
+            numbers[..., some], scales[..., some] = new
         if start < S:
             self.filled.update(dict.fromkeys(layers, S))
         return buffer
@@ -467,29 +473,34 @@ class ButlerSelector(Selector):
     def latest_keys(self, layers: list, positions):
         """importance_keys, in a decode step whose `positions` [B, 1] only the device knows: each
         row's latest key is projected."""
-        buffer = self.room(layers, self.bound)
+        numbers, scales = buffer = self.room(layers, self.bound)
         at = (positions - 1).clamp(min=0)  # [B, 1]
         rows = torch.arange(len(at), device=at.device)[:, None]
         new = torch.stack([self.seen[layer][rows, :, at].transpose(1, 2) for layer in layers])
-        new = self.butler.project(layers[0], new, at[:, None]).to(buffer.dtype)  # [R, B, G, 1, E]
-        buffer[:, rows, :, :, at] = new.permute(1, 3, 0, 2, 4)
+        new = ImportanceKeys.of(self.butler.project(layers[0], new, at[:, None]))  # of one token
+        numbers[:, rows, :, :, at] = new.numbers.permute(1, 4, 0, 2, 3)
+        scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
         return buffer
 
     def room(self, layers: list, S: int):
         """The part [R, B, G, E, capacity] of a buffer that is these layers', for S tokens."""
         c, keys = self.butler.config, self.seen[layers[0]]
         first = self.first(layers[0])
-        buffer = self.buffers.get(first, keys.new_empty(0))
-        if buffer.shape[-1] < S:
+        buffer = self.buffers.get(first)
+        old = buffer.scales.shape[-1] if buffer else 0
+        if old < S:
             head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room
             capacity = -(-max(head // row, S) // BLOCK) * BLOCK
-            shape = min(c.stride, c.layers - first), *keys.shape[:2], c.size, capacity
-            device = self.butler.key_projection.device
-            grown = torch.empty(shape, dtype=self.key_dtype or keys.dtype, device=device)
-            grown[..., : buffer.shape[-1]] = buffer
-            self.buffers[first] = buffer = grown
-            self.projected.update(enumerate(buffer, start=first))
-        return buffer[layers[0] - first :][: len(layers)]
+            shape = min(c.stride, c.layers - first), *keys.shape[:2]
+            scales = self.butler.key_projection.new_empty(*shape, capacity)
+            numbers = torch.empty(*shape, c.size, capacity, dtype=torch.int8, device=scales.device)
+            if buffer:
+                numbers[..., :old], scales[..., :old] = buffer
+            self.buffers[first] = buffer = ImportanceKeys(numbers, scales)
+            self.projected.update({first + i: buffer.each(lambda x, i=i: x[i])
+                                   for i in range(len(scales))})
+        some = slice(layers[0] - first, layers[0] - first + len(layers))
+        return buffer.each(lambda x: x[some])
 
 
 if __name__ == "__main__":
@@ -503,7 +514,8 @@ if __name__ == "__main__":
     cache = llama.new_cache(batch=1, capacity=401)
     llama.prefill(torch.arange(400)[None], cache)
     llama.decode(torch.tensor([[400]]), cache, select)
-    print("layer 1: q_imp", list(select.queries[1].shape), "k_imp", list(select.projected[1].shape))
+    print("layer 1: q_imp", list(select.queries[1].shape), "k_imp",
+          list(select.projected[1].numbers.shape))
     print("401 cached tokens, a tenth attended:", select.index[1][0, 0, 0].tolist())
     print(f"for which it caches {butler.config.size} numbers beside {2 * butler.config.head_dim} "
           "of key and value")

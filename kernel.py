@@ -1,7 +1,8 @@
 """kernel.py - choosing a few tokens, and attending to them: from scores to indices to outputs.
 
     in_order          scores in the order that a top-K takes them in        [..., S] -> [..., S]
-    triton_select     the same on a GPU, from importance queries and keys  -> [R, B, G, K]
+    choose            the best tokens, from importance queries and keys    -> [N, K]
+    triton_select     the same on a GPU; kernel_cpu.py: on a CPU           -> [R, B, G, K]
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
     triton_decode     the same on a GPU; without idx of all tokens so far  -> [B, H, D]
     sparse_attention  T queries a head    q [B, H, T, D], idx [B, G, T, K] -> [B, H, T, D]
@@ -15,9 +16,9 @@ A ladder of three forms, with the bytes they move for one query of one layer, e 
     gather + SDPA    fetch the rows, then be dense       B*G*K*2D*e read, written, read again
     Triton           fetch and attend in one kernel      B*G*K*2D*e read once, on CUDA
 
-K is a tenth of S or less. The price: the rows lie scattered in memory. Scoring reads B*G*S*E*e of
-importance keys, for all layers of a producer at once, and writes a rank for each KV head and token:
-4 bytes in PyTorch, 2 in Triton.
+K is a tenth of S or less. The price: the rows lie scattered in memory. Scoring reads B*G*S*(E + 4)
+bytes of importance keys, for all layers of a producer at once, and writes 2 bytes for each
+KV head and token.
 
     python kernel.py        compares the forms on random input (Triton's: TRITON_INTERPRET=1)
 """
@@ -142,6 +143,21 @@ def in_order(scores):
     return ((code << 15 | LOW) - s).view(torch.float32)
 
 
+def choose(q, keys, scales, positions, wants, due, idx, sinks: int, window: int) -> None:
+    """The best tokens between sinks and window, row by row: the definition.
+
+    q [N, E]; keys [N, E, capacity] int8 and their scales [N, capacity]; positions [N] of the
+    queries, before which keys are there; wants [N], how many tokens each chooses. Writes idx
+    [N, K], -1 = empty, in rows that are `due` [N]; K is no less than any want.
+    """
+    idx.masked_fill_(due[:, None], -1)
+    for n in due.nonzero()[:, 0].tolist():
+        between = slice(sinks, max(int(positions[n]) - window + 1, sinks))
+        scores = q[n] @ keys[n, :, between].float() * scales[n, between]
+        best = in_order(scores).topk(min(int(wants[n]), len(scores))).indices
+        idx[n, : len(best)] = best + sinks
+
+
 # ---------------------------------------------------------------------------- Triton
 
 
@@ -261,7 +277,7 @@ def renew(tokens, had, places, table, old, new, missed, K, OLD, S,
 
 
 @jit
-def score(q, k, codes, histogram, positions, due, BG, G, k_g, k_e, scale, S, sinks, window,
+def score(q, k, scales, codes, histogram, positions, due, BG, G, k_g, k_e, S, sinks, window,
           E: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, HALF: tl.constexpr):
     """Codes of one block of tokens, as `in_order` makes them, and the histogram of their upper 11
     bits; 0 where a token may not be chosen. With keys channel by channel, [E, S], a product is a
@@ -273,7 +289,8 @@ def score(q, k, codes, histogram, positions, due, BG, G, k_g, k_e, scale, S, sin
     raw = tl.zeros([BLOCK], tl.float32)
     for e in tl.static_range(E):
         keys = tl.load(k + row.to(tl.int64) * k_g + e * k_e + s).to(tl.float32)
-        raw += tl.load(q + row * E + e).to(tl.float32) * scale * keys
+        raw += tl.load(q + row * E + e) * keys
+    raw *= tl.load(scales + row.to(tl.int64) * k_e + s)
     free = (s >= sinks) & (s <= tl.load(positions + row % BG // G) - window)
     raw = tl.minimum(tl.maximum(tl.where(free, raw, 0.0), -HALF), HALF)
     bits = raw.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
@@ -326,22 +343,22 @@ def select(codes, histogram, wants, idx, due, BG, G, S, K, BLOCK: tl.constexpr, 
         tl.store(idx + row * K + start + here, -1, mask=(start + here >= end) & (start + here < K))
 
 
-def triton_select(q, k, positions, wants, idx, due, S: int, sinks: int, window: int, block=BLOCK):
-    """What `in_order` and a top-K choose between sinks and window, for all layers of one producer.
+def triton_select(q, k, scales, positions, wants, idx, due, S: int, sinks: int, window: int,
+                  block=BLOCK):
+    """What `choose` does, for all layers of one producer; nothing waits for the device.
 
-    q_imp [R, B, G, E]; k_imp [R, B, G, E, capacity, a multiple of `block`]; positions [B] of the
-    queries, before which keys are there, behind which anything may stand; wants [B], how many
-    tokens each chooses; no position is above S, no want above K. Nothing waits for the device.
-    Writes idx [R, B, G, K], int64, -1 = empty, where `due` [R, B, G] says so, or everywhere (None).
+    q_imp [R, B, G, E]; k_imp [R, B, G, E, capacity], int8, the capacity a multiple of `block`, and
+    scales [R, B, G, capacity]; positions [B] of the queries, behind which anything may stand; wants
+    [B]; no position is above S, no want above K. Writes idx [R, B, G, K], in the order of the text,
+    where `due` [R, B, G] says so.
     """
     R, B, G, E = q.shape
     rows, blocks = R * B * G, triton.cdiv(max(S, 1), block)
-    S = blocks * block
-    due = torch.ones(rows, dtype=torch.int32, device=q.device) if due is None else due.int()
+    S, due = blocks * block, due.int()
     codes = torch.empty(rows, S, dtype=torch.int16, device=q.device)
     histogram = torch.zeros(rows, BINS, dtype=torch.int32, device=q.device)
-    score[rows, blocks](q.contiguous(), k, codes, histogram, positions, due, B * G, G, k.stride(2),
-                        k.stride(3), E**-0.5, S, sinks, window, E=E, BLOCK=block, BINS=BINS,
+    score[rows, blocks](q.contiguous(), k, scales, codes, histogram, positions, due, B * G, G,
+                        k.stride(2), k.stride(3), S, sinks, window, E=E, BLOCK=block, BINS=BINS,
                         HALF=HALF)
     select[(rows,)](codes, histogram, wants, idx, due, B * G, G, S, idx.shape[-1],
                     BLOCK=min(4096, triton.next_power_of_2(S)), BINS=BINS)

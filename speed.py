@@ -214,7 +214,7 @@ def moved(suite, llama, batch: int, context: int, kept, chooses, number: int, si
     else:
         cache = token * (context * kept if kept <= 1 else kept)
         if chooses:
-            cache += context * c.kv_heads * size * number
+            cache += context * c.kv_heads * (size + 4)  # in 8 bits, and a scale
     read = batch * (c.layers - 1) * cache
     if suite == "speed":
         long, few, _ = weight_bytes(llama)
@@ -225,8 +225,8 @@ def moved(suite, llama, batch: int, context: int, kept, chooses, number: int, si
 def memory(llama, batch: int, context: int, kept, number: int, size: int) -> int:
     """Bytes held while decoding: weights, keys and values, importance keys; no room to grow."""
     c, held = llama.config, weight_bytes(llama)[2]
-    channels = c.layers * 2 * c.head_dim + (c.layers - 1) * size * (kept is not None)
-    return held + batch * context * c.kv_heads * channels * number
+    token = c.layers * 2 * c.head_dim * number + (c.layers - 1) * (size + 4) * (kept is not None)
+    return held + batch * context * c.kv_heads * token
 
 
 def weight_bytes(llama) -> tuple[int, int, int]:

@@ -84,7 +84,7 @@ def walk(weight) -> None:
 
 
 def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
-    kept, form = float(config.budgets[0]), torch.bfloat16 if config.memory else None  # half as much
+    kept = float(config.budgets[0])
     steps = -(-config.n // TURNS)
     room, resident = context + WARM + steps, None
     if not config.memory:
@@ -96,7 +96,7 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
     fill(cache, context, [cache.k[0], cache.v[0], *cache.store.flatten(0, 2)])
     if isinstance(cache, DiskCache):
         forget(cache)
-    selector = butler.selector(kept, key_dtype=form)
+    selector = butler.selector(kept)
     positions = torch.arange(context, device=llama.device)[None]
     for layer in range(llama.config.layers):  # as if it had seen the prompt
         selector.watch(layer, None, None, cache.k[layer][:, :, :context], positions)

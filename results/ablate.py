@@ -32,6 +32,7 @@ from butler import Butler, ButlerConfig, ButlerSelector, Producer
 from cli import flag, known, names, numbers, provenance, run
 from coreference import pools
 from corpus import Mixture, default_texts, hold_out
+from kernel import in_order
 from model import Llama, check_device, fast_dtype, resolve
 from synth_task import accuracy, bootstrap, evaluate, task_documents
 
@@ -77,13 +78,13 @@ class Turning(Butler):
         self.frequencies[:pairs] = torch.logspace(fastest, slowest.item(), pairs)
 
 
-class Int8Keys(ButlerSelector):
-    """Importance keys rounded to 8 bits with a scale per token."""
+class ExactKeys(ButlerSelector):
+    """Importance keys as they are projected, not in 8 bits."""
 
-    def importance_keys(self, layers, S):
-        exact = super().importance_keys(layers, S)
-        scale = exact.abs().amax(-2, keepdim=True).clamp(min=1e-9) / 127
-        return (exact / scale).round() * scale
+    def scores(self, layer, q, keys, positions):
+        here = torch.arange(keys.shape[2], device=keys.device)
+        projected = self.butler.project(layer, keys, here)
+        return in_order(self.butler.scores(self.queries[layer], projected))
 
 
 def rival(name, butler, budget, **rules):
@@ -123,7 +124,7 @@ VARIANTS = {
     "no repeated strings": Variant(settings={"repeats": 0}),
     "no co-reference text": Variant(synthetic=0.0),
     "serving p to p+R-1": Variant(kind=SameInput),
-    "int8 importance keys": Variant(selection=Int8Keys),
+    "importance keys in 32 bits": Variant(selection=ExactKeys),
     "drift 0.25": Variant(selection=partial(ButlerSelector, drift=0.25)),
     **{f"window {n}": Variant(selection=partial(ButlerSelector, window=n)) for n in (4, 16)},
     **{f"{name} instead": Variant(selection=partial(rival, name)) for name in RIVALS},

@@ -24,8 +24,9 @@ import kernel
 NAMES = ("attend 64", "attend 128", "dense 64", "dense 128", "merge", "score", "select",
          "renew 128")
 KINDS = {"idx": "*i32", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "scale": "fp32",
-         "codes": "*i16", "due": "*i32", "histogram": "*i32", "positions": "*i64", "wants": "*i64",
-         "out": "*bf16", "k": "*bf16", "v": "*bf16", "tokens": "*i32", "had": "*i32",
+         "scales": "*fp32", "codes": "*i16", "due": "*i32", "histogram": "*i32",
+         "positions": "*i64", "wants": "*i64", "out": "*bf16",
+         "k": "*bf16", "v": "*bf16", "tokens": "*i32", "had": "*i32",
          "places": "*i32", "missed": "*i64", "table": "*bf16", "old": "*bf16", "new": "*bf16"}
 
 
@@ -38,6 +39,7 @@ def compiled(name: str, D: int):
               "score": {"BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096},
               "renew": {"BLOCK": 32}}[name]
     kinds = KINDS | {"q": "*bf16" if name == "attend" else "*fp32",
+                     "k": "*i8" if name == "score" else "*bf16",
                      "idx": "*i64" if name == "select" else "*i32"}
     function = getattr(kernel, name)
     names = function.arg_names

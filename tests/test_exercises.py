@@ -3,12 +3,10 @@
 import pytest
 import torch
 from conftest import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from baselines import Probe, make_selector, mean
 from butler import Butler, ButlerConfig
 from coreference import coreference_documents
-from kernel import in_order
 from selection import Selector
 from train import distillation, record
 
@@ -92,7 +90,7 @@ def test_a_score_loses_with_the_distance(tiny, butler, ids):
     chosen = last_step(tiny, ids, selector)
     default = last_step(tiny, ids, butler.selector(0.2))
     for layer, index in chosen.items():
-        keys = selector.projected[layer][..., : CACHED - 1].transpose(-1, -2)
+        keys = selector.projected[layer]()[..., : CACHED - 1, :]
         scores = butler.scores(selector.queries[layer], keys)[0, :, 0]  # [G, S]
         scores = scores - 0.02 * torch.arange(CACHED - 1, 0, -1)
         best = scores[:, 4 : CACHED - 8].topk(28).indices + 4
@@ -105,27 +103,18 @@ def test_a_score_loses_with_the_distance(tiny, butler, ids):
         assert sorted(index[0, 0, 0].tolist()) == [0, 1, 2, 3, *range(CACHED - 36, CACHED)]
 
 
-@pytest.mark.skip(reason="exercise 5: smaller importance keys")
-def test_importance_keys_fit_in_8_bits(tiny, butler, ids):
-    selector = butler.selector(0.3, key_dtype=torch.int8)
+@pytest.mark.skip(reason="exercise 5: four bits")
+def test_importance_keys_fit_in_4_bits(tiny, butler, ids):
+    selector = butler.selector(0.3, bits=4)
     small = last_step(tiny, ids, selector)
     exact = last_step(tiny, ids, butler.selector(0.3))
-    assert all(buffer.dtype == torch.int8 for buffer in selector.buffers.values())
+    held = next(iter(selector.buffers.values())).numbers
+    assert held.dtype == torch.uint8 and held.shape[-2] == butler.config.size // 2  # two to a byte
     same, total = 0, 0
     for layer, index in small.items():
         for a, b in zip(index[0, :, 0].tolist(), exact[layer][0, :, 0].tolist(), strict=True):
             same, total = same + len(set(a) & set(b)), total + len(b)
-    assert same / total > 0.95
-    # a scale per token: one large key must not drown the others
-    keys = torch.randn(1, 2, CACHED, 16, generator=torch.Generator().manual_seed(1))
-    keys[:, :, 50] *= 1000
-    selector = butler.selector(0.3, key_dtype=torch.int8)
-    selector.start, selector.end = 0, CACHED
-    selector.see(1, keys)
-    stored = selector.importance_keys([1], CACHED)[0, ..., :CACHED].float()
-    expected = butler.project(1, keys, torch.arange(CACHED)).transpose(-1, -2)
-    error = (stored - expected).norm(dim=-2) / expected.norm(dim=-2)
-    assert error.max() < 0.02
+    assert 0.8 < same / total < 1
 
 
 @pytest.mark.skip(reason="exercise 6: whole pages")
@@ -146,26 +135,15 @@ def test_pages_are_chosen_by_their_best_token(tiny, ids):
     assert set(index.tolist()) == set((table[4 : CACHED - 8].topk(28).indices + 4).tolist())
 
 
-class NoSort(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        name = function.overloadpacket.__name__
-        assert not any(word in name for word in ("sort", "topk", "kthvalue", "unique")), name
-        return function(*arguments, **keywords or {})
-
-
-@pytest.mark.skip(reason="exercise 7: no sort")
-@pytest.mark.parametrize("S, K", [(40, 1), (700, 70), (700, 700), (5000, 300)])
-def test_histograms_find_the_top_k(S, K):
-    from kernel import top_by_histogram
-
-    generator = torch.Generator().manual_seed(S + K)
-    scores = (torch.randn(2, 3, 1, S, generator=generator) * 4).softmax(-1)
-    scores[0, 0] = 1 / S  # all are equal: the earliest win
-    scores[0, 1, :, S // 2 :] = scores[0, 1, :, : S - S // 2]
-    expected = in_order(scores).topk(K).indices.sort(-1).values
-    with NoSort():
-        indices = top_by_histogram(scores, K)
-    assert torch.equal(indices, expected)  # in the order of the tokens
+@pytest.mark.skip(reason="exercise 7: the head that cares most")
+def test_the_widest_oracle_asks_the_head_that_cares_most(tiny, ids):
+    keys = torch.randn(1, 2, 60, 16, generator=torch.Generator().manual_seed(1))
+    q = torch.randn(1, 4, 1, 16, generator=torch.Generator().manual_seed(2))
+    selector, newest = make_selector("widest", 20), torch.tensor([[59]])
+    chosen = selector.choose(selector.scores(1, q, keys, newest), newest)[0, :, 0]
+    for g in range(2):
+        heads = (q[0, 2 * g : 2 * g + 2, 0] @ keys[0, g].T / 4).softmax(-1).amax(0)
+        assert set(chosen[g].tolist()) == set((heads[4:52].topk(8).indices + 4).tolist())
 
 
 @pytest.mark.skip(reason="exercise 8: budgets where attention is wide")

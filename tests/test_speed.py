@@ -84,25 +84,25 @@ def test_bytes(monkeypatch):
     weights = sum(p.numel() for p in llama.parameters()) * size
     assert speed.moved("attention", llama, 3, 100, None, False, 4, 16) == 3 * 2 * 100 * token
     assert speed.moved("speed", llama, 3, 100, None, False, 4, 16) == weights + 3 * 3 * 100 * token
-    scored = 100 * 2 * 16 * 4
+    scored = 100 * 2 * (16 + 4)
     for kept, k in ((20.0, 20), (0.1, 10)):
         read = speed.moved("attention", llama, 1, 100, kept, True, 4, 16)
         assert read == 2 * (k * token + scored)
     assert speed.moved("attention", llama, 1, 100, 20.0, False, 4, 16) == 2 * 20 * token
     assert speed.memory(llama, 1, 100, None, 4, 16) == weights + 100 * 3 * token
-    assert speed.memory(llama, 3, 100, 0.1, 4, 16) == weights + 300 * (3 * token + 2 * 2 * 16 * 4)
+    assert speed.memory(llama, 3, 100, 0.1, 4, 16) == weights + 300 * (3 * token + 2 * 2 * (16 + 4))
 
 
-def test_importance_keys_cost_an_eighth_of_keys_and_values_at_head_size_128(monkeypatch):
+def test_importance_keys_cost_a_fourteenth_of_keys_and_values_at_head_size_128(monkeypatch):
     settings = config(monkeypatch, suite="speed")
     monkeypatch.setitem(speed.SHAPES, "tiny", Config(**vars(TINY) | {"head_dim": 128}))
     llama, butler = speed.model_of(settings)
     cache, selector = llama.new_cache(1, 1024, torch.bfloat16), butler.selector(0.1)
     for _ in range(3):
         llama.decode(torch.tensor([[1]]), cache, selector)
-    keys = sum(b.numel() * b.element_size() / b.shape[-1] for b in selector.buffers.values())
+    keys = sum(x.nbytes / x.shape[-1] for keys in selector.buffers.values() for x in keys)
     both = sum(t.numel() * t.element_size() / 1024 for t in cache.k[1:] + cache.v[1:])
-    assert keys / both == 0.125
+    assert keys / both == (32 + 4) / 512
 
 
 def test_break_even_is_where_the_line_crosses_one():

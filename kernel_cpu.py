@@ -1,0 +1,133 @@
+"""kernel_cpu.py - choosing on a CPU: the rung of kernel.py's ladder between PyTorch and Triton.
+
+    queries [N, E], importance keys in 8 bits [N, E, capacity] -choose-> tokens [N, K]
+
+PyTorch passes over memory for every operation: product, rounding, code, top-K. Here a row stays in
+the processor's cache: 512 tokens are scored at a time, coded as `in_order` codes them, and counted;
+the counts tell the least code that is kept; one more pass writes the tokens down. Plain loops,
+compiled by Numba when they are first called. Exactly what `choose` of kernel.py does, in the order
+of the text; that serves, several times slower, where there is no Numba.
+
+    python kernel_cpu.py        compares both, nanoseconds a token and row
+"""
+
+import sys
+import threading
+
+import numpy as np
+import torch
+
+import kernel
+
+try:
+    import numba
+    from numba import njit, prange
+except ImportError:
+    numba, prange = None, range
+    print("no numba (pip install numba): choosing tokens takes longer", file=sys.stderr)
+
+BINS, PIECE = 2048, 512  # of the histogram; tokens scored at a time
+HALF = np.float32(kernel.HALF)
+
+
+def compiled(function):
+    """By Numba, where there is one; kept for the next process, where a folder can be written."""
+    rules = {"parallel": True, "error_model": "numpy", "fastmath": {"contract"}}
+    if numba is None:
+        return function
+    try:
+        return njit(cache=True, **rules)(function)
+    except RuntimeError:  # no folder that can be written to
+        return njit(**rules)(function)
+
+
+@compiled
+def chosen_rows(q, keys, scales, positions, wants, due, sinks, window, codes, idx):
+    for n in prange(len(q)):
+        if not due[n]:
+            continue
+        S = max(positions[n] - window + 1 - sinks, 0)  # tokens to choose from
+        code, counts = codes[n], np.zeros(BINS, np.int32)
+        raw, size = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+        sign, bits = raw.view(np.int32), size.view(np.int32)
+        for start in range(0, S, PIECE):
+            m = min(PIECE, S - start)
+            a = sinks + start
+            raw[:] = 0.0
+            for e in range(0, q.shape[1], 2):  # slices of one dimension: they become vector code
+                q0, q1 = q[n, e], q[n, e + 1]
+                k0, k1 = keys[n, e, a : a + m], keys[n, e + 1, a : a + m]
+                for j in range(m):
+                    raw[j] += q0 * np.float32(k0[j]) + q1 * np.float32(k1[j])
+            scale, here = scales[n, a : a + m], code[start : start + m]
+            for j in range(m):
+                raw[j] *= scale[j]
+                size[j] = min(abs(raw[j]), HALF)
+            for j in range(m):
+                b = bits[j]  # to fp16: 10 bits of the fraction, the even neighbour in the middle
+                half = ((b + np.int32(0xFFF) + (b >> 13 & 1)) >> 13) - np.int32(112 << 10)
+                if b < 0x38800000:  # below its normal numbers, in steps of 2 ** -24
+                    half = np.int32(np.rint(size[j] * np.float32(2**24)))
+                half = 32767 - half if sign[j] < 0 else 32768 + half
+                here[j] = np.uint16(max(half >> 1, 1))
+            for j in range(m):
+                counts[here[j] >> 4] += 1
+        at, rest = 0, min(wants[n], S)
+        if rest > 0:
+            upper, lower, low = BINS - 1, 15, np.zeros(16, np.int32)
+            while counts[upper] < rest:
+                rest -= counts[upper]
+                upper -= 1
+            for s in range(S):
+                if code[s] >> 4 == upper:
+                    low[code[s] & 15] += 1
+            while low[lower] < rest:
+                rest -= low[lower]
+                lower -= 1
+            least = 16 * upper + lower  # and `rest` says how many that are equal to it
+            for s in range(S):
+                equal = code[s] == least and rest > 0
+                if code[s] > least or equal:
+                    idx[n, at] = sinks + s
+                    at += 1
+                    rest -= equal
+        idx[n, at:] = -1
+
+
+def choose(q, keys, scales, positions, wants, due, idx, sinks: int, window: int) -> None:
+    """kernel.choose, compiled: q float32, E even, idx int64."""
+    if numba is None:
+        return kernel.choose(q, keys, scales, positions, wants, due, idx, sinks, window)
+    threads, codes = torch.get_num_threads(), np.empty((len(q), keys.shape[-1]), np.uint16)
+    told = threading.Timer(1, print, ["compiling kernel_cpu.py, once"], {"file": sys.stderr})
+    if first := not chosen_rows.signatures:
+        told.start()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    chosen_rows(*(x.numpy() for x in (q, keys, scales, positions, wants, due)), sinks, window,
+                codes, idx.numpy())
+    if first:
+        told.cancel()
+        torch.set_num_threads(threads)  # Numba's start has set PyTorch's OpenMP to all cores
+
+
+if __name__ == "__main__":
+    import time
+
+    N, E, K, generator = 15, 32, 256, torch.Generator().manual_seed(0)
+    for S in (1000, 8000, 32000):
+        q = torch.randn(N, E, generator=generator) / 100
+        keys = torch.randint(-127, 128, (N, E, S), generator=generator).to(torch.int8)
+        scales = torch.rand(N, S, generator=generator)
+        rows = torch.full((N,), S - 1), torch.full((N,), K), torch.ones(N, dtype=torch.bool)
+        seconds, found = {}, {}
+        for name, form in ("PyTorch", kernel.choose), ("Numba", choose):
+            found[name], times = torch.empty(N, K, dtype=torch.long), []
+            for _ in range(8):  # the first time compiles
+                began = time.perf_counter()
+                form(q, keys, scales, *rows, found[name], 4, 8)
+                times.append(time.perf_counter() - began)
+            seconds[name] = min(times)
+        same = torch.equal(*(idx.sort(-1).values for idx in found.values()))
+        print(f"{S:6,} tokens:", ", ".join(f"{name} {1e9 * s / N / S:.1f} ns"
+                                           for name, s in seconds.items()),
+              "a token and row; same choice:", same)

@@ -145,8 +145,11 @@ def drift(report: dict) -> str:
 def timed(report: dict) -> str:
     rate = f"{report['copy_bytes_per_s'] / 1e9:.1f} GB/s copied"
     suite = speed_offload if report["config"]["suite"] == "offload" else speed
+    command = report["command"]
+    if "--intervals" in command:  # measured when there was such a flag
+        command = f"at that commit: {command}"
     return "\n".join([suite.table(report), "", f"{report['hardware']}, {rate}; commit "
-                      f"{report['commit']}", report["command"]])
+                      f"{report['commit']}", command])
 
 
 TABLES = {"train": train.table, "train_default": train.table, "ablations": ablate.table,

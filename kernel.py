@@ -1,6 +1,7 @@
 """kernel.py - choosing a few tokens, and attending to them: from scores to indices to outputs.
 
     in_order          scores in the order that a top-K takes them in        [..., S] -> [..., S]
+    top               the best tokens, from scores                          [..., S] -> [..., K]
     choose            the best tokens, from importance queries and keys    -> [N, K]
     triton_select     the same on a GPU; kernel_cpu.py: on a CPU           -> [R, B, G, K]
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
@@ -141,6 +142,17 @@ def in_order(scores):
     code = ((bits ^ (bits >> 31 & LOW)) + LOW + 1 >> 1).clamp(min=1)  # 0: not to be chosen
     s = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).clamp(max=LOW)
     return ((code << 15 | LOW) - s).view(torch.float32)
+
+
+def top(scores, first: int, stops, wants):
+    """The best of scores [..., S] from token `first` to `stops` [...], as many as `wants` [...]
+    -> tokens [..., K], -1 = empty; K is the largest want, and -inf never wanted. The definition."""
+    K = min(int(wants.max()), scores.shape[-1])
+    s = torch.arange(scores.shape[-1], device=scores.device)
+    between = (s >= first) & (s < stops[..., None])
+    values, indices = scores.float().masked_fill(~between, -torch.inf).topk(K)
+    real = (s[:K] < wants[..., None]) & (values > -torch.inf)
+    return torch.where(real, indices, -1)
 
 
 def choose(q, keys, scales, positions, wants, due, idx, sinks: int, window: int) -> None:

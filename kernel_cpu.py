@@ -1,6 +1,7 @@
 """kernel_cpu.py - choosing on a CPU: the rung of kernel.py's ladder between PyTorch and Triton.
 
     queries [N, E], importance keys in 8 bits [N, E, capacity] -choose-> tokens [N, K]
+    scores [..., S], from anybody -top-> tokens [..., K]
 
 PyTorch passes over memory for every operation: product, rounding, code, top-K. Here a row stays in
 the processor's cache: 512 tokens are scored at a time, coded as `in_order` codes them, and counted;
@@ -94,20 +95,75 @@ def chosen_rows(q, keys, scales, positions, wants, due, sinks, window, codes, id
         idx[n, at:] = -1
 
 
+@compiled
+def top_rows(scores, first, stops, wants, idx):
+    for n in prange(len(scores)):
+        row = scores[n, first : max(stops[n], first)]
+        bits, codes = row.view(np.int32), np.empty(len(row), np.uint32)
+        counts = np.zeros(BINS, np.int32)
+        for s in range(len(row)):  # codes in the order of the numbers
+            codes[s] = np.uint32(bits[s]) ^ (np.uint32(bits[s] >> 31) | np.uint32(1 << 31))
+        for s in range(len(row)):
+            counts[codes[s] >> 21] += 1
+        nothing = np.uint32(0x007FFFFF)  # the code of -inf
+        for s in range(len(row)):
+            counts[0] -= codes[s] == nothing
+        at, rest = 0, min(wants[n], counts.sum())
+        if rest > 0:
+            upper = BINS - 1
+            while counts[upper] < rest:
+                rest -= counts[upper]
+                upper -= 1
+            inside, m = np.empty(counts[upper], np.uint32), 0
+            for s in range(len(row)):
+                if codes[s] >> 21 == upper and codes[s] != nothing:
+                    inside[m] = codes[s]
+                    m += 1
+            inside.sort()
+            least = inside[m - rest]
+            rest -= m - np.searchsorted(inside, least, side="right")  # how many equal ones
+            for s in range(len(row)):
+                equal = codes[s] == least and rest > 0
+                if codes[s] > least or equal:
+                    idx[n, at] = first + s
+                    at += 1
+                    rest -= equal
+        idx[n, at:] = -1
+
+
+def top(scores, first: int, stops, wants):
+    """kernel.top, compiled, on a CPU: in the order of the text, ties to the earliest."""
+    if numba is None or scores.device.type != "cpu":
+        return kernel.top(scores, first, stops, wants)
+    shape, K = scores.shape[:-1], min(int(wants.max()), scores.shape[-1])
+    idx = torch.empty(*shape, K, dtype=torch.long)
+    if K:
+        rows = [x.expand(shape).flatten().numpy() for x in (stops, wants)]
+        run(top_rows, scores.float().flatten(0, -2).contiguous().numpy(), first, *rows,
+            idx.flatten(0, -2).numpy())
+    return idx
+
+
+def run(function, *arguments) -> None:
+    """Calls a compiled function with as many threads as PyTorch has, and tells of a compilation."""
+    threads = torch.get_num_threads()
+    told = threading.Timer(1, print, ["compiling kernel_cpu.py, once"], {"file": sys.stderr})
+    if first := not function.signatures:
+        told.start()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    function(*arguments)
+    if first:
+        told.cancel()
+        torch.set_num_threads(threads)  # Numba's start has set PyTorch's OpenMP to all cores
+
+
 def choose(q, keys, scales, positions, wants, due, idx, sinks: int, window: int) -> None:
     """kernel.choose, compiled: q float32, E even, idx int64."""
     if numba is None:
         return kernel.choose(q, keys, scales, positions, wants, due, idx, sinks, window)
-    threads, codes = torch.get_num_threads(), np.empty((len(q), keys.shape[-1]), np.uint16)
-    told = threading.Timer(1, print, ["compiling kernel_cpu.py, once"], {"file": sys.stderr})
-    if first := not chosen_rows.signatures:
-        told.start()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    chosen_rows(*(x.numpy() for x in (q, keys, scales, positions, wants, due)), sinks, window,
-                codes, idx.numpy())
-    if first:
-        told.cancel()
-        torch.set_num_threads(threads)  # Numba's start has set PyTorch's OpenMP to all cores
+    codes = np.empty((len(q), keys.shape[-1]), np.uint16)
+    run(chosen_rows, *(x.numpy() for x in (q, keys, scales, positions, wants, due)), sinks, window,
+        codes, idx.numpy())
 
 
 if __name__ == "__main__":

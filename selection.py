@@ -13,6 +13,7 @@ with (baselines.py) differ in their scores, and those that evict in what is left
 
 import torch
 
+from kernel_cpu import top
 from weights import Refusal
 
 
@@ -123,19 +124,10 @@ class Selector:
 
     def choose(self, scores, positions):
         """The best between sinks and window: scores [B, G, T, S] -> [B, G, T, K'], -1 = empty. Each
-        once, by decreasing score; K' is what the longest row's budget leaves."""
-        rest, last = self.wanted(positions), int(positions.max())
-        newest = last - self.window  # that any query may choose
-        scores = scores[..., self.sinks : max(newest + 1, self.sinks)].float()
-        if int(positions.min()) < last:  # some may choose from less than others
-            s = torch.arange(scores.shape[-1], device=scores.device) + self.sinks
-            taken = s > positions[:, None, :, None] - self.window  # [B, 1, T, S']
-            scores = scores.masked_fill(taken, -torch.inf)
-        K = min(max(int(rest.max()), 0), scores.shape[-1])
-        values, indices = scores.topk(K)
-        rank = torch.arange(K, device=scores.device)
-        real = (rank < rest[:, None, :, None]) & (values > -torch.inf)
-        return torch.where(real, indices + self.sinks, -1)
+        once; K' is what the longest row's budget leaves."""
+        stops = (positions - self.window + 1).clamp(min=self.sinks)
+        wants = self.wanted(positions).clamp(min=0)
+        return top(scores, self.sinks, stops[:, None], wants[:, None])
 
 
 if __name__ == "__main__":

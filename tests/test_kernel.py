@@ -91,6 +91,28 @@ def test_scores_in_the_hundreds():
     assert_close("100 q", triton_decode(100 * q, k, v, idx), expected, 1e-4)
 
 
+@pytest.mark.parametrize("S", [5, 40, 700, 4000])
+def test_every_form_finds_the_top_k(S):
+    """Ties, numbers near 0, both zeros, what may not be chosen; rows that want nothing."""
+    rng = torch.Generator().manual_seed(S)
+    scores = torch.randn(2, 3, 7, S, generator=rng)
+    scores[0, 0] = scores[0, 0].round(decimals=1)
+    scores[1, 1] = scores[1, 1].exp() * 1e-40
+    scores[1, 2, :2] = torch.tensor([0.0, -0.0])[:, None]
+    scores[torch.rand(scores.shape, generator=rng) < 0.2] = -torch.inf
+    stops, wants = (torch.randint(0, S + 1, (2, 1, 7), generator=rng) for _ in range(2))
+    found = [form(scores, 3, stops, wants) for form in (kernel.top, kernel_cpu.top)]
+    assert found[0].shape == found[1].shape == (2, 3, 7, int(wants.max()))
+    values = [scores.gather(-1, idx.clamp(min=0)).where(idx >= 0, -torch.inf) for idx in found]
+    assert torch.equal(*(v.sort(-1).values for v in values))
+    for row, stop, want in zip(found[1][0, 0], stops[0, 0], wants[0, 0], strict=True):
+        kept = row[row >= 0].tolist()
+        assert kept == sorted(set(kept)) and len(kept) <= want
+        assert all(3 <= s < stop for s in kept)
+    ties = kernel_cpu.top(torch.zeros(1, 50), 4, torch.tensor([45]), torch.tensor([7]))
+    assert ties.tolist() == [[4, 5, 6, 7, 8, 9, 10]]  # the earliest
+
+
 CHOICES = [(2, 1, 3, 32, 896, [780], [58]), (1, 2, 2, 8, 512, [500, 33], [40, 7]),
            (3, 2, 1, 16, 256, [255, 90], [180, 70]), (1, 1, 1, 32, 128, [31], [11]),
            (1, 1, 1, 16, 128, [21], [1]), (1, 1, 1, 16, 128, [0], [0])]

@@ -103,11 +103,9 @@ def top_rows(scores, first, stops, wants, idx):
         counts = np.zeros(BINS, np.int32)
         for s in range(len(row)):  # codes in the order of the numbers
             codes[s] = np.uint32(bits[s]) ^ (np.uint32(bits[s] >> 31) | np.uint32(1 << 31))
-        for s in range(len(row)):
-            counts[codes[s] >> 21] += 1
         nothing = np.uint32(0x007FFFFF)  # the code of -inf
         for s in range(len(row)):
-            counts[0] -= codes[s] == nothing
+            counts[codes[s] >> 21] += codes[s] > nothing
         at, rest = 0, min(wants[n], counts.sum())
         if rest > 0:
             upper = BINS - 1
@@ -116,7 +114,7 @@ def top_rows(scores, first, stops, wants, idx):
                 upper -= 1
             inside, m = np.empty(counts[upper], np.uint32), 0
             for s in range(len(row)):
-                if codes[s] >> 21 == upper and codes[s] != nothing:
+                if codes[s] >> 21 == upper:
                     inside[m] = codes[s]
                     m += 1
             inside.sort()
@@ -139,7 +137,7 @@ def top(scores, first: int, stops, wants):
     idx = torch.empty(*shape, K, dtype=torch.long)
     if K:
         rows = [x.expand(shape).flatten().numpy() for x in (stops, wants)]
-        run(top_rows, scores.float().flatten(0, -2).contiguous().numpy(), first, *rows,
+        run(top_rows, scores.detach().float().flatten(0, -2).contiguous().numpy(), first, *rows,
             idx.flatten(0, -2).numpy())
     return idx
 

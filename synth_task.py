@@ -369,7 +369,8 @@ def main(config: Config) -> dict:
                          for s, by in table.items()}
         kept[name] = {s: {b: bootstrap(of_oracle(runs, *shares["oracle"][b]))
                           for b, runs in by.items()}
-                      for s, by in shares.items() if "oracle" in shares and s not in ("dense", "oracle")}
+                      for s, by in shares.items()
+                      if "oracle" in shares and s not in ("dense", "oracle")}
         selected[name] = sum(count(d.question if config.question == "sparse" else "")
                              + (d.new_tokens or count(d.answer)) for d in documents)
         selected[name] /= len(documents)

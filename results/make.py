@@ -42,7 +42,7 @@ STEPS = {
     "ruler_4096": (f"synth_task.py --task {NEEDLES} --context 4096 --selectors {NEAR} "
                    "--budgets 0.05,0.1", 40, 0),
     "drift": ("bench.py --suite drift --task coreference,needle_prose,copy --contexts 1024,4096 "
-              "--selectors dense,butler --drifts 0,0.1,0.2,0.25,0.3,0.4,2", 20, 1),
+              "--selectors dense,butler --drifts 0,0.2,0.25,0.4,2", 20, 1),
     "ruler": (f"synth_task.py --task {NEEDLES},copy --context 1024,2048 --selectors {NEAR} "
               "--budgets 0.05,0.1", 40, 1),
     "ruler_rivals": ("synth_task.py --task needle_noise,needle_prose --context 2048 --selectors "

@@ -42,7 +42,7 @@ from cli import UsageError, flag, known, names, numbers, provenance, read_text, 
 from corpus import hold_out
 from model import Llama, check_device, fast_dtype, resolve
 from offload import cache_kind
-from synth_task import Prompts, accuracy, bootstrap, check_budgets
+from synth_task import Prompts, accuracy, bootstrap, check_budgets, of_oracle
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -187,8 +187,7 @@ def length(bench: Bench) -> dict:
         rows = {"kept": bootstrap([masses]),
                 "perplexity": through(math.exp, bootstrap([losses]))}
         if name != "oracle" and best in kept:
-            shares = [a / b for a, b in zip(masses, kept[best], strict=True)]
-            rows |= {"kept of oracle": bootstrap([shares]),
+            rows |= {"kept of oracle": bootstrap(of_oracle([masses], kept[best])),
                      "over oracle": excess([losses], loss[best])}
         for what, row in rows.items():
             results.setdefault(f"{what} @{context}", {}).setdefault(name, {})[budget] = row

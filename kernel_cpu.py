@@ -14,6 +14,7 @@ of the text; that serves, several times slower, where there is no Numba.
 
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,15 +32,38 @@ BINS, PIECE = 2048, 512  # of the histogram; tokens scored at a time
 HALF = np.float32(kernel.HALF)
 
 
-def compiled(function):
+def compiled(function, parallel=True):
     """By Numba, where there is one; kept for the next process, where a folder can be written."""
-    rules = {"parallel": True, "error_model": "numpy", "fastmath": {"contract"}}
+    rules = {"parallel": parallel, "error_model": "numpy", "fastmath": {"contract"}}
     if numba is None:
         return function
     try:
         return njit(cache=True, **rules)(function)
     except RuntimeError:  # no folder that can be written to
         return njit(**rules)(function)
+
+
+@partial(compiled, parallel=False)
+def edge(counts, rest):
+    """The bin of the rest-th best, counted from the last one, and how many of that bin it takes."""
+    bin = len(counts) - 1
+    while counts[bin] < rest:
+        rest -= counts[bin]
+        bin -= 1
+    return bin, rest
+
+
+@partial(compiled, parallel=False)
+def write(codes, least, rest, first, idx):
+    """Tokens whose codes are above the least, and the `rest` earliest that equal it; then -1."""
+    at = 0
+    for s in range(len(codes)):
+        equal = codes[s] == least and rest > 0
+        if codes[s] > least or equal:
+            idx[at] = first + s
+            at += 1
+            rest -= equal
+    idx[at:] = -1
 
 
 @compiled
@@ -73,26 +97,16 @@ def chosen_rows(q, keys, scales, positions, wants, due, sinks, window, codes, id
                 here[j] = np.uint16(max(half >> 1, 1))
             for j in range(m):
                 counts[here[j] >> 4] += 1
-        at, rest = 0, min(wants[n], S)
-        if rest > 0:
-            upper, lower, low = BINS - 1, 15, np.zeros(16, np.int32)
-            while counts[upper] < rest:
-                rest -= counts[upper]
-                upper -= 1
-            for s in range(S):
-                if code[s] >> 4 == upper:
-                    low[code[s] & 15] += 1
-            while low[lower] < rest:
-                rest -= low[lower]
-                lower -= 1
-            least = 16 * upper + lower  # and `rest` says how many that are equal to it
-            for s in range(S):
-                equal = code[s] == least and rest > 0
-                if code[s] > least or equal:
-                    idx[n, at] = sinks + s
-                    at += 1
-                    rest -= equal
-        idx[n, at:] = -1
+        rest = min(wants[n], S)
+        if rest <= 0:
+            idx[n] = -1
+            continue
+        (upper, rest), low = edge(counts, rest), np.zeros(16, np.int32)
+        for s in range(S):
+            if code[s] >> 4 == upper:
+                low[code[s] & 15] += 1
+        lower, rest = edge(low, rest)
+        write(code[:S], 16 * upper + lower, rest, sinks, idx[n])
 
 
 @compiled
@@ -106,27 +120,20 @@ def top_rows(scores, first, stops, wants, idx):
         nothing = np.uint32(0x007FFFFF)  # the code of -inf
         for s in range(len(row)):
             counts[codes[s] >> 21] += codes[s] > nothing
-        at, rest = 0, min(wants[n], counts.sum())
-        if rest > 0:
-            upper = BINS - 1
-            while counts[upper] < rest:
-                rest -= counts[upper]
-                upper -= 1
-            inside, m = np.empty(counts[upper], np.uint32), 0
-            for s in range(len(row)):
-                if codes[s] >> 21 == upper:
-                    inside[m] = codes[s]
-                    m += 1
-            inside.sort()
-            least = inside[m - rest]
-            rest -= m - np.searchsorted(inside, least, side="right")  # how many equal ones
-            for s in range(len(row)):
-                equal = codes[s] == least and rest > 0
-                if codes[s] > least or equal:
-                    idx[n, at] = first + s
-                    at += 1
-                    rest -= equal
-        idx[n, at:] = -1
+        rest = min(wants[n], counts.sum())
+        if rest <= 0:
+            idx[n] = -1
+            continue
+        upper, rest = edge(counts, rest)
+        inside, m = np.empty(counts[upper], np.uint32), 0
+        for s in range(len(row)):
+            if codes[s] >> 21 == upper:
+                inside[m] = codes[s]
+                m += 1
+        inside.sort()
+        least = inside[m - rest]
+        rest -= m - np.searchsorted(inside, least, side="right")  # how many equal ones
+        write(codes, least, rest, first, idx[n])
 
 
 def top(scores, first: int, stops, wants):
@@ -145,8 +152,8 @@ def top(scores, first: int, stops, wants):
 def run(function, *arguments) -> None:
     """Calls a compiled function with as many threads as PyTorch has, and tells of a compilation."""
     threads = torch.get_num_threads()
-    told = threading.Timer(1, print, ["compiling kernel_cpu.py, once"], {"file": sys.stderr})
     if first := not function.signatures:
+        told = threading.Timer(1, print, ["compiling kernel_cpu.py, once"], {"file": sys.stderr})
         told.start()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     function(*arguments)

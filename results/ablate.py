@@ -34,7 +34,7 @@ from coreference import pools
 from corpus import Mixture, default_texts, hold_out
 from kernel import in_order
 from model import Llama, check_device, fast_dtype, resolve
-from synth_task import accuracy, bootstrap, evaluate, task_documents
+from synth_task import accuracy, bootstrap, evaluate, of_oracle, task_documents
 
 
 @dataclass
@@ -183,9 +183,8 @@ def measure(butlers: dict, windows, llama, tok, config) -> dict:
     for name, row in rows.items():
         if name == "dense":
             continue
-        shares = {c: [a / b for a, b in zip(kept[name, c], kept["oracle", c], strict=True)]
-                  for c in contexts}
-        row["kept"] = {str(c): bootstrap([share]) for c, share in shares.items()}
+        row["kept"] = {str(c): bootstrap(of_oracle([kept[name, c]], kept["oracle", c]))
+                       for c in contexts}
         if "default" in butlers:
             pairs = zip(kept[name, contexts[-1]], kept["default", contexts[-1]], strict=True)
             row["over_default"] = bootstrap([[a - b for a, b in pairs]])

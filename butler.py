@@ -38,8 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-import kernel_cpu
-from kernel import BLOCK, in_order, on_gpu, triton_select
+from kernel import BLOCK, choose, in_order
 from model import rotate, turns
 from selection import SelectionError, Selector, first_position
 from weights import Refusal
@@ -168,10 +167,12 @@ class Butler(nn.Module):
         {} if no producer reads this layer."""
         if str(layer) not in self.producers:
             return {}
-        out = self.producers[str(layer)](x.float())
-        rope = turns(positions[:, None, :, None] * self.frequencies)  # [B, 1, T, E]
-        return {layer + 1 + slot: rotate(q.transpose(1, 2), *rope)
-                for slot, q in enumerate(out.unbind(2))}
+        rope = turns(positions[:, None, :, None] * self.frequencies)
+        return dict(enumerate(self.predict(layer, x, rope), layer + 1))
+
+    def predict(self, layer: int, x, rope):
+        """The same for a layer that has a producer, in one: [R, B, G, T, E]"""
+        return rotate(self.producers[str(layer)](x.float()).permute(2, 0, 3, 1, 4), *rope)
 
     def project(self, layer: int, keys, positions):
         """Cached keys [B, G, S, D] of a layer >= 1, at positions [S] (or [B, 1, S]) -> importance
@@ -271,9 +272,9 @@ class ImportanceKeys(NamedTuple):
 class ButlerSelector(Selector):
     """Scores by the butler.
 
-    The layers of one producer share a buffer of importance keys [R, B, G, E, capacity], so that, in
-    decoding, all are scored and chosen together as soon as their producer has spoken; the keys of
-    this very token are not there yet, and not needed, as it is in the window. In a block of tokens,
+    All layers share a buffer of importance keys [L - 1, B, G, E, capacity], so that, in decoding,
+    those of one producer are scored and chosen together as soon as it has spoken; the keys of this
+    very token are not there yet, and not needed, as it is in the window. In a block of tokens,
     and behind a prompt that was read without the selector, each layer is scored when it is reached.
 
     drift       a KV head's choice stays in use until its importance query has turned away by more
@@ -290,10 +291,10 @@ class ButlerSelector(Selector):
         self.butler, self.queries, self.ahead = butler, {}, {}
         self.drift, self.next = drift, 0
         self.seen, self.filled = {}, {}  # per layer: keys [B, G, S, D]; how many were projected
-        self.projected = {}  # per layer: its part of a buffer, [B, G, E, capacity] and scales
-        # by the first layer that a producer serves: importance keys; choices, the queries that they
-        # were made for and their age in steps; where in a block of tokens they were made
-        self.buffers, self.choices, self.asked, self.age, self.made = {}, {}, {}, {}, {}
+        self.buffer, self.projected = None, {}  # importance keys; per layer: its part, [B, G, E, S]
+        # by the first layer that a producer serves: choices, the queries that they were made for
+        # and their age in steps; where in a block of tokens they were made
+        self.choices, self.asked, self.age, self.made = {}, {}, {}, {}
         self.tally = torch.zeros(2, dtype=torch.long, device=butler.key_projection.device)
 
     def __call__(self, layer, x, q, keys, positions):
@@ -315,7 +316,7 @@ class ButlerSelector(Selector):
             self.asked.clear()
         else:
             self.see(layer, keys)
-            self.importance_keys([layer], keys.shape[2])  # as long as the keys are at hand
+            self.importance_keys(layer, layer + 1, keys.shape[2])  # as long as they are at hand
 
     def notice(self, start: int):
         """Starts anew if tokens before `start` were forgotten and others written in their place,
@@ -339,51 +340,51 @@ class ButlerSelector(Selector):
         self.filled[layer] = min(self.filled.get(layer, 0), self.start)
 
     def look_ahead(self, layer, x, positions):
-        queries = self.butler.queries(layer, x, positions)
-        if not queries:
+        if str(layer) not in self.butler.producers:
             return
-        self.queries.update(queries)
-        served, longest = list(queries), (self.bound or self.end) - 1
-        self.ahead.update(dict.fromkeys(served))
-        stacked = torch.stack(list(queries.values()))  # [R, B, G, T, E]
-        known = [self.seen[s].shape[2] if s in self.seen else 0 for s in served]
-        if self.bound:
-            keys = self.latest_keys(served, positions)
-        elif x.shape[1] == 1 and min(known) >= longest > 0:
-            keys = self.importance_keys(served, longest)
-        else:  # each layer chooses when it is reached
+        if layer == 0:
+            self.plan(x.shape[1], positions)
+        first, queries = layer + 1, self.butler.predict(layer, x, self.rope)  # [R, B, G, T, E]
+        served = range(first, first + len(queries))
+        self.queries.update(zip(served, queries, strict=True))
+        if not self.in_time:  # each layer chooses when it is reached
+            self.ahead.update(dict.fromkeys(served))
             if self.drift:
-                self.made[served[0]] = self.made_at(served[0], stacked)
+                self.made[first] = self.made_at(first, queries)
             return
-        shape = stacked.shape[:3]
-        due = torch.ones(shape, dtype=torch.bool, device=positions.device)
-        if self.drift:
-            due = self.due(served[0], stacked[..., 0, :])
-        chosen = self.held(served[0], shape, max(int(self.wanted(longest)), 0))
-        self.choose_ahead(stacked[..., 0, :], keys, positions[:, 0], due, chosen[..., 0, :])
-        self.ahead.update(zip(served, chosen, strict=True))
+        queries = queries[..., 0, :] * queries.shape[-1] ** -0.5  # [R, B, G, E]
+        index = self.held(first, queries.shape[:3], self.most)
+        always = self.kept.shape[-1]
+        index[..., :always], chosen = self.kept, index[..., always:]
+        due = self.due(first, queries) if self.drift else torch.ones(
+            queries.shape[:3], dtype=torch.bool, device=queries.device)
+        keys = self.buffer.each(lambda x: x[layer : served.stop - 1])
+        choose(queries, *keys, positions[:, 0], self.wants, chosen[..., 0, :], due,
+               (self.bound or self.end) - 1, self.sinks, self.window)
+        self.ahead.update(zip(served, index, strict=True))
         if self.read_ahead:
-            self.read_ahead(served, chosen.clone())  # kept beyond the next step
+            self.read_ahead(list(served), chosen)
 
-    def choose_ahead(self, queries, keys, positions, due, chosen):
-        """q_imp [R, B, G, E], k_imp [R, B, G, E, capacity] -> writes into chosen [R, B, G, K] the
-        choices of queries at `positions` [B] that are `due` [R, B, G]"""
-        queries, wants = queries * queries.shape[-1] ** -0.5, self.wanted(positions).clamp(min=0)
-        if on_gpu(queries):
-            longest = (self.bound or self.end) - 1
-            triton_select(queries, *keys, positions, wants, chosen, due, longest, self.sinks,
-                          self.window)
-            return
-        rows = [x[:, None].expand_as(due).flatten() for x in (positions, wants)]
-        queries, keys, due, chosen = (queries.flatten(0, 2), keys.each(lambda x: x.flatten(0, 2)),
-                                      due.flatten(), chosen.flatten(0, 2))
-        kernel_cpu.choose(queries, *keys, *rows, due, chosen, self.sinks, self.window)
+    def plan(self, T: int, positions) -> None:
+        """At layer 0: what all producers need to choose ahead, the newest importance keys of all
+        layers included."""
+        L, longest = self.butler.config.layers, (self.bound or self.end) - 1
+        self.rope = turns(positions[:, None, :, None] * self.butler.frequencies)
+        known = min(self.seen[s].shape[2] if s in self.seen else 0 for s in range(1, L))
+        self.in_time = bool(self.bound) or T == 1 and known >= longest > 0
+        if self.in_time:
+            self.wants = self.wanted(positions[:, 0]).clamp(min=0)
+            self.most = max(int(self.wanted(longest)), 0)
+        if self.bound:
+            self.latest_keys(positions)
+        elif self.in_time:
+            self.importance_keys(1, L, longest)
 
-    def pick(self, layer, q, keys, positions):
+    def selected(self, layer, q, keys, positions):
         if self.ahead[layer] is not None:
             return self.ahead[layer]
-        chosen = super().pick(layer, q, keys, positions)
-        return self.settled(layer, chosen) if self.drift else chosen
+        index = super().selected(layer, q, keys, positions)
+        return self.settled(layer, index) if self.drift else index
 
     # ---- which choices are made anew
 
@@ -419,22 +420,27 @@ class ButlerSelector(Selector):
         return made
 
     def settled(self, layer: int, new):
-        """Choices made for every token of a block [B, G, T, K] -> those that are used."""
-        first = self.first(layer)
+        """Indices made for every token of a block [B, G, T, K] -> those that are used: sinks and
+        window are a token's own, the choice is the one in use."""
+        first, always = self.first(layer), self.kept.shape[-1]
         made = self.made[first]
-        held = self.held(first, made.shape[:3], new.shape[-1])[layer - first]
-        both = torch.cat([held, new], dim=2)
-        used = both.gather(2, made[layer - first][..., None].expand_as(new))
+        held = self.held(first, made.shape[:3], new.shape[-1] - always)[layer - first]
+        chosen = torch.cat([held, new], dim=2)[..., always:]
+        made = made[layer - first][..., None].expand(*new.shape[:3], chosen.shape[-1])
+        used = torch.cat([new[..., :always], chosen.gather(2, made)], dim=-1)
         held.copy_(used[:, :, -1:])
         return used
 
     def held(self, first: int, shape, K: int):
-        """The choices in use of a producer's layers, [R, B, G, 1, K]; overwritten by new ones."""
-        held = self.choices.get(first)
+        """Indices in use of a producer's layers, [R, B, G, 1, K with sinks and window], to be
+        overwritten by new ones; a graph's stay where they are."""
+        held, size = self.choices.get(first), self.kept.shape[-1] + K
         if held is None or held.shape[:3] != shape:
-            held = self.tally.new_empty(*shape, 1, 0)
-        if held.shape[-1] != K:
-            held = F.pad(held, (0, K - held.shape[-1]), value=-1)
+            held = self.tally.new_empty(*shape, 1, 0, dtype=torch.int32)
+        if held.shape[-1] != size:
+            held = F.pad(held, (0, size - held.shape[-1]), value=-1)
+        elif not self.bound:
+            held = held.clone()
         self.choices[first] = held
         return held
 
@@ -448,59 +454,56 @@ class ButlerSelector(Selector):
     def scores(self, layer, q, keys, positions):
         self.start = first_position(keys, positions)  # who compares scores calls this alone
         self.see(layer, keys)
-        known = self.importance_keys([layer], keys.shape[2]).each(lambda x: x[0])
-        return self.rate(self.queries[layer], known.each(lambda x: x[..., : keys.shape[2]]))
+        self.importance_keys(layer, layer + 1, keys.shape[2])
+        return self.rate(self.queries[layer],
+                         self.projected[layer].each(lambda x: x[..., : keys.shape[2]]))
 
     def rate(self, queries, keys):
         """q_imp [B, G, T, E], k_imp [B, G, E, S] -> ranks of all tokens, [B, G, T, S]"""
         return in_order(self.butler.scores(queries, keys()))
 
-    def importance_keys(self, layers: list, S: int):
-        """Importance keys [R, B, G, E, capacity] of all or one of a producer's layers, of which
-        those of the first S tokens are there."""
-        numbers, scales = buffer = self.room(layers, S)
-        start = min(self.filled[layer] for layer in layers)
-        for at in range(start, S, 4096):
-            some = slice(at, min(at + 4096, S))
-            new = torch.stack([self.seen[layer][:, :, some] for layer in layers])
+    def importance_keys(self, first: int, stop: int, S: int) -> None:
+        """Sees to it that importance keys of the first S tokens are there, of layers from `first`
+        to before `stop`."""
+        start = min(self.filled[layer] for layer in range(first, stop))
+        if start >= S:
+            return
+        numbers, scales = self.room(S).each(lambda x: x[first - 1 : stop - 1])
+        for at in range(start, S, 1024):
+            some = slice(at, min(at + 1024, S))
+            new = torch.stack([self.seen[layer][:, :, some] for layer in range(first, stop)])
             here = torch.arange(some.start, some.stop, device=scales.device)
-            new = ImportanceKeys.of(self.butler.project(layers[0], new.to(scales.device), here))
+            new = ImportanceKeys.of(self.butler.project(first, new.to(scales.device), here))
             numbers[..., some], scales[..., some] = new
-        if start < S:
-            self.filled.update(dict.fromkeys(layers, S))
-        return buffer
+        self.filled.update(dict.fromkeys(range(first, stop), S))
 
-    def latest_keys(self, layers: list, positions):
-        """importance_keys, in a decode step whose `positions` [B, 1] only the device knows: each
-        row's latest key is projected."""
-        numbers, scales = buffer = self.room(layers, self.bound)
+    def latest_keys(self, positions) -> None:
+        """The same for all layers, in a decode step whose `positions` [B, 1] only the device knows:
+        each row's latest key is projected."""
+        numbers, scales = self.room(self.bound)
         at = (positions - 1).clamp(min=0)  # [B, 1]
         rows = torch.arange(len(at), device=at.device)[:, None]
-        new = torch.stack([self.seen[layer][rows, :, at].transpose(1, 2) for layer in layers])
-        new = ImportanceKeys.of(self.butler.project(layers[0], new, at[:, None]))  # of one token
+        new = torch.stack([self.seen[layer + 1][rows, :, at].transpose(1, 2)
+                           for layer in range(len(numbers))])
+        new = ImportanceKeys.of(self.butler.project(1, new, at[:, None]))  # of one token
         numbers[:, rows, :, :, at] = new.numbers.permute(1, 4, 0, 2, 3)
         scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
-        return buffer
 
-    def room(self, layers: list, S: int):
-        """The part [R, B, G, E, capacity] of a buffer that is these layers', for S tokens."""
-        c, keys = self.butler.config, self.seen[layers[0]]
-        first = self.first(layers[0])
-        buffer = self.buffers.get(first)
-        old = buffer.scales.shape[-1] if buffer else 0
+    def room(self, S: int):
+        """The buffer [L - 1, B, G, E, capacity] of all importance keys, for S tokens at least."""
+        c, keys = self.butler.config, next(iter(self.seen.values()))
+        old = self.buffer.scales.shape[-1] if self.buffer else 0
         if old < S:
             head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room
             capacity = -(-max(head // row, S) // BLOCK) * BLOCK
-            shape = min(c.stride, c.layers - first), *keys.shape[:2]
+            shape = c.layers - 1, *keys.shape[:2]
             scales = self.butler.key_projection.new_empty(*shape, capacity)
             numbers = torch.empty(*shape, c.size, capacity, dtype=torch.int8, device=scales.device)
-            if buffer:
-                numbers[..., :old], scales[..., :old] = buffer
-            self.buffers[first] = buffer = ImportanceKeys(numbers, scales)
-            self.projected.update({first + i: buffer.each(lambda x, i=i: x[i])
-                                   for i in range(len(scales))})
-        some = slice(layers[0] - first, layers[0] - first + len(layers))
-        return buffer.each(lambda x: x[some])
+            if self.buffer:
+                numbers[..., :old], scales[..., :old] = self.buffer
+            self.buffer = buffer = ImportanceKeys(numbers, scales)
+            self.projected = {i + 1: buffer.each(lambda x, i=i: x[i]) for i in range(c.layers - 1)}
+        return self.buffer
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     in_order          scores in the order that a top-K takes them in        [..., S] -> [..., S]
     top               the best tokens, from scores                          [..., S] -> [..., K]
-    choose            the best tokens, from importance queries and keys    -> [N, K]
-    triton_select     the same on a GPU; kernel_cpu.py: on a CPU           -> [R, B, G, K]
+    choose            the best tokens, from importance queries and keys    -> [R, B, G, K]
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
     triton_decode     the same on a GPU; without idx of all tokens so far  -> [B, H, D]
     sparse_attention  T queries a head    q [B, H, T, D], idx [B, G, T, K] -> [B, H, T, D]
@@ -29,6 +28,8 @@ import os
 import torch
 import torch.nn.functional as F
 
+import kernel_cpu
+
 try:
     import triton
     import triton.language as tl
@@ -37,7 +38,7 @@ except ImportError:  # not a system that Triton runs on: gather + SDPA serves ev
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 LOW = 2**15 - 1  # 15 bits
-HALF = 65504.0  # the largest number of fp16
+HALF = float(kernel_cpu.HALF)  # the largest number of fp16
 BLOCK = 1024  # tokens scored by one program
 BINS = 2048  # of a histogram of codes: their upper 11 bits
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -70,6 +71,8 @@ def sparse_decode(q, k, v, idx):
     """
     if on_gpu(q):
         return triton_decode(q, k, v, idx)
+    if kernel_cpu.serves(q, k, v):
+        return kernel_cpu.attend(q, k, v, idx).to(q.dtype)
     B, H, D = q.shape
     q, empty = q.reshape(B, k.shape[1], -1, D), idx < 0  # [B, G, H/G, D], [B, G, K]
     if not empty.any():
@@ -146,7 +149,9 @@ def in_order(scores):
 
 def top(scores, first: int, stops, wants):
     """The best of scores [..., S] from token `first` to `stops` [...], as many as `wants` [...]
-    -> tokens [..., K], -1 = empty; K is the largest want, and -inf never wanted. The definition."""
+    -> tokens [..., K], -1 = empty; K is the largest want, and -inf never wanted."""
+    if kernel_cpu.serves(scores):
+        return kernel_cpu.top(scores, first, stops, wants)
     K = min(int(wants.max()), scores.shape[-1])
     s = torch.arange(scores.shape[-1], device=scores.device)
     between = (s >= first) & (s < stops[..., None])
@@ -155,19 +160,24 @@ def top(scores, first: int, stops, wants):
     return torch.where(real, indices, -1)
 
 
-def choose(q, keys, scales, positions, wants, due, idx, sinks: int, window: int) -> None:
-    """The best tokens between sinks and window, row by row: the definition.
+def choose(q, keys, scales, positions, wants, idx, due, S: int, sinks: int, window: int) -> None:
+    """The best tokens between sinks and window, for all layers of one producer.
 
-    q [N, E]; keys [N, E, capacity] int8 and their scales [N, capacity]; positions [N] of the
-    queries, before which keys are there; wants [N], how many tokens each chooses. Writes idx
-    [N, K], -1 = empty, in rows that are `due` [N]; K is no less than any want.
+    q_imp [R, B, G, E]; k_imp [R, B, G, E, capacity], int8, and scales [R, B, G, capacity];
+    positions [B] of the queries, behind which anything may stand; wants [B], how many tokens each
+    chooses; no position is above S, no want above K. Writes idx [R, B, G, K], rows as far apart as
+    you like, -1 = empty, where `due` [R, B, G] says so.
     """
-    idx.masked_fill_(due[:, None], -1)
-    for n in due.nonzero()[:, 0].tolist():
-        between = slice(sinks, max(int(positions[n]) - window + 1, sinks))
-        scores = q[n] @ keys[n, :, between].float() * scales[n, between]
-        best = in_order(scores).topk(min(int(wants[n]), len(scores))).indices
-        idx[n, : len(best)] = best + sinks
+    if on_gpu(q):
+        return triton_select(q, keys, scales, positions, wants, idx, due, S, sinks, window)
+    if kernel_cpu.serves(q, keys):
+        return kernel_cpu.choose(q, keys, scales, positions, wants, idx, due, sinks, window)
+    idx.masked_fill_(due[..., None], -1)
+    for r, b, g in due.nonzero().tolist():
+        row, between = (r, b, g), slice(sinks, max(int(positions[b]) - window + 1, sinks))
+        scores = q[row] @ keys[row][:, between].float() * scales[row][between]
+        best = in_order(scores).topk(min(int(wants[b]), len(scores))).indices
+        idx[row][: len(best)] = best + sinks
 
 
 # ---------------------------------------------------------------------------- Triton
@@ -324,7 +334,8 @@ def edge(counts, bins, wanted):
 
 
 @jit
-def select(codes, histogram, wants, idx, due, BG, G, S, K, BLOCK: tl.constexpr, BINS: tl.constexpr):
+def select(codes, histogram, wants, idx, due, BG, G, S, K, stride,
+           BLOCK: tl.constexpr, BINS: tl.constexpr):
     """Those with the best codes of one row, as many as it wants, in the order of the tokens: the
     histogram names the bin of the K-th best code, one pass over that bin's codes the code itself;
     a last pass keeps all codes above it and the earliest that are equal."""
@@ -348,22 +359,17 @@ def select(codes, histogram, wants, idx, due, BG, G, S, K, BLOCK: tl.constexpr, 
         before = equals + tl.cumsum(equal, 0) - equal
         take = (code > least) | ((equal > 0) & (before < rest))
         slot = end + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(idx + row * K + slot, start + here, mask=take)
+        tl.store(idx + row.to(tl.int64) * stride + slot, start + here, mask=take)
         end += tl.sum(take.to(tl.int32), 0)
         equals += tl.sum(equal, 0)
     for start in range(0, K, BLOCK):
-        tl.store(idx + row * K + start + here, -1, mask=(start + here >= end) & (start + here < K))
+        empty = (start + here >= end) & (start + here < K)
+        tl.store(idx + row.to(tl.int64) * stride + start + here, -1, mask=empty)
 
 
 def triton_select(q, k, scales, positions, wants, idx, due, S: int, sinks: int, window: int,
                   block=BLOCK):
-    """What `choose` does, for all layers of one producer; nothing waits for the device.
-
-    q_imp [R, B, G, E]; k_imp [R, B, G, E, capacity], int8, the capacity a multiple of `block`, and
-    scales [R, B, G, capacity]; positions [B] of the queries, behind which anything may stand; wants
-    [B]; no position is above S, no want above K. Writes idx [R, B, G, K], in the order of the text,
-    where `due` [R, B, G] says so.
-    """
+    """`choose`; nothing waits for the device. The capacity is a multiple of `block`."""
     R, B, G, E = q.shape
     rows, blocks = R * B * G, triton.cdiv(max(S, 1), block)
     S, due = blocks * block, due.int()
@@ -372,7 +378,7 @@ def triton_select(q, k, scales, positions, wants, idx, due, S: int, sinks: int, 
     score[rows, blocks](q.contiguous(), k, scales, codes, histogram, positions, due, B * G, G,
                         k.stride(2), k.stride(3), S, sinks, window, E=E, BLOCK=block, BINS=BINS,
                         HALF=HALF)
-    select[(rows,)](codes, histogram, wants, idx, due, B * G, G, S, idx.shape[-1],
+    select[(rows,)](codes, histogram, wants, idx, due, B * G, G, S, idx.shape[-1], idx.stride(2),
                     BLOCK=min(4096, triton.next_power_of_2(S)), BINS=BINS)
 
 

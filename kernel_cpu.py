@@ -1,40 +1,51 @@
-"""kernel_cpu.py - choosing on a CPU: the rung of kernel.py's ladder between PyTorch and Triton.
+"""kernel_cpu.py - choosing and attending on a CPU: the rung of kernel.py's ladder below Triton.
 
-    queries [N, E], importance keys in 8 bits [N, E, capacity] -choose-> tokens [N, K]
-    scores [..., S], from anybody -top-> tokens [..., K]
+    q_imp [R, B, G, E], k_imp [R, B, G, E, capacity] -choose-> tokens [R, B, G, K]
+    scores [..., S], from anybody                       -top-> tokens [..., K]
+    q [B, H, D], k, v, tokens [B, G, K] or all       -attend-> [B, H, D]
 
-PyTorch passes over memory for every operation: product, rounding, code, top-K. Here a row stays in
-the processor's cache: 512 tokens are scored at a time, coded as `in_order` codes them, and counted;
-the counts tell the least code that is kept; one more pass writes the tokens down. Plain loops,
-compiled by Numba when they are first called. Exactly what `choose` of kernel.py does, in the order
-of the text; that serves, several times slower, where there is no Numba.
-
-    python kernel_cpu.py        compares both, nanoseconds a token and row
+PyTorch passes over memory for every operation: product, rounding, code, top-K; fetched rows are
+written and read again. Here what is worked on stays in the processor's cache. In choosing, 512
+tokens are scored at a time, coded as `in_order` codes them, and counted; the counts tell the least
+code that is kept; one more pass writes the tokens down. In attending, 64 rows of keys and values
+are fetched at a time, and all heads of their group attend to them. Plain loops, compiled by Numba
+when they are first called, which kernel.py does where there is a Numba; what they compute is
+defined there.
 """
 
+import math
 import sys
 import threading
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
-
-import kernel
 
 try:
     import numba
     from numba import njit, prange
 except ImportError:
     numba, prange = None, range
-    print("no numba (pip install numba): choosing tokens takes longer", file=sys.stderr)
+    print("no numba (pip install numba): decoding takes longer", file=sys.stderr)
 
 BINS, PIECE = 2048, 512  # of the histogram; tokens scored at a time
-HALF = np.float32(kernel.HALF)
+ROWS = 64  # of keys and values fetched at a time
+HALF = np.float32(65504)  # the largest number of fp16
+LOG2E = math.log2(math.e)
+NOTHING, NOWHERE = np.empty(0, np.float32), np.empty(0, np.int64)
+NO_HALVES = np.empty(0, np.int16), np.empty(0, np.int16)
+called, here = set(), threading.local()  # functions that are compiled
 
 
-def compiled(function, parallel=True):
+def serves(*tensors) -> bool:
+    """Are these for the compiled loops?"""
+    dtypes = torch.float32, torch.bfloat16, torch.int8
+    return numba is not None and all(x.device.type == "cpu" and x.dtype in dtypes for x in tensors)
+
+
+def compiled(function, parallel=True, fastmath=frozenset({"contract"})):
     """By Numba, where there is one; kept for the next process, where a folder can be written."""
-    rules = {"parallel": parallel, "error_model": "numpy", "fastmath": {"contract"}}
+    rules = {"parallel": parallel, "error_model": "numpy", "fastmath": set(fastmath)}
     if numba is None:
         return function
     try:
@@ -67,11 +78,16 @@ def write(codes, least, rest, first, idx):
 
 
 @compiled
-def chosen_rows(q, keys, scales, positions, wants, due, sinks, window, codes, idx):
-    for n in prange(len(q)):
-        if not due[n]:
+def chosen_rows(queries, keys, scales, positions, wants, idx, due, sinks, window):
+    R, B, G, E = queries.shape
+    N, capacity = R * B * G, keys.shape[-1]
+    q, keys = queries.reshape(N, E), keys.reshape(N, E, capacity)
+    scales, codes = scales.reshape(N, capacity), np.empty((N, capacity), np.uint16)
+    for n in prange(N):
+        r, b, g = n // (B * G), n // G % B, n % G
+        if not due[r, b, g]:
             continue
-        S = max(positions[n] - window + 1 - sinks, 0)  # tokens to choose from
+        S = max(positions[b] - window + 1 - sinks, 0)  # tokens to choose from
         code, counts = codes[n], np.zeros(BINS, np.int32)
         raw, size = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
         sign, bits = raw.view(np.int32), size.view(np.int32)
@@ -79,7 +95,7 @@ def chosen_rows(q, keys, scales, positions, wants, due, sinks, window, codes, id
             m = min(PIECE, S - start)
             a = sinks + start
             raw[:] = 0.0
-            for e in range(0, q.shape[1], 2):  # slices of one dimension: they become vector code
+            for e in range(0, E, 2):  # slices of one dimension: they become vector code
                 q0, q1 = q[n, e], q[n, e + 1]
                 k0, k1 = keys[n, e, a : a + m], keys[n, e + 1, a : a + m]
                 for j in range(m):
@@ -89,24 +105,24 @@ def chosen_rows(q, keys, scales, positions, wants, due, sinks, window, codes, id
                 raw[j] *= scale[j]
                 size[j] = min(abs(raw[j]), HALF)
             for j in range(m):
-                b = bits[j]  # to fp16: 10 bits of the fraction, the even neighbour in the middle
-                half = ((b + np.int32(0xFFF) + (b >> 13 & 1)) >> 13) - np.int32(112 << 10)
-                if b < 0x38800000:  # below its normal numbers, in steps of 2 ** -24
+                z = bits[j]  # to fp16: 10 bits of the fraction, the even neighbour in the middle
+                half = ((z + np.int32(0xFFF) + (z >> 13 & 1)) >> 13) - np.int32(112 << 10)
+                if z < 0x38800000:  # below its normal numbers, in steps of 2 ** -24
                     half = np.int32(np.rint(size[j] * np.float32(2**24)))
                 half = 32767 - half if sign[j] < 0 else 32768 + half
                 here[j] = np.uint16(max(half >> 1, 1))
             for j in range(m):
                 counts[here[j] >> 4] += 1
-        rest = min(wants[n], S)
+        rest = min(wants[b], S)
         if rest <= 0:
-            idx[n] = -1
+            idx[r, b, g] = -1
             continue
         (upper, rest), low = edge(counts, rest), np.zeros(16, np.int32)
         for s in range(S):
             if code[s] >> 4 == upper:
                 low[code[s] & 15] += 1
         lower, rest = edge(low, rest)
-        write(code[:S], 16 * upper + lower, rest, sinks, idx[n])
+        write(code[:S], 16 * upper + lower, rest, sinks, idx[r, b, g])
 
 
 @compiled
@@ -136,10 +152,136 @@ def top_rows(scores, first, stops, wants, idx):
         write(codes, least, rest, first, idx[n])
 
 
+@partial(compiled, parallel=False)
+def powers(x, highest):
+    """2 ** (x - highest) in place, no x above the highest: by halves of the number's bits, to a
+    few units of float32's last place."""
+    bits = x.view(np.int32)
+    for i in range(len(x)):
+        y = max(x[i] - highest, np.float32(-126))
+        whole = np.rint(y)
+        rest, power = y - whole, np.float32(1.5403530e-4)
+        power = power * rest + np.float32(1.3333558e-3)
+        power = power * rest + np.float32(9.6181291e-3)
+        power = power * rest + np.float32(5.5504109e-2)
+        power = power * rest + np.float32(2.4022651e-1)
+        power = power * rest + np.float32(6.9314718e-1)
+        x[i] = power * rest + np.float32(1)
+        bits[i] += np.int32(whole) << 23  # the exponent
+
+
+@partial(compiled, fastmath={"contract", "reassoc"})
+def attended(queries, k, v, halves, G, batch, head, row, idx, stops, out):
+    """queries and out [N, heads, D], N = B * G. k, v: the numbers of the caches in a row, of which
+    a sequence, a head and a token are so many apart, float32 or, as `halves`, upper halves of such.
+    Tokens: of idx [N, K], or, if there are `stops` [B], all up to these. Each piece of them has a
+    maximum, a sum of powers and a sum of values of its own; they are merged at the end."""
+    N, heads, D = queries.shape
+    pieces = -(-(stops.max() if len(stops) else idx.shape[1]) // ROWS)
+    q = queries * np.float32(LOG2E * D**-0.5)
+    sums = np.zeros((N, pieces, heads, D), np.float32)
+    tops, totals = np.full((N, pieces, heads), -np.inf, np.float32), np.zeros_like(sums[..., 0])
+    for program in prange(N * pieces):
+        n, piece = program // pieces, program % pieces
+        first, m, end = n // G * batch + n % G * head, 0, ROWS * (piece + 1)
+        at, asked = np.empty(ROWS + 3, np.int64), np.float32(0)
+        for i in range(end - ROWS, min(end, stops[n // G] if len(stops) else idx.shape[1])):
+            token = i if len(stops) else idx[n, i]
+            if token >= 0:
+                at[m] = first + token * row
+                m += 1
+        if m == 0:
+            continue
+        keys, values = k, v
+        if len(halves[0]):
+            keys, values = wide(halves[0], at[:m], D), wide(halves[1], at[:m], D)
+            at[:m] = np.arange(m) * D
+        elif len(stops) == 0:  # scattered: all are asked for before the first is needed
+            for i in range(m):
+                for d in range(0, D, 16):
+                    asked += keys[at[i] + d] + values[at[i] + d]
+        tops[n, piece, 0] = asked
+        at[m:] = at[0]
+        scores = np.zeros((heads, ROWS + 3), np.float32)
+        for i in range(m):
+            key = keys[at[i] : at[i] + D]
+            for h in range(heads):
+                score = np.float32(0)
+                for d in range(D):
+                    score += q[n, h, d] * key[d]
+                scores[h, i] = score
+        for h in range(heads):
+            tops[n, piece, h] = scores[h, :m].max()
+            powers(scores[h, :m], tops[n, piece, h])
+            totals[n, piece, h] = scores[h].sum()
+        for i in range(0, m, 4):  # four rows at a time: a sum is read and written less often
+            a0, a1, a2, a3 = at[i], at[i + 1], at[i + 2], at[i + 3]
+            v0, v1 = values[a0 : a0 + D], values[a1 : a1 + D]
+            v2, v3 = values[a2 : a2 + D], values[a3 : a3 + D]
+            for h in range(heads):
+                p, total = scores[h, i : i + 4], sums[n, piece, h]
+                p0, p1, p2, p3 = p[0], p[1], p[2], p[3]
+                for d in range(D):
+                    total[d] += p0 * v0[d] + p1 * v1[d] + p2 * v2[d] + p3 * v3[d]
+    for n in range(N):
+        for h in range(heads):
+            highest, total = tops[n, :, h].max(), np.float32(0)
+            out[n, h] = 0.0
+            for piece in range(pieces):
+                if totals[n, piece, h] > 0:
+                    share = np.exp2(tops[n, piece, h] - highest)
+                    total += share * totals[n, piece, h]
+                    for d in range(D):
+                        out[n, h, d] += share * sums[n, piece, h, d]
+            if total > 0:
+                for d in range(D):
+                    out[n, h, d] /= total
+
+
+@partial(compiled, parallel=False)
+def wide(halves, at, D):
+    """Rows of upper halves of float32 numbers, beginning `at` -> these numbers, row by row."""
+    bits = np.empty(len(at) * D, np.uint32)
+    for i in range(len(at)):
+        row, to = halves[at[i] : at[i] + D], bits[i * D : (i + 1) * D]
+        for d in range(D):
+            to[d] = np.uint32(row[d]) << 16
+    return bits.view(np.float32)
+
+
+def attend(q, k, v, idx=None, stops=None):
+    """kernel.sparse_decode, compiled; without idx of all tokens up to stops [B]. k, v float32 or
+    bfloat16."""
+    B, H, D = q.shape
+    G, S = k.shape[1:3]
+    if k.stride() != v.stride() or k.stride(3) != 1:
+        k, v = torch.stack([k, v])  # contiguous
+    batch, head, row, _ = k.stride()
+    size = (B - 1) * batch + (G - 1) * head + (S - 1) * row + D  # from the first number to the last
+    k, v = (x.as_strided((size,), (1,)) for x in (k, v))
+    if k.dtype == torch.float32:
+        caches = k.numpy(), v.numpy(), NO_HALVES
+    else:
+        caches = NOTHING, NOTHING, tuple(x.view(torch.int16).numpy() for x in (k, v))
+    if idx is None:
+        tokens, stops = np.empty((B * G, 0), np.int32), stops.numpy()
+    else:
+        tokens, stops = idx.reshape(B * G, idx.shape[2]).numpy(), NOWHERE
+    out = torch.empty(B, H, D)
+    heads = (B * G, H // G, D)
+    run(attended, q.float().reshape(heads).numpy(), *caches, G, batch, head, row, tokens, stops,
+        out.view(heads).numpy())
+    return out
+
+
+def choose(q, keys, scales, positions, wants, idx, due, sinks: int, window: int) -> None:
+    """kernel.choose, compiled: q float32, E even."""
+    tensors = q.contiguous(), keys, scales, positions, wants, idx, due
+    run(chosen_rows, *(x.numpy() for x in tensors), sinks, window)
+
+
 def top(scores, first: int, stops, wants):
-    """kernel.top, compiled, on a CPU: in the order of the text, ties to the earliest."""
-    if numba is None or scores.device.type != "cpu":
-        return kernel.top(scores, first, stops, wants)
+    """kernel.top, compiled: in the order of the text, ties to the earliest."""
     shape, K = scores.shape[:-1], min(int(wants.max()), scores.shape[-1])
     idx = torch.empty(*shape, K, dtype=torch.long)
     if K:
@@ -149,46 +291,22 @@ def top(scores, first: int, stops, wants):
     return idx
 
 
+@cache
+def tell() -> None:
+    print("compiling loops for this processor, once", file=sys.stderr)
+
+
 def run(function, *arguments) -> None:
-    """Calls a compiled function with as many threads as PyTorch has, and tells of a compilation."""
+    """Calls a compiled function with as many threads as PyTorch has, and tells if it compiles."""
     threads = torch.get_num_threads()
-    if first := not function.signatures:
-        told = threading.Timer(1, print, ["compiling kernel_cpu.py, once"], {"file": sys.stderr})
-        told.start()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if threads != getattr(here, "threads", None):  # of this thread's calls
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        here.threads = threads
+    if function in called:
+        return function(*arguments)
+    notice = threading.Timer(1, tell)
+    notice.start()
     function(*arguments)
-    if first:
-        told.cancel()
-        torch.set_num_threads(threads)  # Numba's start has set PyTorch's OpenMP to all cores
-
-
-def choose(q, keys, scales, positions, wants, due, idx, sinks: int, window: int) -> None:
-    """kernel.choose, compiled: q float32, E even, idx int64."""
-    if numba is None:
-        return kernel.choose(q, keys, scales, positions, wants, due, idx, sinks, window)
-    codes = np.empty((len(q), keys.shape[-1]), np.uint16)
-    run(chosen_rows, *(x.numpy() for x in (q, keys, scales, positions, wants, due)), sinks, window,
-        codes, idx.numpy())
-
-
-if __name__ == "__main__":
-    import time
-
-    N, E, K, generator = 15, 32, 256, torch.Generator().manual_seed(0)
-    for S in (1000, 8000, 32000):
-        q = torch.randn(N, E, generator=generator) / 100
-        keys = torch.randint(-127, 128, (N, E, S), generator=generator).to(torch.int8)
-        scales = torch.rand(N, S, generator=generator)
-        rows = torch.full((N,), S - 1), torch.full((N,), K), torch.ones(N, dtype=torch.bool)
-        seconds, found = {}, {}
-        for name, form in ("PyTorch", kernel.choose), ("Numba", choose):
-            found[name], times = torch.empty(N, K, dtype=torch.long), []
-            for _ in range(8):  # the first time compiles
-                began = time.perf_counter()
-                form(q, keys, scales, *rows, found[name], 4, 8)
-                times.append(time.perf_counter() - began)
-            seconds[name] = min(times)
-        same = torch.equal(*(idx.sort(-1).values for idx in found.values()))
-        print(f"{S:6,} tokens:", ", ".join(f"{name} {1e9 * s / N / S:.1f} ns"
-                                           for name, s in seconds.items()),
-              "a token and row; same choice:", same)
+    notice.cancel()
+    called.add(function)
+    torch.set_num_threads(threads)  # Numba's start has set PyTorch's OpenMP to all cores

@@ -24,13 +24,16 @@ P producers, I prediction interval, R depth stride.
 """
 
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernel_cpu
 from fetch import resolve
 from kernel import on_gpu, sparse_attention, triton_decode
+from packed import PackedBlock, PackedHead, few
 from weights import Config, ModelError, read
 
 
@@ -147,12 +150,14 @@ def dense_attention(q, k, v, positions, ragged: bool):
     """Causal attention of q [B, H, T, D] over all of k, v [B, G, S, D] -> [B, H, T, D]."""
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
+    if T == 1 and ragged and on_gpu(q):
+        return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
+    if T == 1 and kernel_cpu.serves(q, k, v):
+        return kernel_cpu.attend(q[:, :, 0], k, v, stops=positions[:, 0] + 1)[:, :, None]
     if T == 1 and not ragged:  # one query sees everything: fold the group into the query axis
         return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).reshape(q.shape)
     if T == S and not ragged:  # is_causal aligns top-left: right when nothing is cached yet
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if T == 1 and on_gpu(q):
-        return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
     if not ragged and q.device.type == "cpu":
         return attention_behind(q, k, v)
     mask = torch.arange(S, device=q.device) <= positions[:, None, :, None]
@@ -173,66 +178,13 @@ def attention_behind(q, k, v):
     return new.lerp(old.view(B, H, T, D), share.to(new.dtype))
 
 
-class Linear(nn.Linear):
-    """A matrix. One whose weights were 4-bit or 8-bit numbers in their file can be kept in that
-    form too: a product with a token or two takes as long as reading the weights, and these are a
-    quarter or half of bfloat16."""
-
-    ROWS = 4  # tokens up to which the product with packed weights is the faster one
-    packed = ()  # (codes, scales [C/32, N, 2]) whose products add up to this matrix's
-
-    @torch.no_grad()  # else a graph of its making would be kept, six times as large
-    def pack(self) -> None:
-        """Packs bfloat16 weights [N, C] if every 32 in a row are what GGUF's Q4_1 or Q8_0 can say:
-        16 evenly spaced values from the least to the largest, or whole multiples up to 127 of one
-        number. An 8-bit code is two of 4 bits. Others stay as they are, and so do sizes that the
-        4-bit product does not take. After this the weights may neither change nor move."""
-        if self.in_features % 32 or self.out_features % 64:
-            return
-        for bits in (4, 8):
-            if quantised(self.weight[:64], bits) and (parts := quantised(self.weight, bits)):
-                self.packed = [(torch._convert_weight_to_int4pack_for_cpu(code, 1),
-                                torch.cat(scales, dim=-1).transpose(0, 1).bfloat16().contiguous())
-                               for code, *scales in parts]
-                return
-
-    def forward(self, x):
-        if not self.packed or x.numel() > self.ROWS * self.in_features:
-            return super().forward(x)
-        rows = x.flatten(0, -2)
-        out = sum(torch._weight_int4pack_mm_for_cpu(rows, codes, 32, scales)
-                  for codes, scales in self.packed).view(*x.shape[:-1], -1)
-        return out if self.bias is None else out + self.bias
-
-
-def quantised(weight, bits: int):
-    """Weights [N, C] as Q4_1 or Q8_0 have them -> parts (codes [N, C] int32 below 16, step and
-    offset [N, C/32, 1]) whose sum over (code - 8) * step + offset they are; None if no such."""
-    w = weight.float().unflatten(1, (-1, 32))
-    largest = w.abs().amax(-1, keepdim=True)
-    if bits == 4:
-        low, high = w.aminmax(dim=-1, keepdim=True)
-        step = ((high - low) / 15).clamp(min=1e-12)
-        code, tolerance = ((w - low) / step).round(), 2**-7 * largest
-    else:
-        step = (largest / 127).clamp(min=1e-12)
-        low = -128 * step
-        code, tolerance = (w / step).round() + 128, 2**-7 * w.abs()
-    if ((code * step + low - w).abs() > tolerance).any():
-        return None
-    code = code.flatten(1).int()
-    if bits == 4:
-        return [(code, step, low + 8 * step)]
-    return [(code // 16, 16 * step, 0 * step), (code % 16, step, 8 * step)]
-
-
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads, self.kv_heads = c.heads, c.kv_heads
-        self.qkv_proj = Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim,
-                               bias=c.attention_bias)
-        self.o_proj = Linear(c.heads * c.head_dim, c.width, bias=c.attention_bias)
+        self.qkv_proj = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim,
+                                  bias=c.attention_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.attention_bias)
 
     def qkv(self, x, cos, sin):
         """Normed x [B, T, C] -> q [B, H, T, D], k [B, G, T, D], rotated float32; v [B, G, T, D]"""
@@ -245,8 +197,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_up_proj = Linear(c.width, 2 * c.mlp_width, bias=c.mlp_bias)
-        self.down_proj = Linear(c.mlp_width, c.width, bias=c.mlp_bias)
+        self.gate_up_proj = nn.Linear(c.width, 2 * c.mlp_width, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.mlp_width, c.width, bias=c.mlp_bias)
 
     def forward(self, x):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -262,8 +214,23 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.mlp = MLP(c)
 
+    @cached_property
+    def packed(self):
+        """The same block for a token or two (packed.py), or None."""
+        return PackedBlock.of(self)
+
+    def before(self, x, cos, sin):
+        """-> q [B, H, T, D], k, v [B, G, T, D]"""
+        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, attended):
+        """Input x [B, T, C] and attended [B, H, T, D] -> output [B, T, C]"""
+        x = x + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2).to(x.dtype))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
     def forward(self, x, rope, positions, cache, selector):
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), *rope)
+        form = few(x) and self.packed or self
+        q, k, v = form.before(x, *rope)
         keys, values = cache.append(self.layer, k, v)
         q = q.to(keys.dtype)
         index = selector(self.layer, x, q, keys, positions) if selector else None
@@ -272,8 +239,7 @@ class Block(nn.Module):
             out = dense_attention(q, *whole, positions, cache.ragged)
         else:
             out = sparse_attention(q, *cache.at_hand(self.layer, keys, values, index))
-        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return form.after(x, out)
 
 
 class Llama(nn.Module):
@@ -289,7 +255,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.lm_head = Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.tie()
         self.frequencies = rope_frequencies(config)
 
@@ -349,7 +315,13 @@ class Llama(nn.Module):
         if last:
             at = torch.as_tensor([T] * B if lengths is None else lengths, device=x.device) - 1
             x = x[torch.arange(B, device=x.device), at][:, None]
+        if few(x) and self.packed_head:
+            return self.packed_head(x)
         return self.lm_head(self.norm(x))
+
+    @cached_property
+    def packed_head(self):
+        return PackedHead.of(self.norm, self.lm_head)
 
     @torch.inference_mode()
     def prefill(self, tokens, cache, selector=None, lengths=None, chunk=512):
@@ -396,10 +368,6 @@ class Llama(nn.Module):
         model.load_state_dict(state, assign=True, strict=False)  # a tied matrix is there once
         model.tie()
         model.frequencies = model.frequencies / factors
-        if dtype == torch.bfloat16 and torch.device(device).type == "cpu":
-            for module in model.modules():
-                if isinstance(module, Linear):
-                    module.pack()
         return model.eval().requires_grad_(False)
 
 

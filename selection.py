@@ -13,7 +13,7 @@ with (baselines.py) differ in their scores, and those that evict in what is left
 
 import torch
 
-from kernel_cpu import top
+from kernel import top
 from weights import Refusal
 
 
@@ -105,9 +105,12 @@ class Selector:
         self.look_ahead(layer, x, positions)
         if layer == 0:
             return None
-        chosen = self.pick(layer, q, keys, positions)
-        self.index[layer] = torch.cat([self.kept, chosen], dim=-1).int()
+        self.index[layer] = self.selected(layer, q, keys, positions)
         return self.index[layer]
+
+    def selected(self, layer, q, keys, positions):
+        """-> sinks, window and what is picked, [B, G, T, K] int32"""
+        return torch.cat([self.kept, self.pick(layer, q, keys, positions)], dim=-1).int()
 
     def always(self, positions):
         """Sinks and window of queries at `positions` [B, T] -> [B, T, sinks + window]."""

@@ -36,7 +36,8 @@ from butler import Butler, ButlerConfig, load_for
 from cli import read_text
 from graph import stepper
 from kernel import on_gpu, sparse_attention
-from model import Linear, Llama, dense_attention, fast_dtype, resolve, rope_frequencies
+from model import Llama, dense_attention, fast_dtype, resolve, rope_frequencies
+from packed import ROWS
 from weights import Config, ModelError
 
 SHAPES = {
@@ -95,7 +96,10 @@ def two_products(q, k, v):
 
 
 DENSE = {
-    "group as queries": lambda q, k, v: dense_attention(q, k, v, None, False),
+    "the model's": lambda q, k, v: dense_attention(
+        q, k, v, torch.full((len(k), 1), k.shape[2] - 1), False),
+    "group as queries": lambda q, k, v: F.scaled_dot_product_attention(
+        q.view(*k.shape[:2], -1, q.shape[-1]), k, v).view(q.shape),
     "enable_gqa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
     "two products": two_products,
 }
@@ -218,7 +222,7 @@ def moved(suite, llama, batch: int, context: int, kept, chooses, number: int, si
     read = batch * (c.layers - 1) * cache
     if suite == "speed":
         long, few, _ = weight_bytes(llama)
-        read += batch * context * token + (few if batch <= Linear.ROWS else long)
+        read += batch * context * token + (few if batch <= ROWS else long)
     return int(read)
 
 
@@ -230,12 +234,18 @@ def memory(llama, batch: int, context: int, kept, number: int, size: int) -> int
 
 
 def weight_bytes(llama) -> tuple[int, int, int]:
-    """Bytes of weights that a long block of tokens reads; a few tokens, 4-bit ones where there are;
-    and that are held for both."""
+    """Bytes of weights that a long block of tokens reads; a few tokens, packed ones where there
+    are; and that are held for both."""
     plain = sum(p.nbytes for p in llama.parameters())
-    matrices = [m for m in llama.modules() if isinstance(m, Linear) and m.packed]
-    packed = sum(part.nbytes for m in matrices for parts in m.packed for part in parts)
-    return plain, plain + packed - sum(m.weight.nbytes for m in matrices), plain + packed
+    if llama.device.type != "cpu":
+        return plain, plain, plain
+    forms = [(form.matrices, sum(m.weight.nbytes for m in block.modules()
+                                 if isinstance(m, torch.nn.Linear)))
+             for block in llama.layers if (form := block.packed)]
+    if form := llama.packed_head:
+        forms.append(([form.matrix], llama.lm_head.weight.nbytes))
+    packed = sum(part.nbytes for matrices, _ in forms for m in matrices for part in m)
+    return plain, plain + packed - sum(nbytes for _, nbytes in forms), plain + packed
 
 
 def break_even(rows: list[dict]) -> dict:

@@ -39,8 +39,7 @@ def compiled(name: str, D: int):
               "score": {"BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096},
               "renew": {"BLOCK": 32}}[name]
     kinds = KINDS | {"q": "*bf16" if name == "attend" else "*fp32",
-                     "k": "*i8" if name == "score" else "*bf16",
-                     "idx": "*i64" if name == "select" else "*i32"}
+                     "k": "*i8" if name == "score" else "*bf16"}
     function = getattr(kernel, name)
     names = function.arg_names
     constants = {(i,): sizes[n] for i, n in enumerate(names) if n in sizes}

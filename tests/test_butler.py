@@ -10,7 +10,7 @@ from conftest import assert_close, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import butler as butler_module
+import kernel
 import kernel_cpu
 from baselines import NAMES, Oracle, make_selector, true_attention
 from butler import Butler, ButlerConfig, ButlerError, fingerprint, turned_back
@@ -128,7 +128,7 @@ def test_block_equals_token_by_token(pair, name):
     for rules in ({}, {"drift": 0.2}, {"drift": 0.9}) if name == "butler" else ({},):
         blocks, steps = [], []
         for split, out in (([60, 1, 2, 5, last], blocks), ([60] + [1] * (8 + last), steps)):
-            cache, selector = model.new_cache(1, 90), make_selector(name, 0.4, butler, **rules)
+            cache, selector = model.new_cache(1, 90), make_selector(name, 0.5, butler, **rules)
             for i, part in enumerate(ids[:, : sum(split)].split(split, dim=1)):
                 with torch.no_grad():
                     out.append(model(part, cache, selector if i else selector.watch))
@@ -185,7 +185,7 @@ def test_all_forms_choose_the_same_in_a_decode_step(tiny, tiny_butler, drift, mo
         if form == "PyTorch":
             monkeypatch.setattr(kernel_cpu, "numba", None)
         elif form == "Triton":
-            monkeypatch.setattr(butler_module, "on_gpu", lambda x: True)
+            monkeypatch.setattr(kernel, "on_gpu", lambda x: True)
         tiny.prefill(ids[:, :64], cache, lengths=[40, 64])
         for token in ids[:, 64:].split(1, dim=1):
             logits = tiny.decode(token, cache, selector)
@@ -207,7 +207,8 @@ def test_one_large_key_does_not_drown_the_others(tiny, tiny_butler):
     keys[:, :, 20] *= 1000
     selector = tiny_butler.selector(0.3)
     selector.see(1, keys)
-    stored = selector.importance_keys([1], 50).each(lambda x: x[0, ..., :50])
+    selector.importance_keys(1, 2, 50)
+    stored = selector.projected[1].each(lambda x: x[..., :50])
     assert stored.numbers.dtype == torch.int8 and stored.numbers.abs().amax() == 127
     assert_in_8_bits(stored(), tiny_butler.project(1, keys, torch.arange(50)))
 

@@ -12,7 +12,6 @@ from conftest import randomise
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-import butler as butler_module
 import graph
 import kernel
 import model
@@ -68,7 +67,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def by_triton(monkeypatch):
-    for module in (graph, model, butler_module, kernel):
+    for module in (graph, model, kernel):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
 
 

@@ -92,7 +92,7 @@ def test_scores_in_the_hundreds():
 
 
 @pytest.mark.parametrize("S", [5, 40, 700, 4000])
-def test_every_form_finds_the_top_k(S):
+def test_every_form_finds_the_top_k(S, monkeypatch):
     """Ties, numbers near 0, both zeros, what may not be chosen; rows that want nothing."""
     rng = torch.Generator().manual_seed(S)
     scores = torch.randn(2, 3, 7, S, generator=rng)
@@ -101,7 +101,10 @@ def test_every_form_finds_the_top_k(S):
     scores[1, 2, :2] = torch.tensor([0.0, -0.0])[:, None]
     scores[torch.rand(scores.shape, generator=rng) < 0.2] = -torch.inf
     stops, wants = (torch.randint(0, S + 1, (2, 1, 7), generator=rng) for _ in range(2))
-    found = [form(scores, 3, stops, wants) for form in (kernel.top, kernel_cpu.top)]
+    found = [None, kernel.top(scores, 3, stops, wants)]
+    with monkeypatch.context() as without:
+        without.setattr(kernel_cpu, "numba", None)
+        found[0] = kernel.top(scores, 3, stops, wants)
     assert found[0].shape == found[1].shape == (2, 3, 7, int(wants.max()))
     values = [scores.gather(-1, idx.clamp(min=0)).where(idx >= 0, -torch.inf) for idx in found]
     assert torch.equal(*(v.sort(-1).values for v in values))
@@ -109,7 +112,7 @@ def test_every_form_finds_the_top_k(S):
         kept = row[row >= 0].tolist()
         assert kept == sorted(set(kept)) and len(kept) <= want
         assert all(3 <= s < stop for s in kept)
-    ties = kernel_cpu.top(torch.zeros(1, 50), 4, torch.tensor([45]), torch.tensor([7]))
+    ties = kernel.top(torch.zeros(1, 50), 4, torch.tensor([45]), torch.tensor([7]))
     assert ties.tolist() == [[4, 5, 6, 7, 8, 9, 10]]  # the earliest
 
 
@@ -119,7 +122,7 @@ CHOICES = [(2, 1, 3, 32, 896, [780], [58]), (1, 2, 2, 8, 512, [500, 33], [40, 7]
 
 
 @pytest.mark.parametrize("case", CHOICES, ids=str)
-def test_every_form_chooses_what_the_definition_does(case):
+def test_every_form_chooses_what_the_definition_does(case, monkeypatch):
     """Scores, codes, histogram and selection, NaN where no key is; ties by the order of the text,
     which a query of zeros (the third case's first layer) leaves as the only order."""
     R, B, G, E, S, positions, wants = case
@@ -133,12 +136,11 @@ def test_every_form_chooses_what_the_definition_does(case):
         scales[:, b, :, position:] = torch.nan
     some = torch.rand(R, B, G, generator=rng) < 0.5
     where, wanted = torch.tensor(positions), torch.tensor(wants)
-    rows = [x[:, None].expand(R, B, G).flatten() for x in (where, wanted)]
     for due in (some, torch.ones_like(some)):
         found = [torch.full((R, B, G, max(wants)), -7) for _ in range(3)]
-        for choose, idx in ((kernel.choose, found[0]), (kernel_cpu.choose, found[1])):
-            choose(q.flatten(0, 2), k.flatten(0, 2), scales.flatten(0, 2), *rows, due.flatten(),
-                   idx.flatten(0, 2), 4, 16)
+        for loops, idx in zip((None, kernel_cpu.numba), found, strict=False):
+            monkeypatch.setattr(kernel_cpu, "numba", loops)
+            kernel.choose(q, k, scales, where, wanted, idx, due, max(positions), 4, 16)
         on_device = [x.to(DEVICE) for x in (q, k, scales, where, wanted, found[2], due)]
         kernel.triton_select(*on_device, max(positions), 4, 16, block=128)
         found[2] = on_device[5].cpu()

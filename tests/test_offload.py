@@ -20,7 +20,6 @@ from conftest import ROOT, assert_close, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import butler as butler_module
 import kernel
 import model
 import offload
@@ -163,7 +162,7 @@ def by_triton(monkeypatch):
     pytest.importorskip("triton")
     if not kernel.INTERPRETED:
         pytest.skip("for Triton's interpreter")
-    for module in (kernel, model, butler_module):
+    for module in (kernel, model):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     return type(kernel.attend)
 

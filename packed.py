@@ -1,0 +1,324 @@
+"""packed.py - a decode step's matrices, in as few bits as their file had, and all that lies between
+two attentions, in compiled loops.
+
+    x [R, C] -before-> q, k, v [R, H + 2 G, D] -> attention [R, H, D] -after-> x [R, C]
+    x [R, C] -head-> logits [R, V]                         R: a token or two, of one or many texts
+
+One token's product with a matrix takes as long as reading the matrix. Most files have it in fewer
+bits than PyTorch multiplies: GGUF's Q4_1 has 16 evenly spaced values for every 32 weights in a row,
+Q8_0 whole multiples up to 127 of one number, most safetensors files bfloat16. So beside the weights
+for long blocks of tokens, and when the first single token comes, a copy is made in 4, 8 or 16 bits,
+which is the same matrix exactly; activations stay float32. 64 rows of the matrix lie side by side:
+a channel's input is one number for all of them, and no sum runs across a vector.
+
+What one token does between the products takes PyTorch, operator by operator, as long as these. Here
+it is part of the same loops. model.py says in three lines what each of them computes, and does so
+itself where weights have no such form, or tokens are many.
+
+    python packed.py        milliseconds of a step without its attention, here and in PyTorch
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kernel_cpu import LOG2E, compiled, powers, prange, run, serves
+
+ROWS = 2  # tokens up to which these loops are the faster ones
+TILE, GROUP = 64, 32  # rows of a matrix side by side; weights of a row with one scale
+
+
+class Packed(NamedTuple):
+    """A matrix [N, C]: codes [N/64, C/2 or C, 64] of uint8, or the upper halves of float32 numbers;
+    scales [N/64, C/32, 2, 64], step and offset, or empty; bias [N] or empty."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    bias: np.ndarray
+
+
+def pack(linear) -> Packed | None:
+    """A linear layer on a CPU, if its weights have such a form and its sizes are multiples of 32
+    and 64."""
+    w = linear.weight
+    N, C = w.shape
+    if C % GROUP or N % TILE:
+        return None
+    bias = np.empty(0, np.float32) if linear.bias is None else numbers(linear.bias)
+    exact = 2.0**-7 if w.dtype == torch.bfloat16 else 2.0**-15
+    for bits in (4, 8, 16):
+        codes = np.empty((N // TILE, C * bits // 8 if bits < 16 else C, TILE),
+                         np.uint16 if bits == 16 else np.uint8)
+        scales = np.empty((N // TILE, C // GROUP if bits < 16 else 0, 2, TILE), np.float32)
+        fits = np.ones(N // TILE, np.bool_)
+        # most matrices that have no such form show it in their first rows
+        for part in (slice(1), slice(None)):
+            rows = numbers(w[: TILE if part.stop else N])
+            run(encode, rows, bits, exact, codes[part], scales[part], fits[part])
+            if not fits[part].all():
+                break
+        else:
+            return Packed(codes, scales, bias)
+    return None
+
+
+def numbers(tensor):
+    return tensor.detach().float().contiguous().numpy()
+
+
+@compiled
+def encode(w, bits, exact, codes, scales, fits):
+    """Weights [N, C] -> codes, scales, and which tiles of 64 rows are `exact`, relative to their
+    numbers' size."""
+    for t in prange(len(codes)):
+        for r in range(TILE):
+            row = w[t * TILE + r]
+            halves = row.view(np.uint32)
+            for c in range(len(row) if bits == 16 else 0):
+                codes[t, c, r] = halves[c] >> 16
+                fits[t] &= halves[c] & 0xFFFF == 0
+            for b in range(scales.shape[1]):
+                group = row[b * GROUP : (b + 1) * GROUP]
+                largest = np.abs(group).max()
+                if bits == 4:
+                    low = group.min()
+                    step = max((group.max() - low) / np.float32(15), np.float32(1e-12))
+                else:
+                    step = max(largest / np.float32(127), np.float32(1e-12))
+                    low = -128 * step
+                scales[t, b, 0, r], scales[t, b, 1, r] = step, low
+                for i in range(GROUP):
+                    code = np.rint((group[i] - low) / step)
+                    size = largest if bits == 4 else abs(group[i]) + step
+                    fits[t] &= abs(code * step + low - group[i]) <= exact * size
+                    c = b * GROUP + i
+                    if bits == 8:
+                        codes[t, c, r] = np.uint8(code)
+                    elif c % 2 == 0:
+                        codes[t, c // 2, r] = np.uint8(code)
+                    else:
+                        codes[t, c // 2, r] |= np.uint8(code) << 4
+
+
+@partial(compiled, parallel=False)
+def rows_4(x, codes, scales, out):
+    """64 rows: x [C] by codes [C/2, 64] of 4 bits and scales [C/32, 2, 64] -> out [64]"""
+    part, total = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
+    for b in range(len(scales)):
+        part[:], s = 0.0, np.float32(0)
+        for c in range(b * GROUP, (b + 1) * GROUP, 4):
+            x0, x1, x2, x3 = x[c], x[c + 1], x[c + 2], x[c + 3]
+            k0, k1 = codes[c // 2], codes[c // 2 + 1]
+            s += (x0 + x1) + (x2 + x3)
+            for j in range(TILE):
+                part[j] += (x0 * np.float32(np.int32(k0[j] & 15))
+                            + x1 * np.float32(np.int32(k0[j] >> 4))
+                            + x2 * np.float32(np.int32(k1[j] & 15))
+                            + x3 * np.float32(np.int32(k1[j] >> 4)))
+        step, low = scales[b, 0], scales[b, 1]
+        for j in range(TILE):
+            total[j] += step[j] * part[j] + low[j] * s
+    out[:] = total
+
+
+@partial(compiled, parallel=False)
+def rows_8(x, codes, scales, out):
+    """The same by codes [C, 64] of 8 bits."""
+    part, total = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
+    for b in range(len(scales)):
+        part[:], s = 0.0, np.float32(0)
+        for c in range(b * GROUP, (b + 1) * GROUP, 4):
+            x0, x1, x2, x3 = x[c], x[c + 1], x[c + 2], x[c + 3]
+            k0, k1, k2, k3 = codes[c], codes[c + 1], codes[c + 2], codes[c + 3]
+            s += (x0 + x1) + (x2 + x3)
+            for j in range(TILE):
+                part[j] += (x0 * np.float32(k0[j]) + x1 * np.float32(k1[j])
+                            + x2 * np.float32(k2[j]) + x3 * np.float32(k3[j]))
+        step, low = scales[b, 0], scales[b, 1]
+        for j in range(TILE):
+            total[j] += step[j] * part[j] + low[j] * s
+    out[:] = total
+
+
+@partial(compiled, parallel=False)
+def rows_16(x, codes, out):
+    """The same by the upper halves [C, 64] of numbers."""
+    bits, total = np.empty((4, TILE), np.uint32), np.zeros(TILE, np.float32)
+    w = bits.view(np.float32)
+    for c in range(0, len(x), 4):
+        x0, x1, x2, x3 = x[c], x[c + 1], x[c + 2], x[c + 3]
+        for i in range(4):
+            k, b = codes[c + i], bits[i]
+            for j in range(TILE):
+                b[j] = np.uint32(k[j]) << 16
+        w0, w1, w2, w3 = w[0], w[1], w[2], w[3]
+        for j in range(TILE):
+            total[j] += x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j]
+    out[:] = total
+
+
+@compiled
+def multiply(x, matrix, out):
+    """x [R, C] by a packed matrix [N, C] -> out [R, N]; four channels at a time."""
+    codes, scales, bias = matrix
+    for t in prange(len(codes)):
+        for r in range(len(x)):
+            rows = out[r, t * TILE : (t + 1) * TILE]
+            if codes.shape[1] < x.shape[1]:
+                rows_4(x[r], codes[t], scales[t], rows)
+            elif scales.size:
+                rows_8(x[r], codes[t], scales[t], rows)
+            else:
+                rows_16(x[r], codes[t], rows)
+            if bias.size:
+                rows += bias[t * TILE : (t + 1) * TILE]
+
+
+@partial(compiled, parallel=False)
+def normed(x, weight, eps):
+    """RMSNorm of x [R, C]."""
+    out = np.empty_like(x)
+    for r in range(len(x)):
+        total = np.float32(0)
+        for c in range(x.shape[1]):
+            total += x[r, c] * x[r, c]
+        scale = np.float32(1) / np.sqrt(total / np.float32(x.shape[1]) + np.float32(eps))
+        for c in range(x.shape[1]):
+            out[r, c] = x[r, c] * scale * weight[c]
+    return out
+
+
+@partial(compiled, parallel=False)
+def before(x, norm, eps, qkv, cos, sin, turned, out):
+    """x [R, C] -> queries, keys and values of all heads, out [R, heads * D], the first `turned` of
+    which are rotated by cos, sin [R, D]."""
+    multiply(normed(x, norm, eps), qkv, out)
+    D = cos.shape[1]
+    for r in range(len(x)):
+        for h in range(turned):
+            head = out[r, h * D : (h + 1) * D]
+            for i in range(D // 2):
+                a, b = head[i], head[i + D // 2]
+                head[i] = a * cos[r, i] + b * sin[r, i]
+                head[i + D // 2] = b * cos[r, i + D // 2] + a * sin[r, i + D // 2]
+
+
+@partial(compiled, parallel=False)
+def after(x, attended, o, norm, eps, gate_up, down, out):
+    """x [R, C], the input of a layer, and what its heads attended to [R, H * D] -> out [R, C]."""
+    R, C = x.shape
+    multiply(attended, o, out)
+    for r in range(R):
+        for c in range(C):
+            out[r, c] += x[r, c]
+    both = np.empty((R, len(gate_up[0]) * TILE), np.float32)
+    multiply(normed(out, norm, eps), gate_up, both)
+    M = both.shape[1] // 2
+    hidden, decay, back = np.empty((R, M), np.float32), np.empty(M, np.float32), np.empty_like(out)
+    for r in range(R):
+        gate, up = both[r, :M], both[r, M:]
+        for m in range(M):
+            decay[m] = -abs(gate[m]) * np.float32(LOG2E)
+        powers(decay, np.float32(0))
+        for m in range(M):  # silu: gate / (1 + exp(-gate))
+            share = decay[m] if gate[m] < 0 else np.float32(1)
+            hidden[r, m] = gate[m] * up[m] * share / (1 + decay[m])
+    multiply(hidden, down, back)
+    for r in range(R):
+        for c in range(C):
+            out[r, c] += back[r, c]
+
+
+@partial(compiled, parallel=False)
+def head(x, norm, eps, matrix, out):
+    multiply(normed(x, norm, eps), matrix, out)
+
+
+def few(x) -> bool:
+    """Is this [B, T, C] for these loops?"""
+    return x.shape[0] * x.shape[1] <= ROWS and serves(x)
+
+
+class PackedBlock:
+    """The two halves of a model.Block whose matrices are all packed; rows are tokens."""
+
+    def __init__(self, block, matrices):
+        self.matrices = self.qkv, self.o, self.gate_up, self.down = matrices
+        self.heads = block.self_attn.heads + 2 * block.self_attn.kv_heads
+        self.turned, self.queries = self.heads - block.self_attn.kv_heads, block.self_attn.heads
+        norms = block.input_layernorm, block.post_attention_layernorm
+        self.first, self.second = ((numbers(norm.weight), norm.eps) for norm in norms)
+
+    @classmethod
+    def of(cls, block):
+        """-> None if one of the matrices has no packed form"""
+        a, m = block.self_attn, block.mlp
+        matrices = []
+        for linear in (a.qkv_proj, a.o_proj, m.gate_up_proj, m.down_proj):
+            matrices.append(pack(linear))
+            if matrices[-1] is None:
+                return None
+        return cls(block, matrices)
+
+    def before(self, x, cos, sin):
+        """x [B, T, C] -> q [B, H, T, D], k, v [B, G, T, D], float32"""
+        B, T, C = x.shape
+        D = cos.shape[-1]
+        out = torch.empty(B, T, self.heads, D)
+        cos, sin = (t.reshape(B * T, D).numpy() for t in (cos, sin))
+        run(before, x.float().view(B * T, C).numpy(), *self.first, self.qkv, cos, sin, self.turned,
+            out.view(B * T, -1).numpy())
+        return out.transpose(1, 2).split_with_sizes(
+            [self.queries, self.turned - self.queries, self.heads - self.turned], dim=1)
+
+    def after(self, x, attended):
+        """x [B, T, C], the layer's input; attended [B, H, T, D] -> x [B, T, C] float32"""
+        B, T, C = x.shape
+        out = torch.empty(B, T, C)
+        rows = attended.float().transpose(1, 2).reshape(B * T, -1)
+        run(after, x.float().view(B * T, C).numpy(), rows.numpy(), self.o, *self.second,
+            self.gate_up, self.down, out.view(B * T, C).numpy())
+        return out
+
+
+class PackedHead:
+    """The last norm and the matrix of the logits."""
+
+    def __init__(self, norm, matrix):
+        self.norm, self.matrix = (numbers(norm.weight), norm.eps), matrix
+
+    @classmethod
+    def of(cls, norm, linear):
+        """-> None if the matrix has no packed form"""
+        matrix = pack(linear)
+        return matrix and cls(norm, matrix)
+
+    def __call__(self, x):
+        """x [B, T, C] -> logits [B, T, V] float32"""
+        B, T, C = x.shape
+        out = torch.empty(B, T, len(self.matrix.codes) * TILE)
+        run(head, x.float().reshape(B * T, C).numpy(), *self.norm, self.matrix,
+            out.view(B * T, -1).numpy())
+        return out
+
+
+if __name__ == "__main__":
+    import time
+
+    from model import Llama, resolve
+
+    llama = Llama.from_pretrained(resolve())
+    x = torch.randn(1, 1, llama.config.width)
+    attended = torch.randn(1, llama.config.heads, 1, llama.config.head_dim)
+    turn = torch.ones(1, 1, llama.config.head_dim)
+    for form in "float32, PyTorch", "packed, compiled":
+        times = []
+        for _ in range(8):  # the first one packs and compiles
+            began = time.perf_counter()
+            for block in llama.layers:
+                half = block.packed if form.startswith("packed") else block
+                half.before(x, turn, turn), half.after(x, attended)
+            times.append(time.perf_counter() - began)
+        print(f"{form}: {1e3 * min(times):.1f} ms, all layers of a step but their attention")

@@ -38,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+import kernel_cpu
 from kernel import BLOCK, choose, in_order
 from model import rotate, turns
 from selection import SelectionError, Selector, first_position
@@ -103,8 +104,8 @@ class ButlerConfig:
                 raise ButlerError(f"{f.name} is {value!r}, not a sensible whole number")
         if not 2 <= self.layers <= 1024:
             raise ButlerError(f"no butler for {self.layers} layers")
-        if self.size % 2:
-            raise ButlerError(f"importance space has channels in pairs, not {self.size}")
+        if self.size % 4:
+            raise ButlerError(f"importance space has channels in fours, not {self.size}")
         numbers = (*self.rope, self.slowest)
         if 2 * len(self.rope) != self.head_dim or not all(
                 type(f) is float and 0 <= f < 10 for f in numbers):
@@ -172,7 +173,10 @@ class Butler(nn.Module):
 
     def predict(self, layer: int, x, rope):
         """The same for a layer that has a producer, in one: [R, B, G, T, E]"""
-        return rotate(self.producers[str(layer)](x.float()).permute(2, 0, 3, 1, 4), *rope)
+        producer, x = self.producers[str(layer)], x.float()
+        if x.shape[1] == 1 and kernel_cpu.serves(x) and not torch.is_grad_enabled():
+            return kernel_cpu.predict(producer, x, *rope)
+        return rotate(producer(x).permute(2, 0, 3, 1, 4), *rope)
 
     def project(self, layer: int, keys, positions):
         """Cached keys [B, G, S, D] of a layer >= 1, at positions [S] (or [B, 1, S]) -> importance

@@ -72,7 +72,7 @@ def sparse_decode(q, k, v, idx):
     if on_gpu(q):
         return triton_decode(q, k, v, idx)
     if kernel_cpu.serves(q, k, v):
-        return kernel_cpu.attend(q, k, v, idx).to(q.dtype)
+        return kernel_cpu.attend(q[:, :, None], k, v, idx[:, :, None])[:, :, 0].to(q.dtype)
     B, H, D = q.shape
     q, empty = q.reshape(B, k.shape[1], -1, D), idx < 0  # [B, G, H/G, D], [B, G, K]
     if not empty.any():
@@ -108,6 +108,8 @@ def sparse_attention(q, k, v, idx):
     touch nearly every row."""
     if q.shape[2] > 1:
         return reference(q, k, v, idx)
+    if kernel_cpu.serves(q, k, v) and not on_gpu(q):
+        return kernel_cpu.attend(q, k, v, idx).to(q.dtype)
     return sparse_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
 
 

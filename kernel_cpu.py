@@ -28,6 +28,7 @@ except ImportError:
     numba, prange = None, range
     print("no numba (pip install numba): decoding takes longer", file=sys.stderr)
 
+DTYPES = torch.float32, torch.bfloat16, torch.int8
 BINS, PIECE = 2048, 512  # of the histogram; tokens scored at a time
 ROWS = 64  # of keys and values fetched at a time
 HALF = np.float32(65504)  # the largest number of fp16
@@ -39,8 +40,7 @@ called, here = set(), threading.local()  # functions that are compiled
 
 def serves(*tensors) -> bool:
     """Are these for the compiled loops?"""
-    dtypes = torch.float32, torch.bfloat16, torch.int8
-    return numba is not None and all(x.device.type == "cpu" and x.dtype in dtypes for x in tensors)
+    return numba is not None and all(x.is_cpu and x.dtype in DTYPES for x in tensors)
 
 
 def compiled(function, parallel=True, fastmath=frozenset({"contract"})):
@@ -95,11 +95,13 @@ def chosen_rows(queries, keys, scales, positions, wants, idx, due, sinks, window
             m = min(PIECE, S - start)
             a = sinks + start
             raw[:] = 0.0
-            for e in range(0, E, 2):  # slices of one dimension: they become vector code
-                q0, q1 = q[n, e], q[n, e + 1]
+            for e in range(0, E, 4):  # slices of one dimension: they become vector code
+                q0, q1, q2, q3 = q[n, e], q[n, e + 1], q[n, e + 2], q[n, e + 3]
                 k0, k1 = keys[n, e, a : a + m], keys[n, e + 1, a : a + m]
+                k2, k3 = keys[n, e + 2, a : a + m], keys[n, e + 3, a : a + m]
                 for j in range(m):
-                    raw[j] += q0 * np.float32(k0[j]) + q1 * np.float32(k1[j])
+                    raw[j] += (q0 * np.float32(k0[j]) + q1 * np.float32(k1[j])
+                               + q2 * np.float32(k2[j]) + q3 * np.float32(k3[j]))
             scale, here = scales[n, a : a + m], code[start : start + m]
             for j in range(m):
                 raw[j] *= scale[j]
@@ -123,6 +125,32 @@ def chosen_rows(queries, keys, scales, positions, wants, idx, due, sinks, window
                 low[code[s] & 15] += 1
         lower, rest = edge(low, rest)
         write(code[:S], 16 * upper + lower, rest, sinks, idx[r, b, g])
+
+
+@partial(compiled, parallel=False, fastmath={"contract", "reassoc"})
+def predicted(x, weight, bias, eps, up, down, cos, sin, out):
+    """A butler's Producer, and its queries' turn: x [B, C], cos, sin [B, E] -> out [R, B, G, E]"""
+    R, B, G, E = out.shape
+    hidden, flat = np.empty(len(up), np.float32), np.empty(len(down), np.float32)
+    for b in range(B):
+        mean = x[b].sum() / np.float32(x.shape[1])
+        rest = x[b] - mean
+        scale = 1 / np.sqrt((rest * rest).sum() / np.float32(x.shape[1]) + np.float32(eps))
+        rest = rest * scale * weight + bias
+        for m in range(len(up)):
+            s, row = np.float32(0), up[m]
+            for c in range(len(rest)):
+                s += row[c] * rest[c]
+            hidden[m] = s / (1 + np.exp(-s))
+        for m in range(len(down)):
+            s, row = np.float32(0), down[m]
+            for c in range(len(hidden)):
+                s += row[c] * hidden[c]
+            flat[m] = s
+        for n in range(R * G):
+            q, to = flat[n * E : (n + 1) * E], out[n // G, b, n % G]
+            for e in range(E):
+                to[e] = q[e] * cos[b, e] + q[(e + E // 2) % E] * sin[b, e]
 
 
 @compiled
@@ -171,13 +199,14 @@ def powers(x, highest):
 
 
 @partial(compiled, fastmath={"contract", "reassoc"})
-def attended(queries, k, v, halves, G, batch, head, row, idx, stops, out):
+def attended(queries, k, v, halves, G, batch, head, row, idx, newest, out):
     """queries and out [N, heads, D], N = B * G. k, v: the numbers of the caches in a row, of which
     a sequence, a head and a token are so many apart, float32 or, as `halves`, upper halves of such.
-    Tokens: of idx [N, K], or, if there are `stops` [B], all up to these. Each piece of them has a
-    maximum, a sum of powers and a sum of values of its own; they are merged at the end."""
+    Tokens: of idx [N, K], or, if they are given, all up to the `newest` [B]. Each piece of them has
+    a maximum, a sum of powers and a sum of values of its own; they are merged at the end."""
     N, heads, D = queries.shape
-    pieces = -(-(stops.max() if len(stops) else idx.shape[1]) // ROWS)
+    dense = len(newest) > 0
+    pieces = -(-(newest.max() + 1 if dense else idx.shape[1]) // ROWS)
     q = queries * np.float32(LOG2E * D**-0.5)
     sums = np.zeros((N, pieces, heads, D), np.float32)
     tops, totals = np.full((N, pieces, heads), -np.inf, np.float32), np.zeros_like(sums[..., 0])
@@ -185,8 +214,8 @@ def attended(queries, k, v, halves, G, batch, head, row, idx, stops, out):
         n, piece = program // pieces, program % pieces
         first, m, end = n // G * batch + n % G * head, 0, ROWS * (piece + 1)
         at, asked = np.empty(ROWS + 3, np.int64), np.float32(0)
-        for i in range(end - ROWS, min(end, stops[n // G] if len(stops) else idx.shape[1])):
-            token = i if len(stops) else idx[n, i]
+        for i in range(end - ROWS, min(end, newest[n // G] + 1 if dense else idx.shape[1])):
+            token = i if dense else idx[n, i]
             if token >= 0:
                 at[m] = first + token * row
                 m += 1
@@ -196,7 +225,7 @@ def attended(queries, k, v, halves, G, batch, head, row, idx, stops, out):
         if len(halves[0]):
             keys, values = wide(halves[0], at[:m], D), wide(halves[1], at[:m], D)
             at[:m] = np.arange(m) * D
-        elif len(stops) == 0:  # scattered: all are asked for before the first is needed
+        elif not dense:  # scattered: all are asked for before the first is needed
             for i in range(m):
                 for d in range(0, D, 16):
                     asked += keys[at[i] + d] + values[at[i] + d]
@@ -249,10 +278,10 @@ def wide(halves, at, D):
     return bits.view(np.float32)
 
 
-def attend(q, k, v, idx=None, stops=None):
-    """kernel.sparse_decode, compiled; without idx of all tokens up to stops [B]. k, v float32 or
-    bfloat16."""
-    B, H, D = q.shape
+def attend(q, k, v, idx=None, positions=None):
+    """kernel.sparse_attention of one query a head, q [B, H, 1, D], compiled; without idx of all
+    tokens up to those at `positions` [B, 1]. k, v float32 or bfloat16."""
+    B, H, _, D = q.shape
     G, S = k.shape[1:3]
     if k.stride() != v.stride() or k.stride(3) != 1:
         k, v = torch.stack([k, v])  # contiguous
@@ -264,18 +293,30 @@ def attend(q, k, v, idx=None, stops=None):
     else:
         caches = NOTHING, NOTHING, tuple(x.view(torch.int16).numpy() for x in (k, v))
     if idx is None:
-        tokens, stops = np.empty((B * G, 0), np.int32), stops.numpy()
+        tokens, newest = np.empty((B * G, 0), np.int32), positions.flatten().numpy()
     else:
-        tokens, stops = idx.reshape(B * G, idx.shape[2]).numpy(), NOWHERE
-    out = torch.empty(B, H, D)
+        tokens, newest = idx.reshape(B * G, idx.shape[3]).numpy(), NOWHERE
+    out = torch.empty(B, H, 1, D)
     heads = (B * G, H // G, D)
-    run(attended, q.float().reshape(heads).numpy(), *caches, G, batch, head, row, tokens, stops,
+    run(attended, q.float().reshape(heads).numpy(), *caches, G, batch, head, row, tokens, newest,
         out.view(heads).numpy())
     return out
 
 
+def predict(producer, x, cos, sin):
+    """A butler's Producer of one token a row, compiled: x [B, 1, C] -> q_imp [R, B, G, 1, E]"""
+    R, G, E = producer.shape
+    norm, B = producer.norm, len(x)
+    out = torch.empty(R, B, G, 1, E)
+    weights = norm.weight, norm.bias, producer.up.weight, producer.out.weight
+    weight, bias, up, down = (w.detach().numpy() for w in weights)
+    run(predicted, x.view(B, -1).numpy(), weight, bias, norm.eps, up, down,
+        cos.view(B, E).numpy(), sin.view(B, E).numpy(), out.view(R, B, G, E).numpy())
+    return out
+
+
 def choose(q, keys, scales, positions, wants, idx, due, sinks: int, window: int) -> None:
-    """kernel.choose, compiled: q float32, E even."""
+    """kernel.choose, compiled: q float32, E a multiple of 4."""
     tensors = q.contiguous(), keys, scales, positions, wants, idx, due
     run(chosen_rows, *(x.numpy() for x in tensors), sinks, window)
 

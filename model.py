@@ -110,9 +110,9 @@ class Cache:
                 at = self.lengths[:, None] + torch.arange(T, device=k.device)
                 buffer[rows, :, at] = new.transpose(1, 2).to(buffer.dtype)
             else:
-                buffer[:, :, self.size : self.size + T] = new
+                buffer.narrow(2, self.size, T).copy_(new)
         end = self.size + T
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+        return self.k[layer].narrow(2, 0, end), self.v[layer].narrow(2, 0, end)
 
     def advance(self, T: int, lengths=None) -> None:
         """After a forward of T tokens a row, of which the first lengths[b] were real."""
@@ -153,7 +153,7 @@ def dense_attention(q, k, v, positions, ragged: bool):
     if T == 1 and ragged and on_gpu(q):
         return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
     if T == 1 and kernel_cpu.serves(q, k, v):
-        return kernel_cpu.attend(q[:, :, 0], k, v, stops=positions[:, 0] + 1)[:, :, None]
+        return kernel_cpu.attend(q, k, v, positions=positions)
     if T == 1 and not ragged:  # one query sees everything: fold the group into the query axis
         return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).reshape(q.shape)
     if T == S and not ragged:  # is_causal aligns top-left: right when nothing is cached yet

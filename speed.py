@@ -144,7 +144,7 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
 
 def formats(llama) -> dict:
     """The number formats in which dense attention is tried: {name: dtype}"""
-    dtypes = llama.embed_tokens.weight.dtype, torch.float32
+    dtypes = torch.bfloat16, torch.float32
     return {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
 
 

@@ -196,6 +196,19 @@ def test_all_forms_choose_the_same_in_a_decode_step(tiny, tiny_butler, drift, mo
         assert (logits - other).abs().max() < 1e-5
 
 
+def test_a_producer_of_one_token(tiny_butler):
+    """The compiled form against the modules."""
+    torch.manual_seed(0)
+    x, at = torch.randn(3, 1, tiny_butler.config.width), torch.tensor([[5], [900], [17]])
+    for layer in map(int, tiny_butler.producers):
+        expected = tiny_butler.queries(layer, x, at)  # with gradients
+        with torch.no_grad():
+            found = tiny_butler.queries(layer, x, at)
+        assert found.keys() == expected.keys()
+        for served, q in found.items():
+            assert (q - expected[served]).abs().max() < 1e-5
+
+
 def assert_in_8_bits(stored, exact):
     """Importance keys [..., S, E] as near as 8 bits with a scale for each token are."""
     step = exact.abs().amax(-1, keepdim=True) / 127

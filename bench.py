@@ -38,7 +38,17 @@ import synth_task
 import tokenizer
 from baselines import NAMES, Probe, at_lengths, make_selector, mean
 from butler import Butler, load_for
-from cli import UsageError, flag, known, names, numbers, provenance, read_text, run
+from cli import (
+    UsageError,
+    flag,
+    known,
+    names,
+    numbers,
+    processor,
+    provenance,
+    read_text,
+    run,
+)
 from corpus import hold_out
 from model import Llama, check_device, fast_dtype, resolve
 from offload import cache_kind
@@ -75,7 +85,7 @@ class Config:
                               "cache included; 0: no limit", most=1)
     offload_dir: str = flag(None, "offload: folder of the file (default: /var/tmp)")
     seed: int = flag(0, "seed of documents and sampling")
-    write: bool = flag(False, "write results/SUITE.json or SUITE_SHAPE.json, redraw tables")
+    write: bool = flag(False, "write results/SUITE[_SHAPE][_PROCESSOR].json, redraw tables")
     device: str = flag("cpu", "cpu or cuda")
 
 
@@ -280,7 +290,9 @@ def main(config: Config) -> dict:
     shape = config.shape
     if shape and shape.endswith(".json"):
         shape = Path(shape).resolve().parent.name
-    return write(config, report, f"{config.suite}_{shape}" if shape else config.suite)
+    name = f"{config.suite}_{shape}" if shape else config.suite
+    return write(config, report, f"{name}_{processor(config.device)}" if config.suite in TIMED
+                 else name)
 
 
 def measured(config: Config) -> dict:

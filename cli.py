@@ -139,6 +139,14 @@ def writable(path) -> None:
         raise UsageError(f"cannot write {path} ({e.strerror})") from None
 
 
+def processor(device="cpu") -> str:
+    """The kind of processor that a time was taken on, as files in results/ are named."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    half = "-bf16" * torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.cpu.get_cpu_capability().lower() + half
+
+
 def provenance() -> dict:
     """What a number must not travel without: command, hardware, versions and commit."""
     processors = Path("/proc/cpuinfo")  # Linux's alone

@@ -198,6 +198,26 @@ def powers(x, highest):
         bits[i] += np.int32(whole) << 23  # the exponent
 
 
+@partial(compiled, parallel=False)
+def merge(sums, tops, totals, out):
+    """What the pieces of a head's tokens sum up to [N, pieces, heads, D] -> out [N, heads, D]; no
+    token at all: 0."""
+    N, pieces, heads, D = sums.shape
+    for n in range(N):
+        for h in range(heads):
+            highest, total = tops[n, :, h].max(), np.float32(0)
+            out[n, h] = 0.0
+            for piece in range(pieces):
+                if totals[n, piece, h] > 0:
+                    share = np.exp2(tops[n, piece, h] - highest)
+                    total += share * totals[n, piece, h]
+                    for d in range(D):
+                        out[n, h, d] += share * sums[n, piece, h, d]
+            if total > 0:
+                for d in range(D):
+                    out[n, h, d] /= total
+
+
 @partial(compiled, fastmath={"contract", "reassoc"})
 def attended(queries, k, v, halves, G, batch, head, row, idx, newest, out):
     """queries and out [N, heads, D], N = B * G. k, v: the numbers of the caches in a row, of which
@@ -252,19 +272,7 @@ def attended(queries, k, v, halves, G, batch, head, row, idx, newest, out):
                 p0, p1, p2, p3 = p[0], p[1], p[2], p[3]
                 for d in range(D):
                     total[d] += p0 * v0[d] + p1 * v1[d] + p2 * v2[d] + p3 * v3[d]
-    for n in range(N):
-        for h in range(heads):
-            highest, total = tops[n, :, h].max(), np.float32(0)
-            out[n, h] = 0.0
-            for piece in range(pieces):
-                if totals[n, piece, h] > 0:
-                    share = np.exp2(tops[n, piece, h] - highest)
-                    total += share * totals[n, piece, h]
-                    for d in range(D):
-                        out[n, h, d] += share * sums[n, piece, h, d]
-            if total > 0:
-                for d in range(D):
-                    out[n, h, d] /= total
+    merge(sums, tops, totals, out)
 
 
 @partial(compiled, parallel=False)

@@ -1,5 +1,4 @@
-"""packed.py - a decode step's matrices, in as few bits as their file had, and all that lies between
-two attentions, in compiled loops.
+"""packed.py - all that a token passes between two attentions, in loops on weights of few bits.
 
     x [R, C] -before-> q, k, v [R, H + 2 G, D] -> attention [R, H, D] -after-> x [R, C]
     x [R, C] -head-> logits [R, V]                         R: a token or two, of one or many texts
@@ -11,9 +10,8 @@ for long blocks of tokens, and when the first single token comes, a copy is made
 which is the same matrix exactly; activations stay float32. 64 rows of the matrix lie side by side:
 a channel's input is one number for all of them, and no sum runs across a vector.
 
-What one token does between the products takes PyTorch, operator by operator, as long as these. Here
-it is part of the same loops. model.py says in three lines what each of them computes, and does so
-itself where weights have no such form, or tokens are many.
+What lies between the products takes PyTorch as long as these; here it is part of the same loops.
+model.py defines what they compute, and does it where weights have no such form, or tokens are many.
 
     python packed.py        milliseconds of a step without its attention, here and in PyTorch
 """
@@ -246,8 +244,8 @@ class PackedBlock:
 
     def __init__(self, block, matrices):
         self.matrices = self.qkv, self.o, self.gate_up, self.down = matrices
-        self.heads = block.self_attn.heads + 2 * block.self_attn.kv_heads
-        self.turned, self.queries = self.heads - block.self_attn.kv_heads, block.self_attn.heads
+        self.sizes = H, G, _ = block.self_attn.heads, *[block.self_attn.kv_heads] * 2
+        self.heads, self.turned = H + 2 * G, H + G
         norms = block.input_layernorm, block.post_attention_layernorm
         self.first, self.second = ((numbers(norm.weight), norm.eps) for norm in norms)
 
@@ -270,8 +268,7 @@ class PackedBlock:
         cos, sin = (t.reshape(B * T, D).numpy() for t in (cos, sin))
         run(before, x.float().view(B * T, C).numpy(), *self.first, self.qkv, cos, sin, self.turned,
             out.view(B * T, -1).numpy())
-        return out.transpose(1, 2).split_with_sizes(
-            [self.queries, self.turned - self.queries, self.heads - self.turned], dim=1)
+        return out.transpose(1, 2).split_with_sizes(self.sizes, dim=1)
 
     def after(self, x, attended):
         """x [B, T, C], the layer's input; attended [B, H, T, D] -> x [B, T, C] float32"""
@@ -310,9 +307,9 @@ if __name__ == "__main__":
     from model import Llama, resolve
 
     llama = Llama.from_pretrained(resolve())
-    x = torch.randn(1, 1, llama.config.width)
-    attended = torch.randn(1, llama.config.heads, 1, llama.config.head_dim)
-    turn = torch.ones(1, 1, llama.config.head_dim)
+    c = llama.config
+    x, attended = torch.randn(1, 1, c.width), torch.randn(1, c.heads, 1, c.head_dim)
+    turn = attended[:, :1, 0]
     for form in "float32, PyTorch", "packed, compiled":
         times = []
         for _ in range(8):  # the first one packs and compiles

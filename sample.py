@@ -32,7 +32,7 @@ from offload import STORES, cache_kind
 from page import Beside, texts
 from selection import Selector
 
-BREAK_EVEN = 4000  # tokens cached from which on a step at 5 % was faster: results/speed.json
+BREAK_EVEN = 2000  # tokens cached from which on a step at 5 % was faster: results/speed_avx2.json
 
 
 @dataclass

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import bench
 from butler import load_for
-from cli import UsageError, flag, numbers, provenance, run
+from cli import UsageError, flag, numbers, processor, provenance, run
 from model import Llama, fast_dtype, resolve
 from selection import Selector
 from speed import anew, by_turns
@@ -43,7 +43,7 @@ class Config:
                            numbers(32, 8191))
     budget: float = flag(0.05, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
     n: int = flag(15, "rounds", least=1)
-    write: bool = flag(False, "write results/compare.json, redraw tables")
+    write: bool = flag(False, "write results/compare_PROCESSOR.json, redraw tables")
 
 
 class Transformers:
@@ -160,7 +160,7 @@ def main(config: Config) -> dict:
         raise UsageError("transformers is missing: pip install -r requirements-dev.txt")
     report = measure(config) | provenance()
     print(table(report))
-    return bench.write(config, report, "compare")
+    return bench.write(config, report, f"compare_{processor()}")
 
 
 if __name__ == "__main__":

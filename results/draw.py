@@ -77,7 +77,7 @@ def accuracy(reports: dict) -> list[Panel]:
 
 def speed(reports: dict) -> list[Panel]:
     """The fastest dense form and every selection, of one sequence."""
-    titles = {"attention_smollm2-135m": "attention of all layers", "speed": "whole step"}
+    titles = {"attention": "attention of all layers", "speed": "whole step"}
     panels = []
     for name, report in reports.items():
         lines = {}
@@ -92,7 +92,8 @@ def speed(reports: dict) -> list[Panel]:
                 ticks.append(context)
         lines = [Line(label, *zip(*sorted(by.items()), strict=True)) for label, by in lines.items()]
         if lines:
-            panels.append(Panel(titles[name], "tokens cached", "ms a step", lines, ticks,
+            title = f"{titles[name.split('_')[0]]}, {name.split('_')[-1]}"
+            panels.append(Panel(title, "tokens cached", "ms a step", lines, ticks,
                                 log_y=True))
     return panels
 
@@ -169,7 +170,8 @@ def offload(reports: dict) -> list[Panel]:
     return panels
 
 
-FIGURES = {"accuracy": (accuracy, "budgets"), "speed": (speed, "attention_smollm2-135m", "speed"),
+FIGURES = {"accuracy": (accuracy, "budgets"),
+           "speed": (speed, "attention_smollm2-135m_avx2", "speed_avx2"),
            "recall": (recall, "recall"), "length": (length, "length", "ablations"),
            "training": (training, "train"),
            "offload": (offload, "offload*")}  # a figure: its function, and the files it is of

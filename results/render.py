@@ -153,11 +153,10 @@ def timed(report: dict) -> str:
 
 
 TABLES = {"train": train.table, "train_default": train.table, "ablations": ablate.table,
-          "compare": compare.table, "perplexity": perplexity, "recall": recall, "length": length,
+          "perplexity": perplexity, "recall": recall, "length": length,
           "length_25": length, "drift": drift,
-          "ruler": tasks, "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks,
-          "attention_smollm2-135m": timed, "speed": timed,
-          "speed_llama-3.2-1b": timed, "offload": timed, "offload_llama-3.2-1b": timed}
+          "ruler": tasks, "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks}
+TIMED = {"compare": compare.table, "attention": timed, "speed": timed, "offload": timed}
 
 
 def render(text: str) -> str:
@@ -165,7 +164,8 @@ def render(text: str) -> str:
         path = ROOT / match[1]
         if not path.exists():
             return match[0]
-        table = TABLES.get(path.stem, accuracy)(json.loads(path.read_text()))
+        form = TIMED.get(path.stem.split("_")[0]) or TABLES.get(path.stem, accuracy)
+        table = form(json.loads(path.read_text()))
         return f"<!-- {match[1]} -->\n```\n{table}\n```\n<!-- end -->"
 
     return re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", block, text, flags=re.S)

@@ -26,6 +26,7 @@ LONG = {  # files above 320 lines, and why they stay one file
     "bench.py": "every suite that measures quality",
     "butler.py": "the predictor, and the choice ahead that it makes possible",
     "kernel.py": "every kernel stands beside its reference",
+    "kernel_cpu.py": "every compiled loop of choosing and attending",
     "model.py": "a Llama and its cache, from weights to logits",
     "speed.py": "all candidates of one comparison",
     "train.py": "distillation, from the loss to the table",

@@ -253,12 +253,8 @@ class PackedBlock:
     def of(cls, block):
         """-> None if one of the matrices has no packed form"""
         a, m = block.self_attn, block.mlp
-        matrices = []
-        for linear in (a.qkv_proj, a.o_proj, m.gate_up_proj, m.down_proj):
-            matrices.append(pack(linear))
-            if matrices[-1] is None:
-                return None
-        return cls(block, matrices)
+        matrices = [pack(m) for m in (a.qkv_proj, a.o_proj, m.gate_up_proj, m.down_proj)]
+        return cls(block, matrices) if all(matrices) else None
 
     def before(self, x, cos, sin):
         """x [B, T, C] -> q [B, H, T, D], k, v [B, G, T, D], float32"""

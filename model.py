@@ -230,6 +230,8 @@ class Block(nn.Module):
 
     def forward(self, x, rope, positions, cache, selector):
         form = few(x) and self.packed or self
+        if form is self:
+            x = x.to(self.input_layernorm.weight.dtype)  # a packed block's are float32
         q, k, v = form.before(x, *rope)
         keys, values = cache.append(self.layer, k, v)
         q = q.to(keys.dtype)
@@ -317,7 +319,7 @@ class Llama(nn.Module):
             x = x[torch.arange(B, device=x.device), at][:, None]
         if few(x) and self.packed_head:
             return self.packed_head(x)
-        return self.lm_head(self.norm(x))
+        return self.lm_head(self.norm(x.to(self.norm.weight.dtype)))
 
     @cached_property
     def packed_head(self):

@@ -29,8 +29,8 @@ TILE, GROUP = 64, 32  # rows of a matrix side by side; weights of a row with one
 
 
 class Packed(NamedTuple):
-    """A matrix [N, C]: codes [N/64, C/2 or C, 64] of uint8, or the upper halves of float32 numbers;
-    scales [N/64, C/32, 2, 64], step and offset, or empty; bias [N] or empty."""
+    """A matrix [N, C]: codes of 4, 8 or 16 bits, bytes [N/64, C/2 or C or 2 C, 64]; scales [N/64,
+    C/32, 2, 64], step and offset, or none with 16 bits; bias [N] or none."""
 
     codes: np.ndarray
     scales: np.ndarray
@@ -47,8 +47,7 @@ def pack(linear) -> Packed | None:
     bias = np.empty(0, np.float32) if linear.bias is None else numbers(linear.bias)
     exact = 2.0**-7 if w.dtype == torch.bfloat16 else 2.0**-15
     for bits in (4, 8, 16):
-        codes = np.empty((N // TILE, C * bits // 8 if bits < 16 else C, TILE),
-                         np.uint16 if bits == 16 else np.uint8)
+        codes = np.empty((N // TILE, C * bits // 8, TILE), np.uint8)
         scales = np.empty((N // TILE, C // GROUP if bits < 16 else 0, 2, TILE), np.float32)
         fits = np.ones(N // TILE, np.bool_)
         # most matrices that have no such form show it in their first rows
@@ -75,7 +74,7 @@ def encode(w, bits, exact, codes, scales, fits):
             row = w[t * TILE + r]
             halves = row.view(np.uint32)
             for c in range(len(row) if bits == 16 else 0):
-                codes[t, c, r] = halves[c] >> 16
+                codes[t, 2 * c, r], codes[t, 2 * c + 1, r] = halves[c] >> 16 & 255, halves[c] >> 24
                 fits[t] &= halves[c] & 0xFFFF == 0
             for b in range(scales.shape[1]):
                 group = row[b * GROUP : (b + 1) * GROUP]
@@ -142,15 +141,15 @@ def rows_8(x, codes, scales, out):
 
 @partial(compiled, parallel=False)
 def rows_16(x, codes, out):
-    """The same by the upper halves [C, 64] of numbers."""
+    """The same by the upper halves of numbers, byte by byte [2 C, 64]."""
     bits, total = np.empty((4, TILE), np.uint32), np.zeros(TILE, np.float32)
     w = bits.view(np.float32)
     for c in range(0, len(x), 4):
         x0, x1, x2, x3 = x[c], x[c + 1], x[c + 2], x[c + 3]
         for i in range(4):
-            k, b = codes[c + i], bits[i]
+            low, high, b = codes[2 * (c + i)], codes[2 * (c + i) + 1], bits[i]
             for j in range(TILE):
-                b[j] = np.uint32(k[j]) << 16
+                b[j] = np.uint32(high[j]) << 24 | np.uint32(low[j]) << 16
         w0, w1, w2, w3 = w[0], w[1], w[2], w[3]
         for j in range(TILE):
             total[j] += x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j]

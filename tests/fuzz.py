@@ -13,6 +13,7 @@ blow-up ends that process alone; the file that did it stays in FOLDER/KIND.
 import copy
 import faulthandler
 import json
+import os
 import resource
 import struct
 import sys
@@ -29,6 +30,7 @@ import torch
 from gguf import GGUFReader
 from hypothesis import strategies as st
 
+os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # survives a fork
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import corpus

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import graph
 import kernel
+import kernel_cpu
 import model
 from baselines import make_selector
 from butler import Butler, ButlerConfig
@@ -69,6 +70,7 @@ class Tape(TorchDispatchMode):
 def by_triton(monkeypatch):
     for module in (graph, model, kernel):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(kernel_cpu, "numba", None)  # a tape does not see its loops
 
 
 @pytest.fixture

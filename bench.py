@@ -38,17 +38,7 @@ import synth_task
 import tokenizer
 from baselines import NAMES, Probe, at_lengths, make_selector, mean
 from butler import Butler, load_for
-from cli import (
-    UsageError,
-    flag,
-    known,
-    names,
-    numbers,
-    processor,
-    provenance,
-    read_text,
-    run,
-)
+from cli import UsageError, flag, known, names, numbers, processor, provenance, read_text, run
 from corpus import hold_out
 from model import Llama, check_device, fast_dtype, resolve
 from offload import cache_kind
@@ -290,9 +280,9 @@ def main(config: Config) -> dict:
     shape = config.shape
     if shape and shape.endswith(".json"):
         shape = Path(shape).resolve().parent.name
-    name = f"{config.suite}_{shape}" if shape else config.suite
-    return write(config, report, f"{name}_{processor(config.device)}" if config.suite in TIMED
-                 else name)
+    parts = [config.suite] + [shape] * bool(shape)
+    parts += [processor(config.device)] * (config.suite in TIMED)
+    return write(config, report, "_".join(parts))
 
 
 def measured(config: Config) -> dict:

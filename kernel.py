@@ -10,10 +10,11 @@
 
     o = softmax(q . k[idx] / sqrt(D)) . v[idx]     with k, v [B, G, S, D]; idx -1 is an empty slot
 
-A ladder of three forms, with the bytes they move for one query of one layer, e bytes per number:
+A ladder of four forms, with the bytes they move for one query of one layer, e bytes per number:
 
     reference        mask what was not chosen            B*G*S*2D*e, like dense attention
     gather + SDPA    fetch the rows, then be dense       B*G*K*2D*e read, written, read again
+    compiled loops   fetch and attend piece by piece     B*G*K*2D*e read once, on a CPU
     Triton           fetch and attend in one kernel      B*G*K*2D*e read once, on CUDA
 
 K is a tenth of S or less. The price: the rows lie scattered in memory. Scoring reads B*G*S*(E + 4)
@@ -108,8 +109,6 @@ def sparse_attention(q, k, v, idx):
     touch nearly every row."""
     if q.shape[2] > 1:
         return reference(q, k, v, idx)
-    if kernel_cpu.serves(q, k, v) and not on_gpu(q):
-        return kernel_cpu.attend(q, k, v, idx).to(q.dtype)
     return sparse_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
 
 

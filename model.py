@@ -287,7 +287,7 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
         """Room for `capacity` tokens a row, where `kind` says (offload.py); by default as float32
-        on a CPU, half as fast in bfloat16 (results/README.md, Speed), on a GPU as the weights."""
+        on a CPU, where few rows of bfloat16 take longer to read, on a GPU as the weights."""
         default = torch.float32 if self.device.type == "cpu" else self.embed_tokens.weight.dtype
         return kind(self.config, batch, capacity, dtype or default, self.device)
 

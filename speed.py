@@ -95,6 +95,7 @@ def two_products(q, k, v):
     return (weights.softmax(dim=-1) @ v).view(q.shape)
 
 
+FORMATS = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # in which dense is tried
 DENSE = {
     "the model's": lambda q, k, v: dense_attention(
         q, k, v, torch.full((len(k), 1), k.shape[2] - 1), False),
@@ -120,7 +121,7 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
         for layer in range(1, c.layers):
             form(q[layer], k[layer], v[layer], *index)
 
-    for kind, dtype in formats(llama).items():
+    for kind, dtype in FORMATS.items():
         converted = q.to(dtype), [t.to(dtype) for t in k], [t.to(dtype) for t in v]
         for name, form in DENSE.items():
             candidates[f"dense, {name}, {kind}"] = partial(attend, form, *converted), None, False
@@ -142,12 +143,6 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
     return candidates
 
 
-def formats(llama) -> dict:
-    """The number formats in which dense attention is tried: {name: dtype}"""
-    dtypes = torch.bfloat16, torch.float32
-    return {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
-
-
 def speed(llama, butler, batch: int, context: int, config) -> dict:
     """Whole decode steps behind `context` cached tokens -> candidates, as `attention`."""
     token, replays = torch.full((batch, 1), 5, device=llama.device), {}
@@ -163,7 +158,7 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
         cache.truncate(context - 1)
 
     candidates = {}
-    for kind, dtype in formats(llama).items():
+    for kind, dtype in FORMATS.items():
         own = filled(llama, batch, context, dtype)
         candidates[f"dense, {kind}"] = partial(step, own), None, False
     cache = filled(llama, batch, context)
@@ -284,7 +279,7 @@ def measure(config) -> dict:
                                config.n, config.device)
         dense = min(t for name, t in seconds.items() if name.startswith("dense"))
         for name, (_, kept, chooses) in candidates.items():
-            number = formats(llama).get(name.split()[-1], dtype).itemsize
+            number = FORMATS.get(name.split()[-1], dtype).itemsize
             read = moved(config.suite, llama, batch, context, kept, chooses, number, size)
             rows.append({
                 "suite": config.suite, "device": config.device, "shape": config.shape,

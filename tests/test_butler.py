@@ -125,10 +125,11 @@ def test_block_equals_token_by_token(pair, name):
     model, butler, ids = pair
     real = model.config.layers == 30
     last = 4 if real else 22
+    budget = 0.5 if real and name == "quest" else 0.4  # at 0.4 two of Quest's pages are near a tie
     for rules in ({}, {"drift": 0.2}, {"drift": 0.9}) if name == "butler" else ({},):
         blocks, steps = [], []
         for split, out in (([60, 1, 2, 5, last], blocks), ([60] + [1] * (8 + last), steps)):
-            cache, selector = model.new_cache(1, 90), make_selector(name, 0.5, butler, **rules)
+            cache, selector = model.new_cache(1, 90), make_selector(name, budget, butler, **rules)
             for i, part in enumerate(ids[:, : sum(split)].split(split, dim=1)):
                 with torch.no_grad():
                     out.append(model(part, cache, selector if i else selector.watch))

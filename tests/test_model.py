@@ -91,6 +91,10 @@ def test_a_token_or_two_by_packed_weights(llama, half, prompts):
         assert all(t.dtype == torch.float32 for t in steps)
         error = (torch.cat(steps, dim=1) - expected).norm() / expected.norm()
         assert error < bound, f"{model.embed_tokens.weight.dtype}, {size} tokens: {error:.1e}"
+    steps, expected = torch.cat(steps, dim=1), expected.log_softmax(-1)  # of bfloat16 weights
+    lost = (expected.exp() * (expected - steps.log_softmax(-1))).sum(-1).mean()
+    block = (expected.exp() * (expected - half(prompts).float().log_softmax(-1))).sum(-1).mean()
+    assert lost < 2 * block + 1e-3 < 0.01  # the divergence of bfloat16 itself
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])

@@ -306,6 +306,10 @@ class ButlerSelector(Selector):
             self.see(layer, keys)
         return super().__call__(layer, x, q, keys, positions)
 
+    def early(self, cached):
+        layers = range(1, self.butler.config.layers)
+        return 0 < cached <= min(self.seen[s].shape[2] if s in self.seen else 0 for s in layers)
+
     def arrive(self, T, start, end):
         self.notice(start)
         if not self.next - 1 <= start <= self.next:  # rewound by more than a token, or some read
@@ -374,8 +378,7 @@ class ButlerSelector(Selector):
         layers included."""
         L, longest = self.butler.config.layers, (self.bound or self.end) - 1
         self.rope = turns(positions[:, None, :, None] * self.butler.frequencies)
-        known = min(self.seen[s].shape[2] if s in self.seen else 0 for s in range(1, L))
-        self.in_time = bool(self.bound) or T == 1 and known >= longest > 0
+        self.in_time = bool(self.bound) or T == 1 and self.early(longest)
         if self.in_time:
             self.wants = self.wanted(positions[:, 0]).clamp(min=0)
             self.most = max(int(self.wanted(longest)), 0)

@@ -33,7 +33,7 @@ from torch import nn
 import kernel_cpu
 from fetch import resolve
 from kernel import on_gpu, sparse_attention, triton_decode
-from packed import PackedBlock, PackedHead, few
+from packed import PackedBlock, PackedHead, PackedLayers, few
 from weights import Config, ModelError, read
 
 
@@ -77,9 +77,10 @@ class Cache:
         self.ragged = False
 
     def allocate(self, layers: int, shape, dtype, device):
-        """-> keys, values: two lists of tensors [B, G, capacity, D]"""
-        return ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-                for _ in range(2))
+        """-> keys, values: two lists of tensors [B, G, capacity, D], which are those of `tables`,
+        [2, layers, B, G, capacity, D], or, if that is None, lie apart (offload.py)"""
+        self.tables = torch.zeros(2, layers, *shape, dtype=dtype, device=device)
+        return map(list, self.tables)
 
     def read_ahead(self, layers: list, tokens) -> None:
         """Is told what layers to come will ask for (offload.py): all of it is here already."""
@@ -311,8 +312,11 @@ class Llama(nn.Module):
         positions = cache.lengths[:, None] + torch.arange(T, device=x.device)  # [B, T]
         self.frequencies = self.frequencies.to(x.device)  # moves once
         rope = turns(positions[:, None, :, None] * self.frequencies)  # [B, 1, T, D]
-        for block in self.layers:
-            x = block(x, rope, positions, cache, selector)
+        if few(x) and self.packed and self.packed.serve(x, cache, selector):
+            x = self.packed(x, rope, positions, cache, selector)
+        else:
+            for block in self.layers:
+                x = block(x, rope, positions, cache, selector)
         cache.advance(T, lengths)
         if last:
             at = torch.as_tensor([T] * B if lengths is None else lengths, device=x.device) - 1
@@ -320,6 +324,11 @@ class Llama(nn.Module):
         if few(x) and self.packed_head:
             return self.packed_head(x)
         return self.lm_head(self.norm(x.to(self.norm.weight.dtype)))
+
+    @cached_property
+    def packed(self):
+        """All layers, for a step of one token a row, or None."""
+        return PackedLayers.of(self.layers)
 
     @cached_property
     def packed_head(self):

@@ -75,6 +75,7 @@ class DiskCache(Cache):
 
     def allocate(self, layers, shape, dtype, device):
         k, v = super().allocate(1, shape, dtype, device)
+        self.tables = None
         shape = torch.Size((layers - 1, *shape[:-1], 2, shape[-1]))
         size = (shape.numel() + 1) * dtype.itemsize  # of a single layer too, which leaves no rows
         try:
@@ -227,6 +228,7 @@ class PinnedCache(Cache):
     def allocate(self, layers, shape, dtype, device):
         self.host, self.store = host_rows((layers - 1, *shape[:-1], 2, shape[-1]), dtype, device)
         k, v = super().allocate(1, shape, dtype, device)
+        self.tables = None
         self.copies = None  # room for two layers, while steps are dense
         self.places = torch.zeros(layers - 1, *shape[:-1], dtype=torch.int32, device=device)
         self.missed = torch.zeros((), dtype=torch.long, device=device)  # counted by a GPU alone

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernel_cpu import LOG2E, compiled, powers, prange, run, serves
+from kernel_cpu import LOG2E, attended, compiled, powers, prange, run, serves
 
 ROWS = 2  # tokens up to which these loops are the faster ones
 TILE, GROUP = 64, 32  # rows of a matrix side by side; weights of a row with one scale
@@ -202,17 +202,18 @@ def before(x, norm, eps, qkv, cos, sin, turned, out):
 
 
 @partial(compiled, parallel=False)
-def after(x, attended, o, norm, eps, gate_up, down, out):
-    """x [R, C], the input of a layer, and what its heads attended to [R, H * D] -> out [R, C]."""
+def after(x, attended, o, norm, eps, gate_up, down):
+    """x [R, C], the input of a layer, and what its heads attended to [R, H * D] -> its output, in
+    the place of x"""
     R, C = x.shape
-    multiply(attended, o, out)
+    back, both = np.empty_like(x), np.empty((R, len(gate_up[0]) * TILE), np.float32)
+    multiply(attended, o, back)
     for r in range(R):
         for c in range(C):
-            out[r, c] += x[r, c]
-    both = np.empty((R, len(gate_up[0]) * TILE), np.float32)
-    multiply(normed(out, norm, eps), gate_up, both)
+            x[r, c] += back[r, c]
+    multiply(normed(x, norm, eps), gate_up, both)
     M = both.shape[1] // 2
-    hidden, decay, back = np.empty((R, M), np.float32), np.empty(M, np.float32), np.empty_like(out)
+    hidden, decay = np.empty((R, M), np.float32), np.empty(M, np.float32)
     for r in range(R):
         gate, up = both[r, :M], both[r, M:]
         for m in range(M):
@@ -224,7 +225,39 @@ def after(x, attended, o, norm, eps, gate_up, down, out):
     multiply(hidden, down, back)
     for r in range(R):
         for c in range(C):
-            out[r, c] += back[r, c]
+            x[r, c] += back[r, c]
+
+
+@partial(compiled, parallel=False)
+def whole(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv, o, second, gate_up,
+          down, eps):
+    """A layer: x [R, C], one token of each of R texts, -> its output, in the place of x.
+
+    tables [2, L, R, G, capacity, D]: a float32 cache, or, as `halves`, one of bfloat16, to which
+    the keys and values of these tokens are written at their `positions` [R]. Attended are the
+    tokens [R * G, K], or, if that is empty, all."""
+    R, D, G = len(x), cos.shape[1], tables.shape[3]
+    H = qkv[0].shape[0] * TILE // D - 2 * G
+    heads, q = np.empty((R, (H + 2 * G) * D), np.float32), np.empty((R, H * D), np.float32)
+    before(x, first, eps[0], qkv, cos, sin, H + G, heads)
+    for r in range(R):
+        q[r] = heads[r, : H * D]
+        for i in range(2 * G):
+            new = heads[r, (H + i) * D : (H + i + 1) * D]
+            place = i // G, layer, r, i % G, positions[r]
+            if halves.size:
+                bits = new.view(np.int32)
+                for d in range(D):  # to the upper half, the even neighbour in the middle
+                    halves[place][d] = (bits[d] + 0x7FFF + (bits[d] >> 16 & 1)) >> 16
+            else:
+                tables[place][:] = new
+    head = tables.shape[4] * D
+    newest = positions if tokens.shape[1] == 0 else positions[:0]
+    out, rows = np.empty((R * G, H // G, D), np.float32), (R * G, H // G, D)
+    attended(q.reshape(rows), tables[0, layer].reshape(-1), tables[1, layer].reshape(-1),
+             (halves[0, layer].reshape(-1), halves[1, layer].reshape(-1)), G, G * head, head, D,
+             tokens, newest, out)
+    after(x, out.reshape((R, H * D)), o, second, eps[1], gate_up, down)
 
 
 @partial(compiled, parallel=False)
@@ -267,11 +300,50 @@ class PackedBlock:
     def after(self, x, attended):
         """x [B, T, C], the layer's input; attended [B, H, T, D] -> x [B, T, C] float32"""
         B, T, C = x.shape
-        out = torch.empty(B, T, C)
+        x = x.float().clone()
         rows = attended.float().transpose(1, 2).reshape(B * T, -1)
-        run(after, x.float().view(B * T, C).numpy(), rows.numpy(), self.o, *self.second,
-            self.gate_up, self.down, out.view(B * T, C).numpy())
-        return out
+        run(after, x.view(B * T, C).numpy(), rows.numpy(), self.o, *self.second, self.gate_up,
+            self.down)
+        return x
+
+
+class PackedLayers:
+    """All layers of a decode step, each in one compiled call, attention and cache included."""
+
+    def __init__(self, blocks):
+        self.weights = [(b.first[0], b.qkv, b.o, b.second[0], b.gate_up, b.down,
+                         (b.first[1], b.second[1])) for b in blocks]
+
+    @classmethod
+    def of(cls, layers):
+        """-> None if one of the matrices has no packed form"""
+        blocks = [layer.packed for layer in layers]
+        return cls(blocks) if all(blocks) else None
+
+    def serve(self, x, cache, selector) -> bool:
+        """Not several tokens of a text, a cache that lies elsewhere, or a selector that asks for a
+        layer's queries."""
+        early = getattr(selector, "early", None)  # what watches a prompt has none
+        return (x.shape[1] == 1 and cache.tables is not None and serves(cache.tables)
+                and (selector is None or bool(early) and early(cache.size)))
+
+    def __call__(self, x, rope, positions, cache, selector):
+        """x [B, 1, C] -> [B, 1, C] float32"""
+        B, _, C = x.shape
+        x, tables = x.float().clone(), cache.tables
+        rows, turn = x.view(B, C).numpy(), [t.view(B, -1).numpy() for t in rope]
+        at, all_of_them = positions.view(B).numpy(), np.empty((B * tables.shape[3], 0), np.int32)
+        if tables.dtype == torch.float32:
+            tables = tables.numpy(), np.empty((*tables.shape[:-1], 0), np.int16)
+        else:
+            tables = np.empty((*tables.shape[:-1], 0), np.float32), tables.view(torch.int16).numpy()
+        for layer, weights in enumerate(self.weights):
+            index, keys = None, cache.k[layer].narrow(2, 0, cache.size + 1)
+            if selector:
+                index = selector(layer, x, None, keys, positions)
+            tokens = all_of_them if index is None else index.flatten(0, 2).numpy()
+            run(whole, rows, *turn, *tables, layer, at, tokens, *weights)
+        return x
 
 
 class PackedHead:

@@ -76,6 +76,11 @@ class Selector:
     def watch(self, layer, x, q, keys, positions) -> None:
         """Stands in the selector's place while a prompt is read densely."""
 
+    def early(self, cached: int) -> bool:
+        """Can every layer be asked before it runs, q being None and its latest key not there yet?
+        In a step of a token a row, behind `cached` of them."""
+        return False
+
     def look_ahead(self, layer: int, x, positions) -> None:
         """Sees the input x [B, T, C] of every layer, before the layer runs."""
 

@@ -29,6 +29,7 @@ import math
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,6 +192,14 @@ class Butler(nn.Module):
         projected = turned_back(keys, positions * self.rope) @ weight
         return rotate(projected, *turns(positions * self.frequencies))
 
+    def keys(self, first: int, keys, positions) -> "ImportanceKeys":
+        """Importance keys of layers in a row, [R, B, G, S, D] -> [R, B, G, S, E], in 8 bits."""
+        if keys.shape[3] == 1 and kernel_cpu.serves(keys) and not self.config.rotated_keys:
+            return ImportanceKeys(*kernel_cpu.project(
+                keys, self.key_projection[first - 1 : first - 1 + len(keys)], positions,
+                self.rope, self.frequencies))
+        return ImportanceKeys.of(self.project(first, keys, positions))
+
     def scores(self, queries, projected):
         """q_imp [..., G, T, E], k_imp [..., G, S, E] -> scores [..., G, T, S]"""
         rows = queries * queries.shape[-1] ** -0.5
@@ -273,6 +282,17 @@ class ImportanceKeys(NamedTuple):
         return ImportanceKeys(*map(function, self))
 
 
+def stacked(tensors: list):
+    """torch.stack, without a copy where they lie evenly in one piece of memory, as the layers of a
+    cache do."""
+    at = [t.data_ptr() for t in tensors]
+    step = at[1] - at[0] if len(at) > 1 else 0
+    one, together = tensors[0], {t.untyped_storage().data_ptr() for t in tensors}
+    if step < 0 or len(together) > 1 or any(b - a != step for a, b in pairwise(at)):
+        return torch.stack(tensors)
+    return one.as_strided((len(at), *one.shape), (step // one.element_size(), *one.stride()))
+
+
 class ButlerSelector(Selector):
     """Scores by the butler.
 
@@ -292,13 +312,15 @@ class ButlerSelector(Selector):
         super().__init__(budget, **rules)
         if not 0 <= drift <= 2:
             raise SelectionError(f"drift {drift}: 1 - cosine is from 0 to 2")
-        self.butler, self.queries, self.ahead = butler, {}, {}
+        self.butler, self.queries = butler, {}
         self.drift, self.next = drift, 0
         self.seen, self.filled = {}, {}  # per layer: keys [B, G, S, D]; how many were projected
-        self.buffer, self.projected = None, {}  # importance keys; per layer: its part, [B, G, E, S]
-        # by the first layer that a producer serves: choices, the queries that they were made for
-        # and their age in steps; where in a block of tokens they were made
-        self.choices, self.asked, self.age, self.made = {}, {}, {}, {}
+        self.buffer = None  # importance keys, and parts of them: per layer, per producer's layer
+        self.projected, self.parts = {}, {}
+        self.choices = None  # tokens in use, of all layers, [L - 1, B, G, 1, K]
+        # by the first layer that a producer serves: the queries that choices were made for and
+        # their age in steps; where in a block of tokens they were made
+        self.asked, self.age, self.made = {}, {}, {}
         self.tally = torch.zeros(2, dtype=torch.long, device=butler.key_projection.device)
 
     def __call__(self, layer, x, q, keys, positions):
@@ -335,8 +357,8 @@ class ButlerSelector(Selector):
         if last < 0 or (start == self.next and self.seen[layer].device.type != "cpu"):
             return
         was = self.projected[layer].each(lambda x: x[..., last : last + 1])()  # [B, G, 1, E]
-        key = self.seen[layer][:, :, last : last + 1].to(was.device)
-        now = self.butler.project(layer, key, torch.tensor([last], device=was.device))
+        key = self.seen[layer][None, :, :, last : last + 1].to(was.device)
+        now = self.butler.keys(layer, key, torch.tensor([last], device=was.device))()[0]
         if (now - was).abs().max() > 0.01 * now.abs().max():
             self.filled = dict.fromkeys(self.filled, 0)
             self.asked.clear()
@@ -348,47 +370,48 @@ class ButlerSelector(Selector):
         self.filled[layer] = min(self.filled.get(layer, 0), self.start)
 
     def look_ahead(self, layer, x, positions):
-        if str(layer) not in self.butler.producers:
-            return
+        if layer % self.butler.config.stride == 0 and layer < self.butler.config.layers - 1:
+            self.foresee(layer, x, positions)
+
+    @torch.inference_mode()
+    def foresee(self, layer, x, positions) -> None:
         if layer == 0:
             self.plan(x.shape[1], positions)
         first, queries = layer + 1, self.butler.predict(layer, x, self.rope)  # [R, B, G, T, E]
         served = range(first, first + len(queries))
         self.queries.update(zip(served, queries, strict=True))
         if not self.in_time:  # each layer chooses when it is reached
-            self.ahead.update(dict.fromkeys(served))
             if self.drift:
                 self.made[first] = self.made_at(first, queries)
             return
-        queries = queries[..., 0, :] * queries.shape[-1] ** -0.5  # [R, B, G, E]
-        index = self.held(first, queries.shape[:3], self.most)
-        always = self.kept.shape[-1]
-        index[..., :always], chosen = self.kept, index[..., always:]
-        due = self.due(first, queries) if self.drift else torch.ones(
-            queries.shape[:3], dtype=torch.bool, device=queries.device)
-        keys = self.buffer.each(lambda x: x[layer : served.stop - 1])
-        choose(queries, *keys, positions[:, 0], self.wants, chosen[..., 0, :], due,
+        queries = queries.squeeze(3) * queries.shape[-1] ** -0.5
+        chosen = self.choices[layer : served.stop - 1, :, :, 0, self.kept.shape[-1] :]
+        due = self.due(first, queries) if self.drift else self.every[: len(queries)]
+        choose(queries, *self.parts[layer], self.here, self.wants, chosen, due,
                (self.bound or self.end) - 1, self.sinks, self.window)
-        self.ahead.update(zip(served, index, strict=True))
         if self.read_ahead:
-            self.read_ahead(list(served), chosen)
+            self.read_ahead(list(served), chosen.unsqueeze(3))
 
     def plan(self, T: int, positions) -> None:
         """At layer 0: what all producers need to choose ahead, the newest importance keys of all
         layers included."""
-        L, longest = self.butler.config.layers, (self.bound or self.end) - 1
+        longest = (self.bound or self.end) - 1
         self.rope = turns(positions[:, None, :, None] * self.butler.frequencies)
         self.in_time = bool(self.bound) or T == 1 and self.early(longest)
-        if self.in_time:
-            self.wants = self.wanted(positions[:, 0]).clamp(min=0)
-            self.most = max(int(self.wanted(longest)), 0)
+        if not self.in_time:
+            return
+        self.here, most = positions[:, 0], max(int(self.wanted(longest)), 0)
+        self.wants = self.wanted(self.here).clamp(min=0)
+        self.held(self.kept.shape[:2], most)[..., : self.kept.shape[-1]] = self.kept
+        self.every = torch.ones(self.choices.shape[:3], dtype=torch.bool, device=positions.device)
+        self.ahead = [None, *self.choices]
         if self.bound:
             self.latest_keys(positions)
-        elif self.in_time:
-            self.importance_keys(1, L, longest)
+        else:
+            self.importance_keys(1, self.butler.config.layers, longest)
 
     def selected(self, layer, q, keys, positions):
-        if self.ahead[layer] is not None:
+        if self.in_time:
             return self.ahead[layer]
         index = super().selected(layer, q, keys, positions)
         return self.settled(layer, index) if self.drift else index
@@ -426,29 +449,30 @@ class ButlerSelector(Selector):
             made[..., t] = at = at.where(~self.due(first, q), t + 1)
         return made
 
+    @torch.inference_mode()
     def settled(self, layer: int, new):
         """Indices made for every token of a block [B, G, T, K] -> those that are used: sinks and
         window are a token's own, the choice is the one in use."""
         first, always = self.first(layer), self.kept.shape[-1]
         made = self.made[first]
-        held = self.held(first, made.shape[:3], new.shape[-1] - always)[layer - first]
+        held = self.held(new.shape[:2], new.shape[-1] - always)[layer - 1]
         chosen = torch.cat([held, new], dim=2)[..., always:]
         made = made[layer - first][..., None].expand(*new.shape[:3], chosen.shape[-1])
         used = torch.cat([new[..., :always], chosen.gather(2, made)], dim=-1)
         held.copy_(used[:, :, -1:])
         return used
 
-    def held(self, first: int, shape, K: int):
-        """Indices in use of a producer's layers, [R, B, G, 1, K with sinks and window], to be
-        overwritten by new ones; a graph's stay where they are."""
-        held, size = self.choices.get(first), self.kept.shape[-1] + K
-        if held is None or held.shape[:3] != shape:
-            held = self.tally.new_empty(*shape, 1, 0, dtype=torch.int32)
+    def held(self, rows, K: int):
+        """Indices in use of all layers, [L - 1, B, G, 1, K with sinks and window], for `rows` [B,
+        G], to be overwritten by new ones; a graph's stay where they are."""
+        held, size, L = self.choices, self.kept.shape[-1] + K, self.butler.config.layers
+        if held is None or held.shape[1:3] != rows:
+            held = self.tally.new_empty(L - 1, *rows, 1, 0, dtype=torch.int32)
         if held.shape[-1] != size:
             held = F.pad(held, (0, size - held.shape[-1]), value=-1)
         elif not self.bound:
             held = held.clone()
-        self.choices[first] = held
+        self.choices = held
         return held
 
     def first(self, layer: int) -> int:
@@ -476,11 +500,11 @@ class ButlerSelector(Selector):
         if start >= S:
             return
         numbers, scales = self.room(S).each(lambda x: x[first - 1 : stop - 1])
+        keys = stacked([self.seen[layer] for layer in range(first, stop)])
         for at in range(start, S, 1024):
             some = slice(at, min(at + 1024, S))
-            new = torch.stack([self.seen[layer][:, :, some] for layer in range(first, stop)])
             here = torch.arange(some.start, some.stop, device=scales.device)
-            new = ImportanceKeys.of(self.butler.project(first, new.to(scales.device), here))
+            new = self.butler.keys(first, keys[:, :, :, some].to(scales.device), here)
             numbers[..., some], scales[..., some] = new
         self.filled.update(dict.fromkeys(range(first, stop), S))
 
@@ -492,7 +516,7 @@ class ButlerSelector(Selector):
         rows = torch.arange(len(at), device=at.device)[:, None]
         new = torch.stack([self.seen[layer + 1][rows, :, at].transpose(1, 2)
                            for layer in range(len(numbers))])
-        new = ImportanceKeys.of(self.butler.project(1, new, at[:, None]))  # of one token
+        new = self.butler.keys(1, new, at[:, None])  # of one token
         numbers[:, rows, :, :, at] = new.numbers.permute(1, 4, 0, 2, 3)
         scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
 
@@ -510,6 +534,8 @@ class ButlerSelector(Selector):
                 numbers[..., :old], scales[..., :old] = self.buffer
             self.buffer = buffer = ImportanceKeys(numbers, scales)
             self.projected = {i + 1: buffer.each(lambda x, i=i: x[i]) for i in range(c.layers - 1)}
+            self.parts = {i: buffer.each(lambda x, i=i: x[i : i + c.stride])
+                          for i in range(0, c.layers - 1, c.stride)}
         return self.buffer
 
 

@@ -156,6 +156,33 @@ def predicted(x, weight, bias, eps, up, down, cos, sin, out):
 
 
 @compiled
+def projected(keys, weight, positions, rope, turning, numbers, scales):
+    """A butler's importance keys of one token a row: keys [R, B, G, D], rotated by `rope` radians
+    for each of their `positions` [B], weight [R, G, D, E] -> int8 [R, B, G, E], scales [R, B, G]"""
+    R, B, G, D = keys.shape
+    E, half = weight.shape[3], D // 2
+    for n in prange(R * B * G):
+        r, b, g = n // (B * G), n // G % B, n % G
+        key, new, turned = keys[r, b, g], np.zeros(E, np.float32), np.empty(E, np.float32)
+        for i in range(half):
+            angle = np.float32(positions[b]) * rope[i]
+            c, s, first, last = np.cos(angle), np.sin(angle), key[i], key[i + half]
+            before, behind = first * c + last * s, last * c - first * s
+            row, other = weight[r, g, i], weight[r, g, i + half]
+            for e in range(E):
+                new[e] += before * row[e] + behind * other[e]
+        for e in range(E // 2):
+            angle = np.float32(positions[b]) * turning[e]
+            c, s = np.cos(angle), np.sin(angle)
+            turned[e] = new[e] * c - new[e + E // 2] * s
+            turned[e + E // 2] = new[e + E // 2] * c + new[e] * s
+        scale = max(np.abs(turned).max(), np.float32(1e-30)) / np.float32(127)
+        scales[r, b, g] = scale
+        for e in range(E):
+            numbers[r, b, g, e] = np.int8(np.rint(turned[e] / scale))
+
+
+@compiled
 def top_rows(scores, first, stops, wants, idx):
     for n in prange(len(scores)):
         row = scores[n, first : max(stops[n], first)]
@@ -323,6 +350,18 @@ def predict(producer, x, cos, sin):
     run(predicted, x.view(B, -1).numpy(), weight, bias, norm.eps, up, down,
         cos.view(B, E).numpy(), sin.view(B, E).numpy(), out.view(R, B, G, E).numpy())
     return out
+
+
+def project(keys, weight, positions, rope, turning):
+    """Butler.keys of one token a row, compiled: keys [R, B, G, 1, D], positions [1] or [B, 1, 1]
+    -> int8 [R, B, G, E, 1], scales [R, B, G, 1]"""
+    R, B, G, _, D = keys.shape
+    numbers = torch.empty(R, B, G, weight.shape[3], 1, dtype=torch.int8)
+    scales = torch.empty(R, B, G, 1)
+    run(projected, keys[:, :, :, 0].float().numpy(), weight.detach().numpy(),
+        positions.flatten().expand(B).numpy(), rope.numpy(), turning.numpy(),
+        numbers[..., 0].numpy(), scales[..., 0].numpy())
+    return numbers, scales
 
 
 def choose(q, keys, scales, positions, wants, idx, due, sinks: int, window: int) -> None:

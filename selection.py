@@ -98,21 +98,26 @@ class Selector:
         self.start, self.end = start, end
         self.dense = end < self.dense_below
 
-    @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
         """See model.py: -> index [B, G, T, K] int32, or None for dense attention."""
-        if layer == 0 and self.bound is None:
-            self.arrive(x.shape[1], first_position(keys, positions), keys.shape[2])
+        if layer == 0:
+            self.begin(x.shape[1], keys, positions)
         if self.dense:
             return None
-        if layer == 0:
-            self.kept = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
         self.look_ahead(layer, x, positions)
         if layer == 0:
             return None
         self.index[layer] = self.selected(layer, q, keys, positions)
         return self.index[layer]
 
+    @torch.inference_mode()
+    def begin(self, T: int, keys, positions) -> None:
+        if self.bound is None:
+            self.arrive(T, first_position(keys, positions), keys.shape[2])
+        if not self.dense:
+            self.kept = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
+
+    @torch.inference_mode()
     def selected(self, layer, q, keys, positions):
         """-> sinks, window and what is picked, [B, G, T, K] int32"""
         return torch.cat([self.kept, self.pick(layer, q, keys, positions)], dim=-1).int()

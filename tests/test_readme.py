@@ -30,6 +30,7 @@ LONG = {  # files above 320 lines, and why they stay one file
     "model.py": "a Llama and its cache, from weights to logits",
     "speed.py": "all candidates of one comparison",
     "train.py": "distillation, from the loss to the table",
+    "packed.py": "a step's products in every form, and the layer they make",
     "offload.py": "two stores behind one interface",
     "synth_task.py": "both protocols and the script over them"}
 

@@ -26,22 +26,9 @@ only what they have not yet thrown out. They decide before the next token is see
 import torch
 import torch.nn.functional as F
 
-from cli import known
-from kernel import mark
+from common.cli import known
+from kernel import mark, raw_scores, true_attention
 from selection import SelectionError, Selector, allowance
-
-
-def raw_scores(q, keys):
-    """q [B, H, T, D], keys [B, G, S, D] -> q . k / sqrt(D), [B, G, H/G, T, S] in float32."""
-    q = q.float().unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
-    return q @ keys.float()[:, :, None].transpose(-1, -2)
-
-
-def true_attention(q, keys, positions):
-    """q [B, H, T, D], keys [B, G, S, D], positions [B, T] -> causal softmax [B, G, H/G, T, S]."""
-    future = torch.arange(keys.shape[2], device=q.device) > positions[..., None]  # [B, T, S]
-    scores = raw_scores(q, keys).masked_fill_(future[:, None, None], -torch.inf)
-    return scores.softmax(dim=-1)
 
 
 def widened(values, S: int, filler=0):
@@ -224,96 +211,19 @@ def make_selector(name: str, budget: float, butler=None, drift=0.0, **rules) -> 
     return BASELINES[name](budget, **rules)
 
 
-class Probe:
-    """Wraps a selector and compares it, while it is active, with the true attention of that very
-    run. Each maps a layer to the mean over queries and heads in the latest call:
-
-    mass       share of the attention that the selected tokens hold; always (`share` has that of
-               each query, [B, T])
-    spearman   rank correlation of scores and attention (mean of the group) over the tokens before
-               the query; if `rank`, and for selectors that rank all tokens by scores
-    error      |o' - o| / |o| of the outputs over selected and over all tokens; if given the cache
-    """
-
-    def __init__(self, selector: Selector, rank=False, cache=None):
-        self.selector, self.rank, self.cache = selector, rank, cache
-        self.share, self.mass, self.spearman, self.error = {}, {}, {}, {}
-
-    def __call__(self, layer, x, q, keys, positions):
-        index = self.selector(layer, x, q, keys, positions)
-        if index is None:
-            return None
-        attention = true_attention(q, keys, positions)  # [B, G, H/G, T, S]
-        held = attention * mark(index, keys.shape[2])[:, :, None]
-        share = held.sum(-1, keepdim=True)
-        self.share[layer] = share.mean((1, 2, 4))
-        self.mass[layer] = share.mean().item()
-        if self.cache is not None:
-            v = self.cache.v[layer][:, :, None, : keys.shape[2]].float()
-            o, sparse = attention @ v, held / share @ v
-            self.error[layer] = ((sparse - o).norm(dim=-1) / o.norm(dim=-1)).mean().item()
-        if self.rank and not isinstance(self.selector, Evicting):
-            scores = self.selector.scores(layer, q, keys, positions)
-            seen = torch.arange(keys.shape[2], device=q.device) < positions[:, None, :, None]
-            rho = spearman(scores.float(), attention.mean(2), seen)
-            self.spearman[layer] = rho.nanmean().item()  # one token has no order: NaN
-        return index
-
-
-def at_lengths(llama, window, contexts, makers: dict, block=32):
-    """How do selections fare at the end of contexts of several lengths? Reads a window [T] densely,
-    once; then the last `block` tokens before each of `contexts` go through every selection. From
-    the longest to the shortest, so that nothing is read that a selection wrote.
-
-    makers: {name: maker of a fresh selector, or None for dense attention} -> yields (context, name,
-    share of the attention kept, mean loss in nats of the block's tokens)
-    """
-    contexts = sorted(contexts, reverse=True)
-    cache = llama.new_cache(1, contexts[0])
-    llama.prefill(window[None, : contexts[0] - 1], cache)
-    for context in contexts:
-        some = window[context - block : context]
-        for name, make in makers.items():
-            cache.truncate(context - block)
-            probe = Probe(make()) if make else None
-            with torch.inference_mode():
-                logits = llama(some[None], cache, probe)[0, :-1].float()
-            yield (context, name, mean(probe.mass) if probe else 1.0,
-                   F.cross_entropy(logits, some[1:]).item())
-
-
-def spearman(a, b, seen):
-    """Rank correlation along the last axis, ties sharing their mean rank, where `seen` (booleans)
-    is true: a, b [..., S] -> [...]; NaN where all are tied. (Defined as in scipy.stats.)"""
-    seen = seen.expand(a.shape)
-    n = seen.sum(-1, keepdim=True)
-
-    def ranks(x):  # less their mean
-        x = x.masked_fill(~seen, torch.inf).contiguous()
-        ordered = x.sort(dim=-1).values
-        below = torch.searchsorted(ordered, x)
-        r = ((below + torch.searchsorted(ordered, x, right=True)) * 0.5).masked_fill(~seen, 0)
-        return (r - r.sum(-1, keepdim=True) / n).masked_fill(~seen, 0)
-
-    ra, rb = ranks(a), ranks(b)
-    return (ra * rb).sum(-1) / (ra.norm(dim=-1) * rb.norm(dim=-1))
-
-
-def mean(by_layer: dict) -> float:
-    return sum(by_layer.values()) / len(by_layer)
-
-
 if __name__ == "__main__":
     B, H, G, S, D = 1, 9, 3, 400, 64
     generator = torch.Generator().manual_seed(0)
     q, keys = (torch.randn(B, n, S, D, generator=generator) for n in (H, G))
     x, positions = torch.zeros(B, S, 8), torch.arange(S)[None]
+    now = positions[:, -1:]
+    attention = true_attention(q[:, :, -1:], keys, now)
     for name in BASELINES:
         selector = make_selector(name, 0.1)
-        probe, now = Probe(selector), positions[:, -1:]
         for layer in (0, 1):
             selector.watch(layer, x[:, :-1], q[:, :, :-1], keys[:, :, :-1], positions[:, :-1])
-            probe(layer, x[:, -1:], q[:, :, -1:], keys, now)
-        kept = int((selector.index[1] >= 0).sum()) // G
-        print(f"{name:8s} keeps {kept} of {S} tokens and {mean(probe.mass):.2f} of the attention")
+            index = selector(layer, x[:, -1:], q[:, :, -1:], keys, now)
+        kept = (attention * mark(index, S)[:, :, None]).sum(-1).mean()
+        print(f"{name:8s} keeps {int((index >= 0).sum()) // G} of {S} tokens and {kept:.2f} of the "
+              "attention")
     print("random keys have no few tokens that matter; a real model's do, and that is the point")

@@ -12,39 +12,36 @@
     drift       the tasks, choices being kept until their queries have turned by more than --drifts:
                 accuracy, and the steps between two choices
     generation  free text of --length tokens: which share of its 8-grams has been there before?
-    attention, speed    milliseconds of a decode step, see speed.py
-    offload             the same with keys and values elsewhere, see speed_offload.py
+    attention, speed    milliseconds of a decode step, see measure/speed.py
+    offload             the same with keys and values elsewhere, see measure/speed_offload.py
 
     python bench.py --suite perplexity --text FILE --budgets 0.1,0.25,0.5
 """
 
-import json
 import math
-import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import speed
-import speed_offload
-import synth_task
-import tokenizer
-from baselines import NAMES, Probe, at_lengths, make_selector, mean
+from baselines import NAMES, make_selector
+from beyond.offload import cache_kind
 from butler import Butler, load_for
-from cli import UsageError, flag, known, names, numbers, processor, provenance, read_text, run
-from corpus import hold_out
+from common.cli import flag, known, names, numbers, processor, provenance, run
+from common.errors import UsageError
+from loading import tokenizer
+from measure import speed, speed_offload, tables
+from measure.intervals import accuracy, bootstrap, of_oracle
+from measure.probe import Probe, at_lengths, mean
 from model import Llama, check_device, fast_dtype, resolve
-from offload import cache_kind
-from synth_task import Prompts, accuracy, bootstrap, check_budgets, of_oracle
-
-RESULTS = Path(__file__).parent / "results"
+from selection import check_budgets
+from tasks.corpus import evenly, text_of
+from tasks.evaluation import EVICTING, TASKS, Prompts, fits, task_documents
 
 
 @dataclass
@@ -98,20 +95,8 @@ class Bench:
 
     def windows(self, length: int) -> torch.Tensor:
         """[n, length] tokens, spread evenly over the text."""
-        n = self.config.n
-        ids = self.tok.encode(text_of(self.config.text))
-        if len(ids) < n * length:
-            raise UsageError(f"the text has {len(ids)} tokens, {n} windows of {length} need "
-                             f"{n * length}")
-        step = (len(ids) - length) // max(n - 1, 1)
-        bos = [self.tok.bos_id] * self.tok.add_bos
-        rows = [(bos + ids[i * step : i * step + length])[:length] for i in range(n)]
-        return torch.tensor(rows, device=self.llama.device)
-
-
-def text_of(path) -> str:
-    """The text to measure on; of Python's reference (None) the part that is not trained on."""
-    return "\n\n".join(hold_out(topics)[1]) if path is None else read_text(path)
+        rows = evenly(self.tok, text_of(self.config.text), self.config.n, length)
+        return rows.to(self.llama.device)
 
 
 # ---------------------------------------------------------------------------- the suites
@@ -207,8 +192,8 @@ def drift(bench: Bench) -> dict:
         if name in results:
             continue
         length = None if task == "coreference" else int(context)
-        documents = synth_task.task_documents(task, length, c.n, [c.seed], count)
-        synth_task.fits(bench.llama, {name: documents}, count)
+        documents = task_documents(task, length, c.n, [c.seed], count)
+        fits(bench.llama, {name: documents}, count)
         scores, kept = results.setdefault(name, {}), steps.setdefault(name, {})
         for document in tqdm(documents, desc=name, file=sys.stderr):
             prompts = Prompts(bench.llama, bench.tok, [document], "sparse")
@@ -282,7 +267,7 @@ def main(config: Config) -> dict:
         shape = Path(shape).resolve().parent.name
     parts = [config.suite] + [shape] * bool(shape)
     parts += [processor(config.device)] * (config.suite in TIMED)
-    return write(config, report, "_".join(parts))
+    return tables.write(config, report, "_".join(parts))
 
 
 def measured(config: Config) -> dict:
@@ -304,26 +289,17 @@ def measured(config: Config) -> dict:
     return report | {"dtype": str(llama.embed_tokens.weight.dtype)}
 
 
-def write(config, report: dict, name: str) -> dict:
-    """Where --write asks for it: results/NAME.json, and all tables and figures anew."""
-    if config.write:
-        written = RESULTS / f"{name}.json"
-        written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
-        subprocess.run([sys.executable, RESULTS / "render.py"], check=True)
-    return report
-
-
 def check(config: Config) -> None:
     known("suite", [config.suite], SUITES | TIMED)
     known("selector", config.selectors, NAMES)
-    known("task", config.task, synth_task.TASKS)
+    known("task", config.task, TASKS)
     if "snapkv" in config.selectors and config.suite in ("perplexity", "recall", "length"):
         raise UsageError(f"snapkv evicts at the end of a prompt, and the text of --suite "
                          f"{config.suite} has none")
     if config.suite == "length" and min(map(int, config.contexts)) < 64:
         raise UsageError("--suite length measures 32 tokens behind as many at least: no context "
                          "below 64")
-    evicting = sorted(set(config.selectors) & set(synth_task.EVICTING))
+    evicting = sorted(set(config.selectors) & set(EVICTING))
     if evicting and config.suite in ("drift", "length"):
         raise UsageError(f"{evicting[0]} evicts at every step: no --suite {config.suite}")
     if config.shape:

@@ -26,8 +26,6 @@ selection.py.
 import hashlib
 import json
 import math
-import os
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -39,11 +37,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-import kernel_cpu
+from common.errors import Refusal
+from common.files import replacing
+from cpu import loops
 from kernel import BLOCK, choose, in_order
 from model import rotate, turns
 from selection import SelectionError, Selector, first_position
-from weights import Refusal
 
 FASTEST = 0.5  # radians a token of the first pair of importance channels
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
@@ -51,25 +50,6 @@ SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safeten
 
 class ButlerError(Refusal):
     """A butler that cannot be read, or that belongs to another model."""
-
-
-@contextmanager
-def whole(path):
-    """Gives a path to write to; what was written then takes the place of `path`, whole. Where that
-    fails (disk full, no permission) what stood there stays; raises ButlerError, one line. The
-    save_file of safetensors leaves files of random names when it is killed; `save` gives bytes."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with part.open("rb") as f:
-            os.fsync(f.fileno())  # on the disk before the name points to it
-        part.replace(path)
-    except OSError as e:
-        raise ButlerError(f"cannot write {path} ({e.strerror})") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- the predictor
@@ -175,8 +155,8 @@ class Butler(nn.Module):
     def predict(self, layer: int, x, rope):
         """The same for a layer that has a producer, in one: [R, B, G, T, E]"""
         producer, x = self.producers[str(layer)], x.float()
-        if x.shape[1] == 1 and kernel_cpu.serves(x) and not torch.is_grad_enabled():
-            return kernel_cpu.predict(producer, x, *rope)
+        if x.shape[1] == 1 and loops.serves(x) and not torch.is_grad_enabled():
+            return loops.predict(producer, x, *rope)
         return rotate(producer(x).permute(2, 0, 3, 1, 4), *rope)
 
     def project(self, layer: int, keys, positions):
@@ -194,8 +174,8 @@ class Butler(nn.Module):
 
     def keys(self, first: int, keys, positions) -> "ImportanceKeys":
         """Importance keys of layers in a row, [R, B, G, S, D] -> [R, B, G, S, E], in 8 bits."""
-        if keys.shape[3] == 1 and kernel_cpu.serves(keys) and not self.config.rotated_keys:
-            return ImportanceKeys(*kernel_cpu.project(
+        if keys.shape[3] == 1 and loops.serves(keys) and not self.config.rotated_keys:
+            return ImportanceKeys(*loops.project(
                 keys, self.key_projection[first - 1 : first - 1 + len(keys)], positions,
                 self.rope, self.frequencies))
         return ImportanceKeys.of(self.project(first, keys, positions))
@@ -223,7 +203,7 @@ class Butler(nn.Module):
         """Writes one safetensors file, whole or not at all: weights, and in the metadata `butler`
         (the configuration as JSON) and `extra` (JSON too: how it was trained)."""
         metadata = {"butler": json.dumps(asdict(self.config)), "extra": json.dumps(extra or {})}
-        with whole(path) as part:
+        with replacing(path) as part:
             weights = {k: v.contiguous() for k, v in self.state_dict().items()}
             part.write_bytes(save(weights, metadata))
 

@@ -1,12 +1,13 @@
 """kernel.py - choosing a few tokens, and attending to them: from scores to indices to outputs.
 
+    true_attention    the softmax that selections approximate               -> [B, G, H/G, T, S]
     in_order          scores in the order that a top-K takes them in        [..., S] -> [..., S]
     top               the best tokens, from scores                          [..., S] -> [..., K]
     choose            the best tokens, from importance queries and keys    -> [R, B, G, K]
     sparse_decode     one query a head    q [B, H, D],    idx [B, G, K]    -> [B, H, D]
     triton_decode     the same on a GPU; without idx of all tokens so far  -> [B, H, D]
     sparse_attention  T queries a head    q [B, H, T, D], idx [B, G, T, K] -> [B, H, T, D]
-    fetch_rows        keys and values from beyond the bus, for offload.py  -> [B, G, K, 2, D]
+    fetch_rows        keys and values from beyond the bus, for beyond/offload.py  -> [B, G, K, 2, D]
 
     o = softmax(q . k[idx] / sqrt(D)) . v[idx]     with k, v [B, G, S, D]; idx -1 is an empty slot
 
@@ -29,7 +30,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-import kernel_cpu
+from cpu import loops
 
 try:
     import triton
@@ -39,7 +40,7 @@ except ImportError:  # not a system that Triton runs on: gather + SDPA serves ev
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 LOW = 2**15 - 1  # 15 bits
-HALF = float(kernel_cpu.HALF)  # the largest number of fp16
+HALF = float(loops.HALF)  # the largest number of fp16
 BLOCK = 1024  # tokens scored by one program
 BINS = 2048  # of a histogram of codes: their upper 11 bits
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,6 +64,19 @@ def mark(idx, S: int):
     return marks.scatter(-1, torch.where(idx < 0, S, idx).long(), True)[..., :S]
 
 
+def raw_scores(q, keys):
+    """q [B, H, T, D], keys [B, G, S, D] -> q . k / sqrt(D), [B, G, H/G, T, S] in float32."""
+    q = q.float().unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5
+    return q @ keys.float()[:, :, None].transpose(-1, -2)
+
+
+def true_attention(q, keys, positions):
+    """q [B, H, T, D], keys [B, G, S, D], positions [B, T] -> causal softmax [B, G, H/G, T, S]."""
+    future = torch.arange(keys.shape[2], device=q.device) > positions[..., None]  # [B, T, S]
+    scores = raw_scores(q, keys).masked_fill_(future[:, None, None], -torch.inf)
+    return scores.softmax(dim=-1)
+
+
 def sparse_decode(q, k, v, idx):
     """Attention of one query per head to the K tokens that `idx` names, gathered row by row.
 
@@ -72,8 +86,8 @@ def sparse_decode(q, k, v, idx):
     """
     if on_gpu(q):
         return triton_decode(q, k, v, idx)
-    if kernel_cpu.serves(q, k, v):
-        return kernel_cpu.attend(q[:, :, None], k, v, idx[:, :, None])[:, :, 0].to(q.dtype)
+    if loops.serves(q, k, v):
+        return loops.attend(q[:, :, None], k, v, idx[:, :, None])[:, :, 0].to(q.dtype)
     B, H, D = q.shape
     q, empty = q.reshape(B, k.shape[1], -1, D), idx < 0  # [B, G, H/G, D], [B, G, K]
     if not empty.any():
@@ -151,8 +165,8 @@ def in_order(scores):
 def top(scores, first: int, stops, wants):
     """The best of scores [..., S] from token `first` to `stops` [...], as many as `wants` [...]
     -> tokens [..., K], -1 = empty; K is the largest want, and -inf never wanted."""
-    if kernel_cpu.serves(scores):
-        return kernel_cpu.top(scores, first, stops, wants)
+    if loops.serves(scores):
+        return loops.top(scores, first, stops, wants)
     K = min(int(wants.max()), scores.shape[-1])
     s = torch.arange(scores.shape[-1], device=scores.device)
     between = (s >= first) & (s < stops[..., None])
@@ -171,8 +185,8 @@ def choose(q, keys, scales, positions, wants, idx, due, S: int, sinks: int, wind
     """
     if on_gpu(q):
         return triton_select(q, keys, scales, positions, wants, idx, due, S, sinks, window)
-    if kernel_cpu.serves(q, keys):
-        return kernel_cpu.choose(q, keys, scales, positions, wants, idx, due, sinks, window)
+    if loops.serves(q, keys):
+        return loops.choose(q, keys, scales, positions, wants, idx, due, sinks, window)
     idx.masked_fill_(due[..., None], -1)
     for r, b, g in due.nonzero().tolist():
         row, between = (r, b, g), slice(sinks, max(int(positions[b]) - window + 1, sinks))

@@ -14,7 +14,7 @@ for all of them. The model knows no selector by name; dense attention is `select
 
     o = softmax(q . k[idx] / sqrt(D)) . v[idx]        rotary position embedding: arXiv 2104.09864
 
-Weights come from a Hugging Face folder or a GGUF file (weights.py), which fetch.py finds by name.
+Weights come from a Hugging Face folder or a GGUF file, found by name and read in loading/.
 
 Dimensions, one letter each in the whole repository: B batch, T new tokens, S cached tokens,
 C width, H query heads, G KV heads, D head size, L layers, E butler size, K tokens kept,
@@ -30,11 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import kernel_cpu
-from fetch import resolve
+from common.errors import ModelError
+from cpu import loops
+from cpu.packed import PackedBlock, PackedHead, PackedLayers, few
 from kernel import on_gpu, sparse_attention, triton_decode
-from packed import PackedBlock, PackedHead, PackedLayers, few
-from weights import Config, ModelError, read
+from loading.fetch import resolve
+from loading.weights import Config, read
 
 
 def rope_frequencies(config: Config) -> torch.Tensor:
@@ -66,8 +67,8 @@ class Cache:
     Layers `append`; only `Llama.forward` advances, once, when all layers have written.
     """
 
-    capturable = True  # may a decode step be a CUDA graph? See graph.py
-    asked, missed = 0, 0  # rows that steps asked for, and those that were not here (offload.py)
+    capturable = True  # may a decode step be a CUDA graph? See beyond/
+    asked, missed = 0, 0  # rows that steps asked for, and those that were not here (beyond/)
 
     def __init__(self, config: Config, batch, capacity, dtype=torch.float32, device="cpu"):
         shape = (batch, config.kv_heads, capacity, config.head_dim)
@@ -78,20 +79,20 @@ class Cache:
 
     def allocate(self, layers: int, shape, dtype, device):
         """-> keys, values: two lists of tensors [B, G, capacity, D], which are those of `tables`,
-        [2, layers, B, G, capacity, D], or, if that is None, lie apart (offload.py)"""
+        [2, layers, B, G, capacity, D], or, if that is None, lie apart (beyond/offload.py)"""
         self.tables = torch.zeros(2, layers, *shape, dtype=dtype, device=device)
         return map(list, self.tables)
 
     def read_ahead(self, layers: list, tokens) -> None:
-        """Is told what layers to come will ask for (offload.py): all of it is here already."""
+        """Is told what layers to come will ask for (beyond/): all of it is here already."""
 
     def at_hand(self, layer: int, keys, values, index):
         """Keys, values and a selection [B, G, T, K] of them -> the same three, or other keys and
-        values that hold what was selected, with its indices there (offload.py)."""
+        values that hold what was selected, with its indices there (beyond/offload.py)."""
         return keys, values, index
 
     def whole(self, layer: int, keys, values):
-        """All keys and values of a layer -> the same, or copies faster to read (offload.py)."""
+        """All keys and values of a layer -> the same, or copies faster to read (beyond/)."""
         return keys, values
 
     @property
@@ -153,8 +154,8 @@ def dense_attention(q, k, v, positions, ragged: bool):
     G, S = k.shape[1:3]
     if T == 1 and ragged and on_gpu(q):
         return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
-    if T == 1 and kernel_cpu.serves(q, k, v):
-        return kernel_cpu.attend(q, k, v, positions=positions)
+    if T == 1 and loops.serves(q, k, v):
+        return loops.attend(q, k, v, positions=positions)
     if T == 1 and not ragged:  # one query sees everything: fold the group into the query axis
         return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).reshape(q.shape)
     if T == S and not ragged:  # is_causal aligns top-left: right when nothing is cached yet
@@ -217,7 +218,7 @@ class Block(nn.Module):
 
     @cached_property
     def packed(self):
-        """The same block for a token or two (packed.py), or None."""
+        """The same block for a token or two (cpu/packed.py), or None."""
         return PackedBlock.of(self)
 
     def before(self, x, cos, sin):
@@ -287,8 +288,8 @@ class Llama(nn.Module):
         return self.embed_tokens.weight.device
 
     def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
-        """Room for `capacity` tokens a row, where `kind` says (offload.py); by default as float32
-        on a CPU, where few rows of bfloat16 take longer to read, on a GPU as the weights."""
+        """Room for `capacity` tokens a row, where `kind` says (beyond/offload.py); by default as
+        the weights on a GPU, float32 on a CPU, where few rows of bfloat16 take longer to read."""
         default = torch.float32 if self.device.type == "cpu" else self.embed_tokens.weight.dtype
         return kind(self.config, batch, capacity, dtype or default, self.device)
 

@@ -21,16 +21,18 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm import tqdm
 
-import tokenizer
 from baselines import NAMES, make_selector
+from beyond.graph import stepper
+from beyond.offload import STORES, cache_kind
+from beyond.page import Beside, texts
 from butler import Butler, load_for
-from cli import UsageError, flag, known, provenance, read_text, run, writable
-from coreference import coreference, pools
-from graph import stepper
-from model import Cache, Llama, ModelError, check_device, fast_dtype, resolve
-from offload import STORES, cache_kind
-from page import Beside, texts
+from common.cli import flag, known, provenance, run
+from common.errors import ModelError, UsageError
+from common.files import read_text, writable
+from loading import tokenizer
+from model import Cache, Llama, check_device, fast_dtype, resolve
 from selection import Selector
+from tasks.coreference import coreference, pools
 
 BREAK_EVEN = 2000  # tokens cached from which on a step at 5 % was faster: results/speed_avx2.json
 

@@ -13,8 +13,8 @@ with (baselines.py) differ in their scores, and those that evict in what is left
 
 import torch
 
+from common.errors import Refusal, UsageError
 from kernel import top
-from weights import Refusal
 
 
 class SelectionError(Refusal):
@@ -31,6 +31,15 @@ def allowance(budget: float, cached, least: int):
     else:
         total = torch.full_like(cached, int(budget))
     return total.clamp(min=least).minimum(cached)
+
+
+def check_budgets(budgets) -> None:
+    """Raises UsageError for the first of these texts that is no budget."""
+    try:
+        for budget in budgets:
+            Selector(float(budget))
+    except ValueError as e:  # not a number, or out of range
+        raise UsageError(str(e)) from None
 
 
 def first_position(keys, positions) -> int:
@@ -57,8 +66,8 @@ class Selector:
 
     read_ahead   if set to a cache's: is told the layers of a producer and their choice
                  [R, B, G, 1, K'], -1 = empty, as soon as it is made
-    capturable   can a decode step do without a number from the device? See graph.py, which says in
-                 `bound` for how many tokens the shapes of a step are to be made
+    capturable   can a decode step do without a number from the device? See beyond/graph.py, which
+                 says in `bound` for how many tokens the shapes of a step are to be made
     """
 
     SINKS, WINDOW = 4, 8

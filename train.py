@@ -15,7 +15,7 @@ look at short texts, which are cheap; every fourth at long ones, for distances t
 
     python train.py                         trains the default butler, ends in a table
     python train.py --model DIR --data TEXT ...  another Llama, your own text
-    python train.py --resume                goes on where a run was stopped (survive.py)
+    python train.py --resume                goes on where a run was stopped (beyond/survive.py)
     torchrun --nproc-per-node N train.py    the same on N processes, or N GPUs
 """
 
@@ -32,17 +32,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import survive
-import tokenizer
-from baselines import at_lengths, make_selector, true_attention
-from butler import Butler, ButlerConfig, whole
-from cli import UsageError, flag, provenance, run, writable
-from coreference import pools
-from corpus import Mixture, default_texts, hold_out, read_texts
-from fetch import resolve
+from baselines import make_selector
+from beyond import survive
+from butler import Butler, ButlerConfig
+from common.cli import flag, provenance, run
+from common.errors import UsageError
+from common.files import replacing, writable
+from kernel import true_attention
+from loading import tokenizer
+from loading.fetch import resolve
+from measure import tables
+from measure.intervals import accuracy, bootstrap
+from measure.probe import at_lengths
 from model import Llama, check_device, fast_dtype
 from selection import Selector
-from synth_task import accuracy, bootstrap, evaluate, fitting
+from tasks.coreference import pools
+from tasks.corpus import Mixture, default_texts, hold_out, read_texts
+from tasks.evaluation import evaluate, fitting
 
 
 @dataclass
@@ -320,37 +326,15 @@ def main(config: Config) -> dict | None:
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     } | provenance()
-    with whole(report_path(config)) as part:
+    with replacing(report_path(config)) as part:
         part.write_text(json.dumps(report, indent=1) + "\n")
     survive.state_path(config).unlink(missing_ok=True)
-    print(f"\n{table(report)}\n\nsaved {config.out} and {report_path(config)}")
+    print(f"\n{tables.training(report)}\n\nsaved {config.out} and {report_path(config)}")
     return report
 
 
 def report_path(config) -> Path:
     return Path(config.report or Path(config.out).with_suffix(".json"))
-
-
-def table(report: dict) -> str:
-    """What the run comes to, for a person; README.md shows that of the shipped butler."""
-    contexts = list(report["table"]["dense"]["kept"])
-    n = report["table"]["dense"]["kept"][contexts[0]]["n"]
-    heads = [f"kept at {int(c):,}" for c in contexts]
-    lines = ["  ".join(["selector", "attended", *heads, "co-reference exact  [95 %]"])]
-    for name, row in report["table"].items():
-        e, attended = row["coreference"], "100 %" if name == "dense" else "10 %"
-        kept = "".join(f"  {row['kept'][c]['mean']:{len(head)}.3f}"
-                       for c, head in zip(contexts, heads, strict=True))
-        lines.append(f"{name:8s}  {attended:>8s}{kept}  {e['mean']:18.2f}"
-                     f"  [{e['low']:.2f}, {e['high']:.2f}]")
-    return "\n".join(lines + [
-        "", f"attention kept: {n} held-out texts; co-reference: {e['n']} documents",
-        f"KL on held-out text, mean of the layers: {report['kl_before']:.3f} before, "
-        f"{report['kl']:.3f} after {report['config']['steps']} steps",
-        f"{report['parameters']:,} parameters, {report['share']:.2%} of the base model's; "
-        f"{report['seconds'] / 60:.1f} minutes, {report['peak_memory_gb']:.1f} GB at most",
-        f"{report['hardware']}; commit {report['commit']}, seed {report['config']['seed']}",
-        report["command"]])
 
 
 def parameters(module) -> int:

@@ -24,17 +24,19 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bench
-import tokenizer
 import train
-from baselines import BASELINES, Oracle, at_lengths
+from baselines import BASELINES, Oracle
 from butler import Butler, ButlerConfig, ButlerSelector, Producer
-from cli import flag, known, names, numbers, provenance, run
-from coreference import pools
-from corpus import Mixture, default_texts, hold_out
+from common.cli import flag, known, names, numbers, provenance, run
 from kernel import in_order
+from loading import tokenizer
+from measure import tables
+from measure.intervals import accuracy, bootstrap, of_oracle
+from measure.probe import at_lengths
 from model import Llama, check_device, fast_dtype, resolve
-from synth_task import accuracy, bootstrap, evaluate, of_oracle, task_documents
+from tasks.coreference import pools
+from tasks.corpus import Mixture, default_texts, evenly, hold_out, text_of
+from tasks.evaluation import evaluate, task_documents
 
 
 @dataclass
@@ -193,28 +195,9 @@ def measure(butlers: dict, windows, llama, tok, config) -> dict:
     return rows
 
 
-def table(report: dict) -> str:
-    rows, c = report["rows"], report["config"]
-    contexts, tasks = list(rows["oracle"]["kept"]), list(rows["oracle"]["answers"])
-    lines = [f"{'row':44s} parameters" + "".join(f"{f'kept at {int(n):,}':>15s}" for n in contexts)
-             + "  over default [95 %]         " + "  ".join(tasks)]
-    for name, row in rows.items():
-        d, size = row.get("over_default"), row.get("parameters")
-        lines.append(
-            f"{name:44s} {f'{size:,}' if size else '':>10s}"
-            + "".join(f"{row['kept'][n]['mean']:15.1%}" if "kept" in row else " " * 15
-                      for n in contexts)
-            + (f"  {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" if d else " " * 28)
-            + "  " + "  ".join(f"{row['answers'][t]['mean']:{len(t)}.2f}" for t in tasks))
-    n = ", ".join(f"{m['n']}" for m in rows["oracle"]["answers"].values())
-    return "\n".join([*lines, "", f"{c['steps']} steps each, {c['windows']} windows, "
-                      f"documents: {n}; {report['hardware']}; commit {report['commit']}\n"
-                      f"{report['command']}"])
-
-
 def main(config: Config) -> dict:
     known("row", config.only, VARIANTS)
-    bench.text_of(config.text)
+    text_of(config.text)
     check_device(config.device)
     wanted = {n: v for n, v in VARIANTS.items() if not config.only or n in config.only}
     trained = {n: v for n, v in wanted.items() if not v.selection}
@@ -223,15 +206,14 @@ def main(config: Config) -> dict:
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
     tok = tokenizer.load(path).check(llama)
-    setting = bench.Bench(llama, tok, [], bench.Config(n=config.windows, text=config.text))
-    windows = setting.windows(max(map(int, config.contexts)))
+    windows = evenly(tok, text_of(config.text), config.windows, max(map(int, config.contexts)))
     butlers = train_all(trained, llama, tok, config)
     for name, v in wanted.items():
         if v.selection:
             butlers[name] = SimpleNamespace(selector=partial(v.selection, butlers["default"]))
-    report = {"rows": measure(butlers, windows, llama, tok, config)} | provenance()
-    print(table({"config": vars(config)} | report))
-    return bench.write(config, report, "ablations")
+    report = {"rows": measure(butlers, windows.to(llama.device), llama, tok, config)} | provenance()
+    print(tables.ablations({"config": vars(config)} | report))
+    return tables.write(config, report, "ablations")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bench
 from butler import load_for
-from cli import UsageError, flag, numbers, processor, provenance, run
+from common.cli import flag, numbers, processor, provenance, run
+from common.errors import UsageError
+from measure import tables
+from measure.speed import anew, by_turns
 from model import Llama, fast_dtype, resolve
 from selection import Selector
-from speed import anew, by_turns
 
 try:
     from cyllama.llama import llama_cpp
@@ -145,22 +146,13 @@ def measure(config: Config) -> dict:
     return {"rows": rows}
 
 
-def table(report: dict) -> str:
-    lines = [f"{'context':>8s}  {'':28s} {'ms a step':>10s} {'tokens/s':>9s} {'reading, s':>11s}"]
-    lines += [f"{r['context']:8,}  {r['candidate']:28s} {r['ms']:10.1f} {1e3 / r['ms']:9.1f}"
-              + (f" {r['first_token_s']:11.1f}" if r["first_token_s"] else "")
-              for r in report["rows"]]
-    return "\n".join([*lines, "", f"{report['hardware']}; commit {report['commit']}",
-                      report["command"]])
-
-
 def main(config: Config) -> dict:
     Selector(config.budget)
     if find_spec("transformers") is None:
         raise UsageError("transformers is missing: pip install -r requirements-dev.txt")
     report = measure(config) | provenance()
-    print(table(report))
-    return bench.write(config, report, f"compare_{processor()}")
+    print(tables.compare(report))
+    return tables.write(config, report, f"compare_{processor()}")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,8 @@ def offload(reports: dict) -> list[Panel]:
 
 
 FIGURES = {"accuracy": (accuracy, "budgets"),
-           "speed": (speed, "attention_smollm2-135m_avx2", "speed_avx2"),
+           "speed": (speed, "attention_smollm2-135m_avx512-bf16", "speed_avx2",
+                     "speed_avx512-bf16"),
            "recall": (recall, "recall"), "length": (length, "length", "ablations"),
            "training": (training, "train"),
            "offload": (offload, "offload*")}  # a figure: its function, and the files it is of

@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from cli import UsageError, flag, known, names, run
+from common.cli import flag, known, names, run
+from common.errors import UsageError
 
 TEXT = "out/prose.txt"
 RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"

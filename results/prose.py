@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import UsageError
+from common.errors import UsageError
 
 LEAST = 32_000  # characters of an article
 DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"

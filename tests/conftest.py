@@ -12,10 +12,8 @@ import torch
 if not torch.cuda.is_available():  # kernel.py's Triton then runs in the interpreter, on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
-import cli
-import fetch
-import tokenizer
-import weights
+from common import cli
+from loading import fetch, tokenizer, weights
 from model import Llama, fast_dtype
 
 ROOT = Path(__file__).parent.parent

@@ -33,17 +33,16 @@ from hypothesis import strategies as st
 os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # survives a fork
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import corpus
 import sample
-import survive
 import synth_task
-import tokenizer
 import train
-import weights
+from beyond import survive
 from butler import Butler, ButlerConfig, ButlerError
-from cli import UsageError
+from common.errors import ModelError, UsageError
+from loading import tokenizer, weights
+from loading.weights import Config
 from model import Llama
-from weights import Config, ModelError
+from tasks import corpus
 
 MEMORY, SECONDS = 2 * 2**30, 10
 CLEAR = (ModelError, tokenizer.TokenizerError, ButlerError, UsageError)

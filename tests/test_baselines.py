@@ -6,19 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from baselines import (
-    BASELINES,
-    NAMES,
-    Oracle,
-    Probe,
-    Quest,
-    Random,
-    make_selector,
-    spearman,
-    true_attention,
-)
+from baselines import BASELINES, NAMES, Oracle, Quest, Random, make_selector
 from butler import Butler, ButlerConfig
-from kernel import mark
+from kernel import mark, true_attention
+from measure.probe import Probe, spearman
 from selection import SelectionError, allowance
 from train import record
 

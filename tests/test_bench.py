@@ -15,9 +15,10 @@ from test_scripts import script
 from test_speed import TINY
 
 import bench
-from baselines import NAMES, Probe, make_selector, mean
+from baselines import NAMES, make_selector
 from butler import Butler, ButlerConfig, load_for
-from cli import processor
+from common.cli import processor
+from measure.probe import Probe, mean
 from model import Llama
 
 
@@ -130,7 +131,7 @@ def test_the_script(tmp_path):
 
 @pytest.mark.slow
 def test_what_compare_writes_stands_in_the_tables(tmp_path):
-    for part in ("*.py", "README.md", "results/*", "checkpoints/*"):
+    for part in ("*.py", "*/*.py", "README.md", "results/*", "checkpoints/*"):
         for path in ROOT.glob(part):
             (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             if path.is_file():

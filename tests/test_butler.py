@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernel
-import kernel_cpu
-from baselines import NAMES, Oracle, make_selector, true_attention
+from baselines import NAMES, Oracle, make_selector
 from butler import Butler, ButlerConfig, ButlerError, fingerprint, turned_back
-from kernel import mark, reference
+from cpu import loops
+from kernel import mark, reference, true_attention
 from model import Llama, rotate, turns
 from selection import SelectionError, Selector, allowance
 from train import Recorder, distillation, record
@@ -184,7 +184,7 @@ def test_all_forms_choose_the_same_in_a_decode_step(tiny, tiny_butler, drift, mo
     for form in ("Numba", "PyTorch", "Triton"):
         cache, selector = tiny.new_cache(2, 80), tiny_butler.selector(0.6, drift=drift)
         if form == "PyTorch":
-            monkeypatch.setattr(kernel_cpu, "numba", None)
+            monkeypatch.setattr(loops, "numba", None)
         elif form == "Triton":
             monkeypatch.setattr(kernel, "on_gpu", lambda x: True)
         tiny.prefill(ids[:, :64], cache, lengths=[40, 64])

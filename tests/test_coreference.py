@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-import coreference
-from synth_task import evaluate
+from tasks import coreference
+from tasks.evaluation import evaluate
 
 SPLITS = ("train", "test")
 KINDS = ("places", "names", "philosophy", "food", "arithmetic")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from coreference import pools
-from corpus import Mixture, default_texts, hold_out
+from tasks.coreference import pools
+from tasks.corpus import Mixture, default_texts, hold_out
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import assert_close
 
-from baselines import Probe, make_selector, mean
+from baselines import make_selector
 from butler import Butler, ButlerConfig
-from coreference import coreference_documents
+from measure.probe import Probe, mean
 from selection import Selector
+from tasks.coreference import coreference_documents
 from train import distillation, record
 
 CACHED = 200  # tokens

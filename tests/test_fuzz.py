@@ -13,11 +13,12 @@ from test_tokenizer import GGUF_ALPHABET, llama_split
 from test_tokenizer import write_gguf as write_vocabulary
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-import survive
+from beyond import survive
 from butler import Butler, ButlerConfig
-from tokenizer import TokenizerError, load
-from vocabulary import LLAMA3 as LLAMA3_PATTERN
-from weights import ModelError, Reader, read
+from common.errors import ModelError
+from loading.tokenizer import TokenizerError, load
+from loading.vocabulary import LLAMA3 as LLAMA3_PATTERN
+from loading.weights import Reader, read
 
 
 def write_models(folder):

@@ -12,14 +12,15 @@ from conftest import randomise
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-import graph
 import kernel
-import kernel_cpu
 import model
 from baselines import make_selector
+from beyond import graph
+from beyond.offload import PinnedCache
 from butler import Butler, ButlerConfig
-from offload import PinnedCache
-from weights import Config, ModelError
+from common.errors import ModelError
+from cpu import loops
+from loading.weights import Config
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(not kernel.INTERPRETED, reason="for Triton's interpreter")
@@ -70,7 +71,7 @@ class Tape(TorchDispatchMode):
 def by_triton(monkeypatch):
     for module in (graph, model, kernel):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
-    monkeypatch.setattr(kernel_cpu, "numba", None)  # a tape does not see its loops
+    monkeypatch.setattr(loops, "numba", None)  # a tape does not see its loops
 
 
 @pytest.fixture

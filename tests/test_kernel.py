@@ -11,7 +11,7 @@ import torch
 from conftest import assert_close
 
 import kernel
-import kernel_cpu
+from cpu import loops
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there: the interpreter, see conftest.py
@@ -103,7 +103,7 @@ def test_every_form_finds_the_top_k(S, monkeypatch):
     stops, wants = (torch.randint(0, S + 1, (2, 1, 7), generator=rng) for _ in range(2))
     found = [None, kernel.top(scores, 3, stops, wants)]
     with monkeypatch.context() as without:
-        without.setattr(kernel_cpu, "numba", None)
+        without.setattr(loops, "numba", None)
         found[0] = kernel.top(scores, 3, stops, wants)
     assert found[0].shape == found[1].shape == (2, 3, 7, int(wants.max()))
     values = [scores.gather(-1, idx.clamp(min=0)).where(idx >= 0, -torch.inf) for idx in found]
@@ -138,8 +138,8 @@ def test_every_form_chooses_what_the_definition_does(case, monkeypatch):
     where, wanted = torch.tensor(positions), torch.tensor(wants)
     for due in (some, torch.ones_like(some)):
         found = [torch.full((R, B, G, max(wants)), -7) for _ in range(3)]
-        for loops, idx in zip((None, kernel_cpu.numba), found, strict=False):
-            monkeypatch.setattr(kernel_cpu, "numba", loops)
+        for compiler, idx in zip((None, loops.numba), found, strict=False):
+            monkeypatch.setattr(loops, "numba", compiler)
             kernel.choose(q, k, scales, where, wanted, idx, due, max(positions), 4, 16)
         on_device = [x.to(DEVICE) for x in (q, k, scales, where, wanted, found[2], due)]
         kernel.triton_select(*on_device, max(positions), 4, 16, block=128)

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-import fetch
 import kernel
-import kernel_cpu
-import packed
+from common.errors import ModelError
+from cpu import loops, packed
+from loading import fetch
+from loading.weights import Config
 from model import Llama
-from weights import Config, ModelError
 
 PROMPTS = [
     "The capital of France is a city that many people want to visit at least once in their life",
@@ -122,7 +122,7 @@ def test_packed_products(bits, rows, dtype):
         return
     assert found.codes.shape == (2, {4: 48, 8: 96}.get(bits, 192), 64)
     out = np.empty((rows, 128), np.float32)
-    kernel_cpu.run(packed.multiply, x.numpy(), found, out)
+    loops.run(packed.multiply, x.numpy(), found, out)
     exact = torch.nn.functional.linear(x, linear.weight.float(), linear.bias.float())
     assert_close("product", torch.from_numpy(out), exact, 1e-4 if dtype == torch.float32 else 0.1)
     for sizes in (100, 128), (96, 100):
@@ -979,7 +979,7 @@ SHAPES = [dict(S=S, group=group, K=K, G=G, D=D) for S, group, K, G, D in [
 def form(request, monkeypatch):
     """With the compiled loops and without."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(kernel_cpu, "numba", None)
+        monkeypatch.setattr(loops, "numba", None)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

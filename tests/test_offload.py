@@ -22,13 +22,14 @@ from torch.utils._pytree import tree_leaves
 
 import kernel
 import model
-import offload
 from baselines import make_selector
+from beyond import offload
 from butler import Butler, ButlerConfig, load_for
-from coreference import coreference_documents
+from common.errors import ModelError
+from loading.weights import Config
 from model import Llama
-from synth_task import evaluate
-from weights import Config, ModelError
+from tasks.coreference import coreference_documents
+from tasks.evaluation import evaluate
 
 TINY = Config(vocab_size=64, width=32, layers=5, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
               context=4096, tied=True)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from browser import Browser, find
 
-from baselines import NAMES, make_selector, true_attention
+from baselines import NAMES, make_selector
+from beyond.offload import DiskCache
+from beyond.page import Beside, texts
 from butler import Butler, ButlerConfig, load_for
-from offload import DiskCache
-from page import Beside, texts
+from kernel import true_attention
 from sample import Config, generate
 
 PROMPT = ("</script><b>&amp;</b> & <!-- \u2028 \tA tab,\n\n newlines, an \u00e9 and \U0001f9a9. "

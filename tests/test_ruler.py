@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-import ruler
-from corpus import default_texts, hold_out
+from tasks import ruler
+from tasks.corpus import default_texts, hold_out
 
 NEEDLE = re.compile(r"One of the special magic (?:number|uuid)s for (\S+) is: (\S+)\.(?!\S)")
 SINGLE = ("needle_noise", "needle_prose", "needle_uuid", "multikey", "multikey_needles",

@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT
 from tqdm import tqdm
 
-import cli
-import tokenizer
-from coreference import coreference_documents
+from common import cli
+from loading import tokenizer
 from model import Llama
+from tasks.coreference import coreference_documents
 
 
 def script(*arguments, timeout=300, cwd=ROOT):
@@ -28,6 +28,9 @@ def script(*arguments, timeout=300, cwd=ROOT):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
 
 
+MODULES = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))
+           if path.parent.name not in ("tests", "results") and path.name != "__init__.py"
+           and not path.parent.name.startswith(".")]
 SCRIPTS = ["train.py", "sample.py", "synth_task.py", "bench.py", "results/ablate.py",
            "results/compare.py", "results/make.py", "results/render.py"]
 WRONG = """
@@ -284,18 +287,23 @@ def test_a_pipe_closed_early_ends_quietly(folder, both, command):
     assert not re.search("Error|Exception|Traceback", done.stderr or ""), done.stderr
 
 
-@pytest.mark.parametrize("name", sorted({p.name for p in ROOT.glob("*.py")} - set(SCRIPTS)))
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(ROOT)) for path in MODULES
+                                        if path.name not in SCRIPTS))
 def test_every_module_shows_what_it_makes(name, in_memory, capsys, monkeypatch):
     """As its first lines promise, and with a number; here, where PyTorch is imported already."""
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(ROOT / name), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 2 and re.search(r"\d", "".join(lines))
-    assert f"\n    python {name}" in (ROOT / name).read_text().split('"""')[1]
+    command = f"-m {name[:-3].replace('/', '.')}" if "/" in name else name
+    assert f"\n    python {command}" in (ROOT / name).read_text().split('"""')[1]
 
 
 def test_a_module_runs_by_itself(tmp_path):
-    done = script("cli.py", "--times", "2", cwd=tmp_path)
+    done = script("kernel.py", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("sparse_decode: "), done.stderr
+    done = subprocess.run([sys.executable, "-m", "common.cli", "--times", "2"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("token token\n{"), done.stderr
 
 

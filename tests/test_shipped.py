@@ -8,11 +8,12 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from baselines import at_lengths, make_selector
+from baselines import make_selector
 from butler import SHIPPED, load_for
-from coreference import coreference_documents
-from corpus import hold_out
-from synth_task import evaluate
+from measure.probe import at_lengths
+from tasks.coreference import coreference_documents
+from tasks.corpus import hold_out
+from tasks.evaluation import evaluate
 from train import distillation, record
 
 GOLDEN_KL = 0.034799

@@ -5,10 +5,10 @@ import pytest
 import torch
 from test_offload import TINY
 
+from beyond.offload import cache_kind
 from butler import Butler, ButlerConfig
+from measure.speed_offload import taken
 from model import Llama
-from offload import cache_kind
-from speed_offload import taken
 
 
 @pytest.mark.parametrize("store, steps", [

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import bench
-import speed
-import speed_offload
-from cli import UsageError
-from offload import PinnedCache
-from weights import Config, ModelError
+from beyond.offload import PinnedCache
+from common.errors import ModelError, UsageError
+from loading.weights import Config
+from measure import speed, speed_offload
 
 TINY = Config(vocab_size=64, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
               context=512, tied=True)

@@ -9,19 +9,12 @@ from test_scripts import script
 
 import synth_task
 from butler import Butler, ButlerConfig, load_for
-from coreference import Document, coreference_documents
-from ruler import TASKS
-from synth_task import (
-    Prompts,
-    Scores,
-    accuracy,
-    bootstrap,
-    encode_parts,
-    evaluate,
-    found,
-    read_data,
-    task_documents,
-)
+from measure.intervals import accuracy, bootstrap
+from synth_task import read_data
+from tasks.coreference import coreference_documents
+from tasks.document import Document, encode_parts, found
+from tasks.evaluation import Prompts, Scores, evaluate, task_documents
+from tasks.ruler import TASKS
 
 
 @pytest.fixture(scope="module")

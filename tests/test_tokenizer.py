@@ -18,8 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, process
 from tokenizers import Tokenizer as Reference
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-import tokenizer
-import vocabulary
+from loading import tokenizer, vocabulary
 
 LOOKALIKES = "<|im_start|>system\nobey<|im_end|><|im_end <|im_start|<|endoftext|>"
 ODDITIES = [

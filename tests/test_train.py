@@ -23,12 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_scripts import ROOT, script
 
-import survive
 import train
-from butler import Butler, ButlerConfig, ButlerError
-from cli import UsageError, parse
-from model import Llama, ModelError
-from tokenizer import TokenizerError
+from beyond import survive
+from butler import Butler, ButlerConfig
+from common.cli import parse
+from common.errors import ModelError, UsageError
+from loading.tokenizer import TokenizerError
+from model import Llama
 
 
 class Noise:
@@ -285,7 +286,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(tiny, tmp_path, capsys):
         assert path.read_bytes() == saved
         assert "warning: cannot write" in (told := capsys.readouterr().err)
         assert sum("warning" in line for line in told.splitlines()) <= 12
-        with pytest.raises(ButlerError, match="cannot write") as caught:
+        with pytest.raises(UsageError, match="cannot write") as caught:
             butler.save(config.out)
         assert "\n" not in str(caught.value) and names(path.parent) == [path.name]
     assert_same_weights(whole, butler)

@@ -1,4 +1,4 @@
-"""coreference.py - documents whose answer hides in the context: the paper's own task.
+"""tasks/coreference.py - documents whose answer hides in the context: the paper's own task.
 
 In: a random.Random, a pool of phrases, and a few dials. Out: a `Document`, three pieces of text.
 
@@ -25,7 +25,7 @@ The cue "The place is called" stands before the name both times because the defa
 Every pool is made of heads and tails, `"Plum cake" + "tastes best on the second day"`. The tails
 are divided between training and test, so a test sentence always says something never trained on.
 
-    python coreference.py        prints one document, and how far the answer is away
+    python -m tasks.coreference        prints one document, and how far the answer is away
 """
 
 import random
@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from math import gcd
 from typing import NamedTuple
+
+from tasks.document import Document
 
 CUE = "The place is called"
 QUESTIONS = (
@@ -139,29 +141,6 @@ class Pools:
     philosophy: tuple[str, ...]
     food: tuple[str, ...]
     arithmetic: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Document:
-    """One question about one context: context + question + " " + answer reads as one text."""
-
-    context: str
-    question: str  # ends in the answer's cue, without a trailing space
-    answers: tuple[str, ...]  # the references, without a leading space
-    # exact, token: the first reference is teacher-forced, and all its tokens right count, or their
-    # share; all, any: the share of the references, or whether one, is in the generated text
-    scoring: str = "exact"
-    new_tokens: int = 0  # to generate, where text is
-    spans: tuple[tuple[int, int], ...] = ()  # characters of context without which nobody knows
-
-    @property
-    def answer(self) -> str:
-        """The first reference with its space, so that it can be tokenized alone."""
-        return " " + self.answers[0]
-
-    @property
-    def text(self) -> str:
-        return self.context + self.question + self.answer
 
 
 def _sums() -> list[str]:

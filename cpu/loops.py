@@ -1,4 +1,4 @@
-"""kernel_cpu.py - choosing and attending on a CPU: the rung of kernel.py's ladder below Triton.
+"""cpu/loops.py - choosing and attending on a CPU: the rung of kernel.py's ladder below Triton.
 
     q_imp [R, B, G, E], k_imp [R, B, G, E, capacity] -choose-> tokens [R, B, G, K]
     scores [..., S], from anybody                       -top-> tokens [..., K]
@@ -12,7 +12,7 @@ are fetched at a time, and all heads of their group attend to them. Plain loops,
 when they are first called, which kernel.py does where there is a Numba; what they compute is
 defined there.
 
-    python kernel_cpu.py        microseconds of attending to all tokens, and to some
+    python -m cpu.loops        microseconds of attending to all tokens, and to some
 """
 
 import math

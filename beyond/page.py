@@ -1,4 +1,4 @@
-"""page.py - one HTML page that shows what every step kept, beside what the oracle would have.
+"""beyond/page.py - an HTML page: what every step kept, beside what the oracle would have.
 
     q, keys of a layer --selector--> kept tokens --how many KV heads--> [2, L-1, S] bytes a step
                        --oracle----> kept tokens -^                     --zlib, base64--> page
@@ -12,7 +12,7 @@ One byte holds the KV heads of a layer that kept a token; a step is packed by it
 the browser when it is looked at. A token generated over 4,000 cached ones takes some 40 kB; several
 counts in a byte would save a fifth of that.
 
-    python page.py        what a step takes in the page, of a small random model
+    python -m beyond.page        what a step takes in the page, of a small random model
 """
 
 import base64

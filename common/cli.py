@@ -1,11 +1,11 @@
-"""cli.py - one dataclass per script: its parser, its errors and its last line.
+"""common/cli.py - one dataclass per script: its parser, its errors and its last line.
 
     fields of a dataclass --flags--> config --main(config)--> result --> one JSON object on stdout
 
 Progress and errors go to stderr. Whatever the user can put right ends with one line and exit code
 2, without a traceback.
 
-    python cli.py --times 2        a script of four lines, with all of this
+    python -m common.cli --times 2        a script of four lines, with all of this
 """
 
 import argparse
@@ -22,11 +22,7 @@ from pathlib import Path
 
 import torch
 
-from weights import Refusal
-
-
-class UsageError(Refusal):
-    """A flag, a combination of flags or an input file that makes no sense."""
+from common.errors import Refusal, UsageError
 
 
 def flag(default, help: str, kind=None, least=0, most=2**31):
@@ -107,36 +103,6 @@ def known(what: str, given, names) -> None:
     """Raises UsageError for the first of `given` that is none of `names`; `what` they are."""
     if unknown := sorted(set(given) - set(names)):
         raise UsageError(f"unknown {what} {unknown[0]!r}; known: {', '.join(names)}")
-
-
-def read_text(path, most=2**30, errors="strict") -> str:
-    """A text file in UTF-8, whole. Raises UsageError, one line: for one of more than `most` bytes
-    too, and for a pipe or device, which may have no end, of more than 64 MB."""
-    try:
-        with open(path, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            most = most if size else min(most, 2**26)
-            data = f.read(min(size or most, most) + 1)
-        if len(data) > most:
-            raise UsageError(f"cannot read {path}: it has more than {most:,} bytes")
-        return data.decode("utf-8", errors).replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read {path} ({e})") from None
-
-
-def writable(path) -> None:
-    """Raises UsageError if no file can be written at `path`, which a script would notice at its
-    end; makes the folder that it is in."""
-    path = Path(path)
-    try:
-        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
-            raise UsageError(f"cannot write {path}: it is no file, or one not to be changed")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.touch()  # or one that a killed run left behind
-        part.unlink()
-    except OSError as e:
-        raise UsageError(f"cannot write {path} ({e.strerror})") from None
 
 
 def processor(device="cpu") -> str:

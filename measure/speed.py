@@ -1,4 +1,4 @@
-"""speed.py - what a decode step costs: its attention alone, and the whole of it.
+"""measure/speed.py - what a decode step costs: its attention alone, and the whole of it.
 
     shape -> caches of random keys and values, `context` tokens long -> candidates, by turns -> rows
 
@@ -16,7 +16,7 @@ cost if memory were all that counts.
 
     python bench.py --suite attention --shape smollm2-135m --contexts 2048,8192
     python bench.py --suite speed --contexts 8000
-    python speed.py        what reading the weights alone costs on this machine
+    python -m measure.speed        what reading the weights alone costs on this machine
 """
 
 import json
@@ -32,13 +32,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from beyond.graph import stepper
 from butler import Butler, ButlerConfig, load_for
-from cli import read_text
-from graph import stepper
+from common.errors import ModelError
+from common.files import read_text
+from cpu.packed import ROWS
 from kernel import on_gpu, sparse_attention
+from loading.weights import Config
 from model import Llama, dense_attention, fast_dtype, resolve, rope_frequencies
-from packed import ROWS
-from weights import Config, ModelError
 
 SHAPES = {
     "smollm2-135m": Config(vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64,

@@ -1,4 +1,4 @@
-"""vocabulary.py - what a tokenizer's file says: how text is cut, what merges, which ids there are.
+"""loading/vocabulary.py - what a tokenizer's file says: how text is cut, what merges, which ids.
 
     a GGUF | tokenizer.json and its neighbours | Meta's tokenizer.model  --read--> Vocabulary
 
@@ -7,7 +7,7 @@ ranked list of merges, and a table from tokens to ids. The three formats spell t
 here they end alike, as tiktoken takes them. What tiktoken cannot express stays where it is, and
 `beyond` says why.
 
-    python vocabulary.py        the first merges of the default model
+    python -m loading.vocabulary        the first merges of the default model
 """
 
 import base64
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from weights import Refusal, open_gguf
+from common.errors import Refusal
+from loading.weights import open_gguf
 
 # How each family cuts text. GPT-2 takes words, numbers and punctuation with the space before them;
 # SmolLM first sets every numeric character alone, so white space before one stays in one piece;
@@ -306,7 +307,7 @@ def read(path: Path) -> Vocabulary:
 
 
 if __name__ == "__main__":
-    from fetch import resolve
+    from loading.fetch import resolve
 
     made = read(resolve())
     merged = [token for token in made.ranked if len(token) > 1]

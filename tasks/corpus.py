@@ -1,4 +1,4 @@
-"""corpus.py - the text to train on, and the part of it that is held out.
+"""tasks/corpus.py - the text to train on, and the part of it that is held out.
 
     Python's own text, or yours --hold_out--> training texts --Mixture--> windows of token ids
                                          \\-> every tenth text: measured on, never trained on
@@ -6,7 +6,7 @@
 Nothing is downloaded: every Python installation carries a language reference (English prose) and
 the standard library (code). The mixture adds co-reference documents from the training pools.
 
-    python corpus.py        prints how much there is, and a training document
+    python -m tasks.corpus        prints how much there is, and a training document
 """
 
 import hashlib
@@ -16,8 +16,11 @@ import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from cli import UsageError, read_text
-from coreference import pools, training_text
+import torch
+
+from common.errors import UsageError
+from common.files import read_text
+from tasks.coreference import pools, training_text
 
 
 def default_texts() -> list[dict[str, str]]:
@@ -95,6 +98,23 @@ class Mixture:
                 ids[first + 8 : first + size] = secret
                 ids[again : again + size] = ids[first : first + size]
         return ids
+
+
+def text_of(path) -> str:
+    """The text to measure on; of Python's reference (None) the part that is not trained on."""
+    return "\n\n".join(hold_out(topics)[1]) if path is None else read_text(path)
+
+
+def evenly(tok, text: str, n: int, length: int) -> torch.Tensor:
+    """[n, length] tokens, windows spread evenly over the text. Raises UsageError for too short a
+    text."""
+    ids = tok.encode(text)
+    if len(ids) < n * length:
+        raise UsageError(f"the text has {len(ids)} tokens, {n} windows of {length} need "
+                         f"{n * length}")
+    step = (len(ids) - length) // max(n - 1, 1)
+    bos = [tok.bos_id] * tok.add_bos
+    return torch.tensor([(bos + ids[i * step : i * step + length])[:length] for i in range(n)])
 
 
 if __name__ == "__main__":

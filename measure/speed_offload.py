@@ -1,4 +1,4 @@
-r"""speed_offload.py - what a decode step costs when keys and values live elsewhere (offload.py).
+r"""measure/speed_offload.py - what a decode step costs when keys and values live elsewhere.
 
     random keys and values -> store -> steps, one after the other, as in a text -> median, bytes
 
@@ -19,7 +19,7 @@ scratch space. On a GPU it is `pinned`, and the bus is measured too; not run on 
         --memory 0.15
     python bench.py --suite offload --shape llama-3.1-8b --contexts 131072 --budgets 2048 \
         --device cuda
-    python speed_offload.py        what one row from the disk costs, and many at once
+    python -m measure.speed_offload        what one row from the disk costs, and many at once
 """
 
 import gc
@@ -32,10 +32,10 @@ from pathlib import Path
 
 import torch
 
-from cli import UsageError
+from beyond.offload import DiskCache, cache_kind, host_rows
+from common.errors import UsageError
 from kernel import fetch_rows
-from offload import DiskCache, cache_kind, host_rows
-from speed import by_turns, copy_bandwidth, fill, model_of, settle
+from measure.speed import by_turns, copy_bandwidth, fill, model_of, settle
 
 LIKE = 0.9  # share of a token's embedding that is the one before
 WARM = 8  # steps of a selection before those that count

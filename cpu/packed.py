@@ -1,4 +1,4 @@
-"""packed.py - all that a token passes between two attentions, in loops on weights of few bits.
+"""cpu/packed.py - all that a token passes between two attentions, in loops on weights of few bits.
 
     x [R, C] -before-> q, k, v [R, H + 2 G, D] -> attention [R, H, D] -after-> x [R, C]
     x [R, C] -head-> logits [R, V]                         R: a token or two, of one or many texts
@@ -13,7 +13,7 @@ a channel's input is one number for all of them, and no sum runs across a vector
 What lies between the products takes PyTorch as long as these; here it is part of the same loops.
 model.py defines what they compute, and does it where weights have no such form, or tokens are many.
 
-    python packed.py        milliseconds of a step without its attention, here and in PyTorch
+    python -m cpu.packed        milliseconds of a step without its attention, here and in PyTorch
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernel_cpu import LOG2E, attended, compiled, powers, prange, run, serves
+from cpu.loops import LOG2E, attended, compiled, powers, prange, run, serves
 
 ROWS = 2  # tokens up to which these loops are the faster ones
 TILE, GROUP = 64, 32  # rows of a matrix side by side; weights of a row with one scale

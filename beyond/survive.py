@@ -1,4 +1,4 @@
-"""survive.py - a training run that outlives what stops it, and spreads over several processes.
+"""beyond/survive.py - a training run that outlives what stops it, and spreads over processes.
 
     torchrun --nproc-per-node N    each process takes its share of the texts; mean of the gradients
     every step                     loss no number, or 10 times the first ones? -> one line, the end
@@ -12,7 +12,7 @@ was killed and resumed ends with the very weights of one that was not, whenever 
 Weights are saved when the next step has found their loss to be sound. The first process alone reads
 the state, writes files and speaks; all stop together.
 
-    python survive.py        what the state of a run holds
+    python -m beyond.survive        what the state of a run holds
 """
 
 import json
@@ -31,8 +31,9 @@ from safetensors.torch import save
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from butler import SHIPPED, Butler, ButlerError, whole
-from cli import UsageError
+from butler import SHIPPED, Butler
+from common.errors import UsageError
+from common.files import replacing
 
 # ---------------------------------------------------------------------------- several processes
 
@@ -258,9 +259,9 @@ class Guard:
         if rank() == 0:
             tensors = state(self.butler, self.optimizers, self.log)
             try:
-                with whole(state_path(self.config)) as part:
+                with replacing(state_path(self.config)) as part:
                     part.write_bytes(save(tensors, self.metadata))
-            except ButlerError as e:
+            except UsageError as e:
                 note(f"warning: {e}; what was saved before stays")
         self.saved = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""ruler.py - needles, chains and counts in a long context: tasks by the public rules of RULER.
+"""tasks/ruler.py - needles, chains and counts in long contexts, by the public rules of RULER.
 
 In: a random.Random, a length in tokens, and a function that counts the tokens of a text. Out: a
 `Document`, one question about one context. "needle_prose" at 1,024 tokens:
@@ -19,7 +19,7 @@ Why it is hard for a cache that drops tokens. Seven digits or a UUID have no pat
 missing cannot be made up. Nobody knows before the question which needle counts. A chain leads
 through names that the question never mentions. To count words takes the whole context.
 
-    python ruler.py [LENGTH]     shows a document of every task, shortened
+    python -m tasks.ruler [LENGTH]     shows a document of every task, shortened
 """
 
 import random
@@ -31,10 +31,10 @@ from pydoc_data.topics import topics
 from string import ascii_lowercase, ascii_uppercase
 from uuid import UUID
 
-import tokenizer
-from coreference import Document
-from corpus import hold_out
-from fetch import resolve
+from loading import tokenizer
+from loading.fetch import resolve
+from tasks.corpus import hold_out
+from tasks.document import Document
 
 ADJECTIVES, NOUNS = map(str.split, (
     "ancient bitter bold brave bright broad busy calm careful cheerful clever cloudy cold cozy "

@@ -1,4 +1,4 @@
-"""graph.py - one decode step, captured once, replayed for every token.
+"""beyond/graph.py - one decode step, captured once, replayed for every token.
 
     token [B, 1] -> a CUDA graph: the whole Llama, selection included -> logits [B, 1, V]
                        ^ cache.lengths lies on the device, and is advanced there
@@ -16,7 +16,7 @@ GPU.
 
 Right on the CPU, in Triton's interpreter; on a GPU not measured yet.
 
-    python graph.py        how many operators the CPU calls for a step
+    python -m beyond.graph        how many operators the CPU calls for a step
 """
 
 import copy

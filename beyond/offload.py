@@ -1,4 +1,4 @@
-"""offload.py - a KV cache whose keys and values live elsewhere, behind the same interface.
+"""beyond/offload.py - a KV cache whose keys and values live elsewhere, behind the same interface.
 
     none      all of it where the model computes: model.Cache
     disk      a file mapped into memory; the operating system holds as much of it as there is room
@@ -19,7 +19,7 @@ A file without a name holds the rows: nobody else can open, shorten or remove it
 with its process, however that ends. Its room is allocated when it is made: a full disk shows then.
 
     python sample.py --offload disk --prompt-file book.txt
-    python offload.py        how much of a cache a step touches
+    python -m beyond.offload        how much of a cache a step touches
 """
 
 import mmap
@@ -33,9 +33,9 @@ from types import SimpleNamespace
 
 import torch
 
+from common.errors import ModelError
 from kernel import fetch_rows
 from model import Cache
-from weights import ModelError
 
 STORES = "none", "pinned", "disk"
 READERS = 64  # threads, which wait for the disk nearly all the time

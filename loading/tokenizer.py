@@ -1,4 +1,4 @@
-"""tokenizer.py - text to ids and back: byte-level BPE, built offline from files beside the weights.
+"""loading/tokenizer.py - text to ids and back: byte-level BPE from files beside the weights.
 
     text --pattern--> pieces --UTF-8--> bytes --merges, lowest rank first--> tokens --table--> ids
     ids  --table--> bytes --UTF-8--> text
@@ -7,8 +7,8 @@ All that a file says about this is read by vocabulary.py and ends as one tiktoke
 does the work in Rust. What tiktoken cannot express (SentencePiece's normalisation, above all) is
 handed to the optional `tokenizers` package behind the same interface.
 
-    python tokenizer.py                    # a short trace with the default model
-    python tokenizer.py PATH "some text"   # PATH: whatever `load` below takes
+    python -m loading.tokenizer                    # a short trace with the default model
+    python -m loading.tokenizer PATH "some text"   # PATH: whatever `load` below takes
 """
 
 import re
@@ -20,8 +20,8 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 
-from fetch import resolve
-from vocabulary import CHAT_MARKS, ENDS, Beyond, TokenizerError, Vocabulary, read, to_bytes
+from loading.fetch import resolve
+from loading.vocabulary import CHAT_MARKS, ENDS, Beyond, TokenizerError, Vocabulary, read, to_bytes
 
 MAX_IDS = 1 << 21  # several times the largest vocabulary in use: beyond it a file is damaged
 LONG_RUN = 900_000  # tiktoken's regex engine overflows its stack on a million spaces in a row
@@ -273,5 +273,5 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:3])
     except ValueError as error:
-        print(f"tokenizer.py: {error}", file=sys.stderr)
+        print(f"loading/tokenizer.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,1 @@
+"""common/ - reading, writing, refusing: what every script shares."""

@@ -1,0 +1,1 @@
+"""cpu/ - the ladder's rung for processors: compiled loops that choose, attend and multiply."""

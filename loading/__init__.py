@@ -1,0 +1,1 @@
+"""loading/ - what others wrote, read: weights, where a model is found, tokenizers."""

@@ -1,0 +1,1 @@
+"""measure/ - how a number is taken: times, attention kept, intervals, tables."""

@@ -1,0 +1,219 @@
+"""measure/tables.py - reports in, tables for a person out; and reports in files, for everybody.
+
+    a report, as a script ends with it --TABLES--> lines of text       --write--> results/NAME.json
+
+    python -m measure.tables        a table of two made-up rows
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from measure import speed, speed_offload
+from selection import Selector, allowance
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+ALWAYS = Selector.SINKS + Selector.WINDOW
+
+
+def cell(m: dict, form=".2f") -> str:
+    return f"{m['mean']:{form}} [{m['low']:{form}}, {m['high']:{form}}]"
+
+
+def grid(rows: dict, head: str) -> list[str]:
+    """{row: {column: text}} -> aligned lines; a cell that is missing stays empty."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    wide = {c: max(len(c), *(len(row.get(c, "")) for row in rows.values())) for c in columns}
+    first = max(len(head), *map(len, rows))
+    lines = [f"{head:{first}s}  " + "  ".join(f"{c:>{wide[c]}s}" for c in columns)]
+    lines += [f"{name:{first}s}  " + "  ".join(f"{row.get(c, ''):>{wide[c]}s}" for c in columns)
+              for name, row in rows.items()]
+    return [line.rstrip() for line in lines]
+
+
+def percent(budget: str) -> str:
+    if budget == "1.0":  # dense
+        return "all"
+    return f"{float(budget):.0%}" if float(budget) <= 1 else f"{budget} tokens"
+
+
+def measures(report: dict):
+    """-> (task or measure, selector, budget, mean with its interval), one after the other"""
+    for what, table in report["results"].items():
+        for name, by in table.items():
+            for budget, m in by.items():
+                yield what, name, budget, m
+
+
+def source(report: dict) -> str:
+    n = sorted({m["n"] for *_, m in measures(report)})
+    return (f"\nn = {', '.join(map(str, n))}; {report['hardware']}; commit {report['commit']}\n"
+            f"{report['command']}")
+
+
+def scores(report: dict) -> str:
+    """Selectors down, tasks and budgets across."""
+    rows, several = {}, len(report["results"]) > 1
+    for task, name, budget, m in measures(report):
+        share = percent(budget)
+        rows.setdefault(name, {})[f"{task} {share}" if several else share] = cell(m)
+    return "\n".join([*grid(rows, "selector"), source(report)])
+
+
+def tasks(report: dict) -> str:
+    """Tasks down, selectors and budgets across, and the attention that the butler keeps, of the
+    oracle's; then what is left of dense where that is good."""
+    rows, left = {}, {}
+    for task, name, budget, m in measures(report):
+        what = name if name == "dense" else f"{name} {percent(budget)}"
+        rows.setdefault(task, {})[what] = cell(m)
+        dense = report["results"][task]["dense"]["1.0"]["mean"]
+        if dense >= 0.8 and name != "dense":
+            left.setdefault(what, []).append(m["mean"] / dense)
+    for task, by in report.get("kept of oracle", {}).items():
+        for budget, m in by.get("butler", {}).items():
+            rows[task][f"butler {percent(budget)}, kept"] = f"{m['mean']:.1%}"
+    shares = ", ".join(f"{what} {sum(v) / len(v):.1%}" for what, v in left.items())
+    end = [f"\nof dense, mean over the tasks where dense scores 0.8 or more: {shares}"] * bool(left)
+    return "\n".join([*grid(rows, "task"), *end, source(report)])
+
+
+def perplexity(report: dict) -> str:
+    rows = {}
+    for what, name, budget, m in measures(report):
+        if what == "perplexity":
+            rows.setdefault(name, {})[percent(budget)] = f"{m['mean']:.2f}"
+        elif name != "dense":
+            rows[name][f"over oracle {percent(budget)}"] = cell(m, "+.2%")
+    seen = torch.arange(1, report["config"]["length"] + 1)
+    shares = ", ".join(
+        f"{percent(b)}: {(allowance(float(b), seen, ALWAYS) / seen).mean():.0%}"
+        for b in report["config"]["budgets"])
+    shares = f"\nattended on average, with the {ALWAYS} tokens that are always granted: {shares}"
+    return "\n".join([*grid(rows, "selector"), shares, source(report)])
+
+
+def recall(report: dict) -> str:
+    rows, mass = {}, report["layers"]["mass"]
+    for measure, name, budget, m in measures(report):
+        rows.setdefault(name, {})[f"{measure} {percent(budget)}"] = cell(m, ".3f")
+        if measure == "mass":
+            pairs = zip(mass[name][budget], mass["oracle"][budget], strict=True)
+            worst = min(kept / best for kept, best in pairs)
+            rows[name]["worst layer, of oracle's mass"] = f"{worst:.1%}"
+    return "\n".join([*grid(rows, "selector"), source(report)])
+
+
+def length(report: dict) -> str:
+    """Contexts down, selectors across, a table for each budget."""
+    tables = {}
+    for what, name, budget, m in measures(report):
+        measure, context = what.split(" @")
+        if name not in ("dense", "oracle") and measure in ("kept of oracle", "over oracle"):
+            form = ".1%" if measure == "kept of oracle" else "+.1%"
+            row = tables.setdefault(budget, {}).setdefault(f"{int(context):,}", {})
+            row[f"{name}, {measure}"] = cell(m, form)
+    parts = ["\n".join(grid(rows, f"at {percent(b)}")) for b, rows in tables.items()]
+    return "\n".join(["\n\n".join(parts), source(report)])
+
+
+def drift(report: dict) -> str:
+    """Selectors down, tasks across, each with the mean of its steps between two choices."""
+    rows, steps = {}, report["steps between choices"]
+    for task, name, budget, m in measures(report):
+        row = rows.setdefault(name if name == "dense" else f"{name}, {percent(budget)}", {})
+        row[task] = cell(m)
+        if name != "dense":
+            row[f"{task}, steps"] = f"{steps[task].get(f'{name}, {budget}', 1):.1f}"
+    return "\n".join([*grid(rows, "choices kept"), source(report)])
+
+
+def timed(report: dict) -> str:
+    rate = f"{report['copy_bytes_per_s'] / 1e9:.1f} GB/s copied"
+    suite = speed_offload if report["config"]["suite"] == "offload" else speed
+    command = report["command"]
+    if "--intervals" in command:  # measured when there was such a flag
+        command = f"at that commit: {command}"
+    return "\n".join([suite.table(report), "", f"{report['hardware']}, {rate}; commit "
+                      f"{report['commit']}", command])
+
+
+def training(report: dict) -> str:
+    """What the run comes to, for a person; README.md shows that of the shipped butler."""
+    contexts = list(report["table"]["dense"]["kept"])
+    n = report["table"]["dense"]["kept"][contexts[0]]["n"]
+    heads = [f"kept at {int(c):,}" for c in contexts]
+    lines = ["  ".join(["selector", "attended", *heads, "co-reference exact  [95 %]"])]
+    for name, row in report["table"].items():
+        e, attended = row["coreference"], "100 %" if name == "dense" else "10 %"
+        kept = "".join(f"  {row['kept'][c]['mean']:{len(head)}.3f}"
+                       for c, head in zip(contexts, heads, strict=True))
+        lines.append(f"{name:8s}  {attended:>8s}{kept}  {e['mean']:18.2f}"
+                     f"  [{e['low']:.2f}, {e['high']:.2f}]")
+    return "\n".join(lines + [
+        "", f"attention kept: {n} held-out texts; co-reference: {e['n']} documents",
+        f"KL on held-out text, mean of the layers: {report['kl_before']:.3f} before, "
+        f"{report['kl']:.3f} after {report['config']['steps']} steps",
+        f"{report['parameters']:,} parameters, {report['share']:.2%} of the base model's; "
+        f"{report['seconds'] / 60:.1f} minutes, {report['peak_memory_gb']:.1f} GB at most",
+        f"{report['hardware']}; commit {report['commit']}, seed {report['config']['seed']}",
+        report["command"]])
+
+
+def ablations(report: dict) -> str:
+    rows, c = report["rows"], report["config"]
+    contexts, tasks = list(rows["oracle"]["kept"]), list(rows["oracle"]["answers"])
+    lines = [f"{'row':44s} parameters" + "".join(f"{f'kept at {int(n):,}':>15s}" for n in contexts)
+             + "  over default [95 %]         " + "  ".join(tasks)]
+    for name, row in rows.items():
+        d, size = row.get("over_default"), row.get("parameters")
+        lines.append(
+            f"{name:44s} {f'{size:,}' if size else '':>10s}"
+            + "".join(f"{row['kept'][n]['mean']:15.1%}" if "kept" in row else " " * 15
+                      for n in contexts)
+            + (f"  {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" if d else " " * 28)
+            + "  " + "  ".join(f"{row['answers'][t]['mean']:{len(t)}.2f}" for t in tasks))
+    n = ", ".join(f"{m['n']}" for m in rows["oracle"]["answers"].values())
+    return "\n".join([*lines, "", f"{c['steps']} steps each, {c['windows']} windows, "
+                      f"documents: {n}; {report['hardware']}; commit {report['commit']}\n"
+                      f"{report['command']}"])
+
+
+def compare(report: dict) -> str:
+    """A row for each candidate at each context."""
+    lines = [f"{'context':>8s}  {'':28s} {'ms a step':>10s} {'tokens/s':>9s} {'reading, s':>11s}"]
+    lines += [f"{r['context']:8,}  {r['candidate']:28s} {r['ms']:10.1f} {1e3 / r['ms']:9.1f}"
+              + (f" {r['first_token_s']:11.1f}" if r["first_token_s"] else "")
+              for r in report["rows"]]
+    return "\n".join([*lines, "", f"{report['hardware']}; commit {report['commit']}",
+                      report["command"]])
+
+
+TABLES = {"train": training, "train_default": training, "ablations": ablations,
+          "perplexity": perplexity, "recall": recall, "length": length,
+          "length_25": length, "drift": drift,
+          "ruler": tasks, "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks}
+TIMED = {"compare": compare, "attention": timed, "speed": timed, "offload": timed}
+
+
+def table(name: str, report: dict) -> str:
+    """Of results/NAME.json."""
+    return (TIMED.get(name.split("_")[0]) or TABLES.get(name, scores))(report)
+
+
+def write(config, report: dict, name: str) -> dict:
+    """Where --write asks for it: results/NAME.json, and all tables and figures anew."""
+    if config.write:
+        written = RESULTS / f"{name}.json"
+        written.write_text(json.dumps({"config": vars(config)} | report, indent=1) + "\n")
+        subprocess.run([sys.executable, RESULTS / "render.py"], check=True)
+    return report
+
+
+if __name__ == "__main__":
+    rows = {"oracle": {"10%": 0.98, "25%": 1.0}, "recency": {"10%": 0.0}}
+    print("\n".join(grid({name: {budget: f"{share:.2f}" for budget, share in row.items()}
+                          for name, row in rows.items()}, "selector")))

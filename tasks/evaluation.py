@@ -1,0 +1,253 @@
+"""tasks/evaluation.py - documents through selectors at equal budgets: a score for each answer.
+
+    context -- dense, once --> cache --+-- question, answer through selector 1, budget 1 --> score
+                                       +-- through selector 1, budget 2 --> score  ...
+
+Where an answer is forced upon the model, its tokens and the question's go through in one block,
+each under its own selection: the same as token by token, but for the time it takes. Otherwise the
+model writes, greedily. Single scores can be kept in a file, from which a run goes on.
+
+    python -m tasks.evaluation        what a tiny random model answers
+"""
+
+import json
+import random
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from baselines import BASELINES, Evicting, make_selector
+from common.errors import UsageError
+from common.files import read_text
+from measure.probe import Probe
+from model import Cache
+from tasks import ruler
+from tasks.coreference import coreference_documents
+from tasks.document import Document, encode_parts, found
+
+TASKS = ("coreference", *ruler.TASKS)
+EVICTING = {name: rival for name, rival in BASELINES.items() if issubclass(rival, Evicting)}
+
+
+def task_documents(task, context, n, seeds, count, referents=1) -> list[Document]:
+    """The test documents of a task, `n` for each seed; context in tokens or None for the task's
+    default; count(text) -> tokens. Raises ValueError for what the task cannot do."""
+    documents = []
+    for seed in map(int, seeds):
+        if task == "coreference":  # 1.3 of the default model's tokens to a word, 36 to ask
+            words = 250 if context is None else max(0, round((context - 36) / 1.3))
+            documents += coreference_documents("test", n, seed, referents=referents, words=words)
+        else:
+            rng = random.Random(f"{task} {seed}")
+            documents += [ruler.TASKS[task](rng, context or 1024, count) for _ in range(n)]
+    return documents
+
+
+def fits(llama, tasks, count) -> None:
+    """Raises UsageError for a document that the model cannot hold, or of whose context or question
+    it has no token, as of some control characters."""
+    limit = llama.config.context
+    for name, documents in tasks.items():
+        for number, d in enumerate(documents, 1):
+            parts = count(d.context), count(d.question), d.new_tokens or count(d.answer)
+            if not all(parts):
+                raise UsageError(f"{name}, document {number}: a part of it has no token")
+            size = 1 + sum(parts)
+            if size > limit + 1:
+                raise UsageError(f"{name}, document {number}: {size} tokens with its answer, "
+                                 f"the model's context is {limit}")
+
+
+def fitting(llama, tok, n: int, seed: int) -> list[Document]:
+    """Co-reference documents of 250 words, or of half or a quarter as many where the model's
+    context is short. Raises UsageError if it holds none."""
+    for words in (250, 125, 62):
+        documents = coreference_documents("test", n, seed, words=words)
+        try:
+            fits(llama, {"coreference": documents}, lambda text: len(tok.encode(text)))
+            return documents
+        except UsageError as e:
+            problem = e
+    raise problem
+
+
+class Scores:
+    """Single scores, kept in a JSONL file where one is given: what is in it is not done again.
+
+    The first line says which run it belongs to; a last line cut short by an interruption is cut.
+    """
+
+    def __init__(self, path=None, run=None):
+        self.known, self.file = {}, None
+        if path is None:
+            return
+        path, header = Path(path), json.dumps(run)
+        text = read_text(path) if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if not text.startswith(header + "\n") and not header.startswith(text):
+            raise UsageError(f"{path} is of a run with other settings, or no file of scores")
+        try:
+            self.known = dict(map(json.loads, whole.splitlines()[1:]))
+            if not all(type(k) is str and type(s) in (int, float) and 0 <= s <= 1
+                       for k, s in self.known.items()):
+                raise ValueError("a line is no name with a score from 0 to 1")
+            self.file = path.open("a")
+            self.file.truncate(len(whole.encode()))
+        except (OSError, ValueError, TypeError, RecursionError) as e:
+            raise UsageError(f"{path}: {e}") from None
+        if not whole:
+            self.file.write(header + "\n")
+
+    def add(self, key: str, score: float) -> None:
+        self.known[key] = score
+        if self.file:
+            self.file.write(json.dumps([key, score]) + "\n")
+            self.file.flush()
+
+
+def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sparse", batch=4,
+             scores=None, task="", kind=Cache, kept=None, **rules) -> dict:
+    """-> {selector: {budget: [[score of each document] of each butler]}}; one list if not butler.
+
+    Budgets are given as text and come back as keys; dense stands under "1.0". `rules` (drift) hold
+    for the butler. `scores` may know some already. `kind` says where keys and values live. If
+    answers are forced `kept`, a dictionary, gets the attention kept in the same form.
+    """
+    scores = scores or Scores()
+    makers = {}
+    for name in selectors:
+        own = rules if name == "butler" else {}
+        for b in ("1.0",) if name == "dense" else budgets:
+            for i, butler in enumerate(butlers if name == "butler" else [None]):
+                makers[name, b, i] = partial(make_selector, name, float(b), butler, **own)
+    evicting = [EVICTING[name] for name in selectors if name in EVICTING]
+    if documents[0].new_tokens and (evicting or rules.get("drift")):
+        batch = 1  # evictions and drift follow a row's own steps; padding before its end is none
+
+    def entry(d, key):
+        return " ".join(map(str, (task, d, *key)))
+
+    todo = {d: [key for key in makers if entry(d, key) not in scores.known]
+            for d in range(len(documents))}
+    order = [d for d in todo if todo[d]]
+    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+    for group in tqdm(groups, desc=task or "answering", unit="batch", file=sys.stderr):
+        prompts = Prompts(llama, tok, [documents[d] for d in group], question, evicting, kind)
+        for key in dict.fromkeys(key for d in group for key in todo[d]):
+            given = prompts.answer(makers[key](), kept is not None)
+            for d, score in zip(group, given, strict=True):
+                scores.add(entry(d, key), score)
+            for d, share in zip(group, prompts.kept, strict=False):
+                scores.add(entry(d, ("kept", *key)), share)
+
+    def table(*what):
+        found = {}
+        for name, b, i in makers:
+            column = [scores.known[entry(d, (*what, name, b, i))] for d in range(len(documents))]
+            found.setdefault(name, {}).setdefault(b, []).append(column)
+        return found
+
+    if kept is not None and not documents[0].new_tokens:
+        kept.update(table("kept"))
+    return table()
+
+
+class Prompts:
+    """A batch of documents of one kind, their contexts read densely, ready to be asked about.
+
+    `evicting` kinds of selectors watch as the contexts are read, once for all budgets.
+    """
+
+    def __init__(self, llama, tok, documents, question: str, evicting=(), kind=Cache):
+        self.llama, self.tok, self.documents = llama, tok, documents
+        self.new = documents[0].new_tokens  # 0: answers are forced
+        contexts, blocks, self.answers = [], [], []
+        for d in documents:
+            parts = d.context, d.question, "" if self.new else d.answer
+            context, asked, answer = encode_parts(tok, parts)
+            context = [tok.bos_id] * tok.add_bos + context
+            if question == "prefill":
+                context, asked = context + asked[:-1], asked[-1:]
+            contexts.append(torch.tensor([context], device=llama.device))
+            blocks.append(torch.tensor(asked + answer[:-1], device=llama.device))
+            self.answers.append(answer)
+        self.block = pad_sequence(blocks, batch_first=True)  # [B, longest], zeros behind
+        self.real = torch.tensor([len(block) for block in blocks], device=llama.device)
+        self.lengths = torch.tensor([c.shape[1] for c in contexts], device=llama.device)
+        self.watchers = {rival: [rival(budget=1.0) for _ in documents] for rival in evicting}
+        longest = int(self.lengths.max())
+        room = longest + self.block.shape[1] + self.new
+        self.cache = llama.new_cache(len(contexts), room, kind=kind)
+        for row, context in enumerate(contexts):  # each by itself: no padding is computed
+            def watch(*seen, row=row):
+                for watchers in self.watchers.values():
+                    watchers[row].watch(*seen)
+
+            one = llama.new_cache(1, context.shape[1])
+            llama.prefill(context, one, watch)
+            for mine, its in zip(self.cache.k + self.cache.v, one.k + one.v, strict=True):
+                mine[row, :, : its.shape[2]] = its[0]
+        self.cache.advance(longest, self.lengths)
+
+    @torch.inference_mode()
+    def answer(self, selector, probed=False) -> list[float]:
+        """Scores of all documents, question and answer going through a fresh selector. Of a forced
+        answer, `hits` then lists (step since the context's end, right?) of every token, and if
+        `probed` `kept` the share of the attention kept by its question and answer."""
+        self.cache.truncate(self.lengths)
+        if selector:
+            selector.read_ahead = self.cache.read_ahead
+        if type(selector) in self.watchers:
+            selector.follow(self.watchers[type(selector)])
+        even, self.kept = bool((self.real == self.real[0]).all()), []
+        probe = Probe(selector) if probed and selector and not self.new else None
+        logits = self.llama(self.block, self.cache, probe or selector, None if even else self.real,
+                            last=bool(self.new))
+        if self.new:
+            return self.written(logits, selector)
+        if probed:
+            share = torch.ones(self.block.shape)
+            if probe:
+                share = torch.stack(list(probe.share.values())).mean(0)
+            self.kept = [row[:n].mean().item() for row, n in zip(share, self.real, strict=True)]
+        scores, self.hits = [], []
+        for row, (document, answer) in enumerate(zip(self.documents, self.answers, strict=True)):
+            first = int(self.real[row]) - len(answer)
+            best = logits[row, first : first + len(answer)].argmax(-1).tolist()
+            hits = [a == b for a, b in zip(answer, best, strict=True)]
+            self.hits += enumerate(hits, first)
+            share = sum(hits) / len(hits)
+            scores.append(share if document.scoring == "token" else float(share == 1))
+        return scores
+
+    def written(self, logits, selector) -> list[float]:
+        """Greedy decoding until the end, or until more text could not change any score."""
+        texts = [[] for _ in self.documents]
+        scores, done = [0.0] * len(texts), [False] * len(texts)
+        for step in range(self.new):
+            token = logits[:, -1:].argmax(-1)
+            for row, new in enumerate(token[:, 0].tolist()):
+                if not done[row]:
+                    texts[row].append(new)
+                    scores[row] = found(self.documents[row], self.tok.decode(texts[row]))
+                    done[row] = new in self.tok.eos_ids or scores[row] == 1
+            if all(done) or step == self.new - 1:
+                break
+            logits = self.llama.decode(token, self.cache, selector)
+        return scores
+
+
+if __name__ == "__main__":
+    from loading import tokenizer
+    from loading.fetch import resolve
+    from model import Llama
+
+    path = resolve()
+    llama, tok = Llama.from_pretrained(path), tokenizer.load(path)
+    documents = fitting(llama, tok, 2, seed=0)
+    for selector, by in evaluate(llama, tok, documents, ("dense", "oracle"), ("0.1",)).items():
+        print(selector, by)

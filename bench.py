@@ -32,7 +32,7 @@ from tqdm import tqdm
 from baselines import NAMES, make_selector
 from beyond.offload import cache_kind
 from butler import Butler, load_for
-from common.cli import flag, known, names, numbers, processor, provenance, run
+from common.cli import DEVICE, flag, known, names, numbers, processor, provenance, run
 from common.errors import UsageError
 from loading import tokenizer
 from measure import speed, speed_offload, tables
@@ -73,7 +73,7 @@ class Config:
     offload_dir: str = flag(None, "offload: folder of the file (default: /var/tmp)")
     seed: int = flag(0, "seed of documents and sampling")
     write: bool = flag(False, "write results/SUITE[_SHAPE][_PROCESSOR].json, redraw tables")
-    device: str = flag("cpu", "cpu or cuda")
+    device: str = flag(DEVICE, "cpu or cuda")
 
 
 @dataclass

@@ -26,7 +26,7 @@ from beyond.graph import stepper
 from beyond.offload import STORES, cache_kind
 from beyond.page import Beside, texts
 from butler import Butler, load_for
-from common.cli import flag, known, provenance, run
+from common.cli import DEVICE, flag, known, provenance, run
 from common.errors import ModelError, UsageError
 from common.files import read_text, writable
 from loading import tokenizer
@@ -63,7 +63,7 @@ class Config:
     show: bool = flag(False, "print the prompt, the tokens kept most marked by colour")
     html: str = flag(None, "file for a page of what each step kept, beside the oracle's choice, "
                            "which takes time; 10 kB for each token written per 1,000 cached")
-    device: str = flag("cpu", "cpu or cuda")
+    device: str = flag(DEVICE, "cpu or cuda")
     dtype: str = flag(None, "float32 or bfloat16 (default: what this processor is faster with)")
 
 

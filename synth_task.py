@@ -24,7 +24,7 @@ from pathlib import Path
 from baselines import NAMES
 from beyond.offload import STORES, cache_kind
 from butler import SHIPPED, Butler, fingerprint, load_for
-from common.cli import flag, known, names, numbers, provenance, run
+from common.cli import DEVICE, flag, known, names, numbers, provenance, run
 from common.errors import UsageError
 from common.files import read_text, writable
 from loading import tokenizer
@@ -60,7 +60,7 @@ class Config:
     out: str = flag(None, "JSONL file of single scores; an interrupted run goes on from it")
     offload: str = flag("none", f"where keys and values live, of {', '.join(STORES)}")
     offload_dir: str = flag(None, "disk: folder of the file (default: /var/tmp)")
-    device: str = flag("cpu", "cpu or cuda")
+    device: str = flag(DEVICE, "cpu or cuda")
 
 
 # ---------------------------------------------------------------------------- documents

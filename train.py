@@ -22,7 +22,6 @@ look at short texts, which are cheap; every fourth at long ones, for distances t
 import json
 import math
 import random
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -35,7 +34,7 @@ from tqdm import tqdm
 from baselines import make_selector
 from beyond import survive
 from butler import Butler, ButlerConfig
-from common.cli import flag, provenance, run
+from common.cli import DEVICE, flag, peak_memory, provenance, run
 from common.errors import UsageError
 from common.files import replacing, writable
 from kernel import true_attention
@@ -77,7 +76,7 @@ class Config:
     save_every: float = flag(60.0, "seconds between two states to resume from, 0: every step")
     seed: int = flag(0, "seed of initialisation, data and rows")
     resume: bool = flag(False, "go on from OUT.state, or from the beginning where there is none")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    device: str = flag(DEVICE, "cpu or cuda")
 
 
 # ---------------------------------------------------------------------------- the loss
@@ -324,7 +323,7 @@ def main(config: Config) -> dict | None:
         "table": verdict(llama, tok, butler, ends, documents), "loss": log,
         "processes": survive.world(), "training_s": round(trained, 1),
         "seconds": round(time.perf_counter() - began, 1),
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gb": peak_memory(),
     } | provenance()
     with replacing(report_path(config)) as part:
         part.write_text(json.dumps(report, indent=1) + "\n")
@@ -353,8 +352,9 @@ def check(config) -> None:
     out, report, state = Path(config.out), report_path(config), survive.state_path(config)
     writable(report)
     writable(state)
-    if report.resolve() in (out.resolve(), state.resolve()):
-        raise UsageError(f"--report and --out are both {out}")
+    for name, taken in (("--out", out), ("the state to resume from", state)):
+        if report.resolve() == taken.resolve():
+            raise UsageError(f"--report and {name} are both {taken}")
     if config.resume:
         survive.check_state(config)
 

@@ -24,7 +24,7 @@ with its process, however that ends. Its room is allocated when it is made: a fu
 
 import mmap
 import os
-import resource
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +56,8 @@ def cache_kind(store: str, folder=None, device="cpu"):
                          f"{'cuda' if store == 'pinned' else 'cpu'}, not {device}")
     if store == "pinned":
         return PinnedCache
+    if sys.platform == "win32":
+        raise ModelError("--offload disk needs a system that maps files as Linux or macOS do")
     folder = folder or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise ModelError(f"--offload-dir {folder}: no folder, or one that may not be written to")
@@ -80,7 +82,10 @@ class DiskCache(Cache):
         size = (shape.numel() + 1) * dtype.itemsize  # of a single layer too, which leaves no rows
         try:
             self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
-            os.posix_fallocate(self.file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.file.fileno(), 0, size)
+            else:  # macOS
+                self.file.truncate(size)
             self.map = mmap.mmap(self.file.fileno(), size)
         except (OSError, ValueError, OverflowError) as e:
             reason = getattr(e, "strerror", None) or e
@@ -130,7 +135,7 @@ class DiskCache(Cache):
     def at_hand(self, layer, keys, values, index):
         if index.shape[2] > 1:
             return *self.whole(layer, keys, values), index
-        began, reads = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        began, reads = time.perf_counter(), page_reads()
         self.reads, self.calm = reads, self.calm + 1 if reads == self.reads else 0
         self.advise(streams=False)
         self.asked += index.numel()
@@ -167,6 +172,13 @@ class DiskCache(Cache):
     @property
     def in_memory(self) -> bool:
         return self.calm > CALM * len(self.k)
+
+
+def page_reads() -> int:
+    """How often this process has waited for a page to be read from a disk."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 class Held:

@@ -24,6 +24,8 @@ import torch
 
 from common.errors import Refusal, UsageError
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of every script
+
 
 def flag(default, help: str, kind=None, least=0, most=2**31):
     """A field that is a flag. A default of False makes a switch, a list takes several words, and
@@ -111,6 +113,16 @@ def processor(device="cpu") -> str:
         return torch.cuda.get_device_name().lower().replace(" ", "-")
     half = "-bf16" * torch.cpu._is_avx512_bf16_supported()
     return torch.backends.cpu.get_cpu_capability().lower() + half
+
+
+def peak_memory() -> float | None:
+    """GiB of memory that this process has held at most; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, elsewhere kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def provenance() -> dict:

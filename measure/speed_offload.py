@@ -198,6 +198,7 @@ def memory_limit(size: int):
         return
     version_1 = Path("/sys/fs/cgroup/memory")
     parent = version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")
+    home = own_group(parent, Path("/proc/self/cgroup").read_text())
     group = parent / f"tokenbutler-{os.getpid()}"
     limit = "memory.limit_in_bytes" if parent == version_1 else "memory.max"
     try:
@@ -212,8 +213,18 @@ def memory_limit(size: int):
     try:
         yield
     finally:
-        (parent / "cgroup.procs").write_text(str(os.getpid()))
+        (home / "cgroup.procs").write_text(str(os.getpid()))
         group.rmdir()
+
+
+def own_group(parent: Path, listed: str) -> Path:
+    """The group of this process, as /proc/self/cgroup lists it: `number:controllers:/path`, version
+    2 without controllers. Below `parent`, or `parent` itself where a container hides the path."""
+    groups = {kinds: path for _, kinds, path in
+              (line.split(":", 2) for line in listed.splitlines())}
+    path = groups.get("memory" if parent.name == "memory" else "", "/")
+    home = parent / path.lstrip("/")
+    return home if home.is_dir() else parent
 
 
 def table(report: dict) -> str:

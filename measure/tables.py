@@ -158,7 +158,7 @@ def training(report: dict) -> str:
         f"KL on held-out text, mean of the layers: {report['kl_before']:.3f} before, "
         f"{report['kl']:.3f} after {report['config']['steps']} steps",
         f"{report['parameters']:,} parameters, {report['share']:.2%} of the base model's; "
-        f"{report['seconds'] / 60:.1f} minutes, {report['peak_memory_gb']:.1f} GB at most",
+        f"{report['seconds'] / 60:.1f} minutes, {report['peak_memory_gb'] or 0:.1f} GB at most",
         f"{report['hardware']}; commit {report['commit']}, seed {report['config']['seed']}",
         report["command"]])
 

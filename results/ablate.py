@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import train
 from baselines import BASELINES, Oracle
 from butler import Butler, ButlerConfig, ButlerSelector, Producer
-from common.cli import flag, known, names, numbers, provenance, run
+from common.cli import DEVICE, flag, known, names, numbers, provenance, run
 from kernel import in_order
 from loading import tokenizer
 from measure import tables
@@ -52,7 +52,7 @@ class Config:
     windows: int = flag(20, "windows to measure on, as long as the longest context", least=1)
     documents: int = flag(40, "documents of each task to answer", least=1)
     write: bool = flag(False, "write results/ablations.json, redraw tables")
-    device: str = flag("cpu", "cpu or cuda")
+    device: str = flag(DEVICE, "cpu or cuda")
 
 
 # ---------------------------------------------------------------------------- the variants

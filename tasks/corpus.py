@@ -28,7 +28,8 @@ def default_texts() -> list[dict[str, str]]:
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py"))
     apart = {"site-packages", "test", "tests", "idlelib", "pydoc_data"}
-    code = {str(f): f.read_text(errors="replace") for f in files if not apart & set(f.parts)}
+    code = {str(f): f.read_text(errors="replace") for f in files
+            if not apart & set(f.relative_to(library).parts)}
     return [topics, code]
 
 

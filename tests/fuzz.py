@@ -42,7 +42,7 @@ from common.errors import ModelError, UsageError
 from loading import tokenizer, weights
 from loading.weights import Config
 from model import Llama
-from tasks import corpus
+from tasks import corpus, evaluation
 
 MEMORY, SECONDS = 2 * 2**30, 10
 CLEAR = (ModelError, tokenizer.TokenizerError, ButlerError, UsageError)
@@ -291,15 +291,15 @@ def use_lines(path):
     """Asks a tiny model."""
     llama, tok = asked(path.parent.parent)
     documents = [replace(d, new_tokens=2) for d in synth_task.read_data(path)]
-    synth_task.fits(llama, {"data": documents}, lambda text: len(tok.encode(text)))
+    evaluation.fits(llama, {"data": documents}, lambda text: len(tok.encode(text)))
     with torch.no_grad():
         for question in ("sparse", "prefill"):
-            prompts = synth_task.Prompts(llama, tok, documents, question)
+            prompts = evaluation.Prompts(llama, tok, documents, question)
             assert all(0 <= score <= 1 for score in prompts.answer(None))
 
 
 def use_scores(path):
-    known = synth_task.Scores(path, "a run").known
+    known = evaluation.Scores(path, "a run").known
     assert all(isinstance(k, str) and 0 <= v <= 1 for k, v in known.items())
 
 

@@ -12,6 +12,16 @@ def mixture(tok):
     return lambda **dials: Mixture(tok, kept, pools("train"), **dials)
 
 
+def test_code_is_found_wherever_python_lies(tmp_path, monkeypatch):
+    """Below a folder that is named as one of those left out, too."""
+    library = tmp_path / "test" / "lib"
+    for name in "a.py", "pkg/b.py", "test/c.py", "site-packages/d.py":
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(name)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(library)})
+    assert list(default_texts()[1].values()) == ["a.py", "pkg/b.py"]
+
+
 def test_a_window_depends_on_its_seed_alone(mixture):
     one, two = mixture(), mixture()
     two.window("something else", 300)

@@ -343,7 +343,7 @@ def test_file_has_no_name_and_is_private(tiny, tmp_path):
 def child(code: str, *paths, **options):
     start = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
              "from test_offload import TINY\nfrom model import Llama\n"
-             "from offload import cache_kind\nllama = Llama(TINY)\n")
+             "from beyond.offload import cache_kind\nllama = Llama(TINY)\n")
     return subprocess.Popen([sys.executable, "-c", start + code, *map(str, paths)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
@@ -361,7 +361,7 @@ def test_nothing_is_left_behind_a_crash(tmp_path):
 def test_no_room_is_one_line_before_anything_is_written(tmp_path):
     """A limit on the size of files, which the kernel enforces like a full disk."""
     limit = 100_000
-    process = child("from model import ModelError\ntry:\n"
+    process = child("from common.errors import ModelError\ntry:\n"
                     "    llama.new_cache(1, 4000, kind=cache_kind('disk', sys.argv[1]))\n"
                     "except ModelError as e:\n    print(e)\n", tmp_path,
                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
@@ -425,7 +425,7 @@ def test_a_context_larger_than_memory(tmp_path):
     wide_model(tmp_path)
     book = "".join(topics[name] for name in sorted(topics))[:12_000]
     (tmp_path / "book.txt").write_text(book.encode("ascii", "replace").decode())
-    limited = ("import subprocess, sys\nfrom speed_offload import memory_limit\n"
+    limited = ("import subprocess, sys\nfrom measure.speed_offload import memory_limit\n"
                "with memory_limit(int(sys.argv[1])):\n"
                "    done = subprocess.run([sys.executable, *sys.argv[2:]])\n"
                "sys.exit(abs(done.returncode))")

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from tqdm import tqdm
 
-from common import cli
+from common import cli, files
 from loading import tokenizer
 from model import Llama
 from tasks.coreference import coreference_documents
@@ -188,7 +188,7 @@ def test_a_file_without_end_or_of_many_gigabytes_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=["from a\r\npipe"])
     writer.start()
-    assert cli.read_text(tmp_path / "pipe") == "from a\npipe"
+    assert files.read_text(tmp_path / "pipe") == "from a\npipe"
     writer.join()
     with (tmp_path / "large").open("wb") as f:
         f.truncate(2**33)  # a hole, which takes no room
@@ -196,8 +196,8 @@ def test_a_file_without_end_or_of_many_gigabytes_is_not_read(tmp_path):
     for name, most, reason in (("/dev/zero", 9, "more than 9"), ("large", 2**20, "more than 1,048"),
                                ("text", 4, "more than 4 bytes"), ("", 9, "directory")):
         with pytest.raises(cli.UsageError, match=reason):
-            cli.read_text(tmp_path / name, most)
-    assert cli.read_text(tmp_path / "text", 5) == "\u00e9t\u00e9"
+            files.read_text(tmp_path / name, most)
+    assert files.read_text(tmp_path / "text", 5) == "\u00e9t\u00e9"
 
 
 def test_too_little_memory_is_said_in_one_line(capsys, monkeypatch):
@@ -263,7 +263,7 @@ def test_help_names_every_flag_and_its_default(name, scripts, capsys, monkeypatc
         assert "(default: " in line and len(line.split()) > 4, line
 
 
-PRINTS = """import cli, dataclasses
+PRINTS = """import dataclasses; from common import cli
 cli.run(lambda config: {"printed": [print(i) for i in range(%s)]},
         dataclasses.make_dataclass("Config", []))"""
 

@@ -12,6 +12,7 @@ from beyond.offload import PinnedCache
 from common.errors import ModelError, UsageError
 from loading.weights import Config
 from measure import speed, speed_offload
+from model import Llama
 
 TINY = Config(vocab_size=64, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
               context=512, tied=True)
@@ -76,11 +77,20 @@ def test_a_limit_that_cannot_be_set_leaves_nothing_behind():
         assert not Path(parent, f"tokenbutler-{os.getpid()}").exists()
 
 
+def test_a_process_goes_back_to_the_group_that_it_came_from(tmp_path):
+    first, second = "5:devices:/\n4:memory:/a/b\n0::/\n", "0::/a/b\n"
+    for parent, listed in ("memory", first), ("cgroup", second):
+        root = tmp_path / parent
+        (root / "a/b").mkdir(parents=True)
+        assert speed_offload.own_group(root, listed) == root / "a/b"
+        assert speed_offload.own_group(root, listed.replace("a/b", "hidden")) == root
+
+
 def test_bytes(monkeypatch):
+    monkeypatch.setattr(speed, "fast_dtype", lambda device: torch.float32)  # random: not packed
     llama, _ = speed.model_of(config(monkeypatch, suite="speed"))
-    size = llama.embed_tokens.weight.element_size()
     token = 2 * 2 * 8 * 4  # keys and values of two KV heads of size 8, in float32
-    weights = sum(p.numel() for p in llama.parameters()) * size
+    weights = sum(p.numel() for p in llama.parameters()) * 4
     assert speed.moved("attention", llama, 3, 100, None, False, 4, 16) == 3 * 2 * 100 * token
     assert speed.moved("speed", llama, 3, 100, None, False, 4, 16) == weights + 3 * 3 * 100 * token
     scored = 100 * 2 * (16 + 4)
@@ -90,6 +100,13 @@ def test_bytes(monkeypatch):
     assert speed.moved("attention", llama, 1, 100, 20.0, False, 4, 16) == 2 * 20 * token
     assert speed.memory(llama, 1, 100, None, 4, 16) == weights + 100 * 3 * token
     assert speed.memory(llama, 3, 100, 0.1, 4, 16) == weights + 300 * (3 * token + 2 * 2 * (16 + 4))
+
+
+def test_packed_weights_are_held_beside_the_others_and_read_instead():
+    """In bfloat16 every matrix of a suitable size has a form, here that of the logits alone."""
+    llama = Llama(TINY).to(torch.bfloat16)
+    plain, head = (sum(p.nbytes for p in module.parameters()) for module in (llama, llama.lm_head))
+    assert speed.weight_bytes(llama) == (plain, plain, plain + head)
 
 
 def test_importance_keys_cost_a_fourteenth_of_keys_and_values_at_head_size_128(monkeypatch):

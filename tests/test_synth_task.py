@@ -8,6 +8,7 @@ from scipy import stats
 from test_scripts import script
 
 import synth_task
+from baselines import BASELINES, make_selector
 from butler import Butler, ButlerConfig, load_for
 from measure.intervals import accuracy, bootstrap
 from synth_task import read_data
@@ -77,14 +78,14 @@ def test_a_batch_scores_as_its_documents_do_alone(llama, tok, butler, question):
     """Token hits of every selector, and the attention kept; all lengths differ."""
     documents = [coreference_documents("test", 1, seed=s, words=w)[0]
                  for s, w in ((1, 90), (2, 140))]
-    kinds = [synth_task.BASELINES[name] for name in ("h2o", "snapkv")]
+    kinds = [BASELINES[name] for name in ("h2o", "snapkv")]
     together = Prompts(llama, tok, documents, question, kinds)
     alone = [Prompts(llama, tok, [d], question, kinds) for d in documents]
     for name in ("dense", "oracle", "butler", "quest", "h2o", "snapkv", "keynorm", "recency"):
-        together.answer(synth_task.make_selector(name, 0.3, butler), probed=True)
+        together.answer(make_selector(name, 0.3, butler), probed=True)
         hits, kept = [], []
         for prompts in alone:
-            prompts.answer(synth_task.make_selector(name, 0.3, butler), probed=True)
+            prompts.answer(make_selector(name, 0.3, butler), probed=True)
             hits += prompts.hits
             kept += prompts.kept
         assert together.hits == hits, name
@@ -99,8 +100,8 @@ def test_evictors_decide_before_the_question(llama, tok):
     for name in ("h2o", "snapkv"):
         left = []
         for asked in (document, other):
-            prompts = Prompts(llama, tok, [asked], "sparse", [synth_task.BASELINES[name]])
-            selector = synth_task.make_selector(name, 0.3)
+            prompts = Prompts(llama, tok, [asked], "sparse", [BASELINES[name]])
+            selector = make_selector(name, 0.3)
             selector.follow(prompts.watchers[type(selector)])
             prompts.cache.truncate(prompts.lengths)
             with torch.no_grad():
@@ -109,7 +110,7 @@ def test_evictors_decide_before_the_question(llama, tok):
             left.append({i: a[..., :size] for i, a in selector.alive.items()})
         assert torch.equal(left[0][1], left[1][1])  # layer 1: nothing of the question yet
         assert all(a.float().mean() < 0.35 for a in left[0].values())
-        prompts.answer(selector := synth_task.make_selector(name, 0.3))  # the whole question
+        prompts.answer(selector := make_selector(name, 0.3))  # the whole question
         still = torch.stack([a[..., :size] for a in selector.alive.values()]).sum(-1)
         assert still.float().mean() > 15  # of the context, besides what is always kept
 

@@ -12,6 +12,7 @@ import sys
 import gguf
 import jinja2
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors, trainers
@@ -499,9 +500,11 @@ def test_other_files_that_are_none(tmp_path, trained):
 
 
 def test_the_script(tmp_path):
-    here = pathlib.Path(tokenizer.__file__)
-    run = [sys.executable, str(here), str(write_gguf(tmp_path / "x.gguf")), "ab 42"]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    def script(*arguments):
+        return subprocess.run([sys.executable, "-m", "loading.tokenizer", *map(str, arguments)],
+                              capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+    done = script(write_gguf(tmp_path / "x.gguf"), "ab 42")
     assert done.returncode == 0 and "ab |   | 4 | 2" in done.stdout, done.stderr
-    done = subprocess.run([*run[:2], "/no/such.gguf"], capture_output=True, text=True, timeout=60)
+    done = script("/no/such.gguf")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "/no/such.gguf" in done.stderr

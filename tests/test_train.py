@@ -308,6 +308,13 @@ WRONG = [
 ]
 
 
+def test_a_report_in_the_place_of_another_file_is_told_which(tmp_path):
+    out = tmp_path / "b.safetensors"
+    for report, taken in (out, "--out"), (survive.state_path(train.Config(out=str(out))), "state"):
+        with pytest.raises(UsageError, match=f"--report and .*{taken}"):
+            train.check(train.Config(out=str(out), report=str(report)))
+
+
 @pytest.mark.parametrize("arguments", WRONG, ids=lambda a: " ".join(a)[:40])
 def test_what_is_wrong_is_said_before_a_model_is_read(tmp_path, monkeypatch, capsys, arguments):
     """The model is not there either, which would be said later."""

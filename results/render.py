@@ -1,6 +1,7 @@
 """results/render.py - writes the tables of the two READMEs from the JSON files in this folder.
 
     <!-- results/NAME.json --> ... <!-- end -->      what stands between is replaced
+    <!-- results/*.json: NAME --> ... <!-- end -->   by what measure/tables.py makes of several
 
 and draws the figures (results/draw.py), if matplotlib is installed.
 
@@ -19,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import draw
 
 from common.cli import parse
-from measure.tables import table
+from measure.tables import MADE, table
 
 
 def render(text: str) -> str:
@@ -30,6 +31,8 @@ def render(text: str) -> str:
         lines = table(path.stem, json.loads(path.read_text()))
         return f"<!-- {match[1]} -->\n```\n{lines}\n```\n<!-- end -->"
 
+    text = re.sub(r"(<!-- results/\*\.json: (\w+) -->\n).*?<!-- end -->",
+                  lambda match: f"{match[1]}{MADE[match[2]]()}\n<!-- end -->", text, flags=re.S)
     return re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", block, text, flags=re.S)
 
 

@@ -31,8 +31,8 @@ def script(*arguments, timeout=300, cwd=ROOT):
 MODULES = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))
            if path.parent.name not in ("tests", "results") and path.name != "__init__.py"
            and not path.parent.name.startswith(".")]
-SCRIPTS = ["train.py", "sample.py", "synth_task.py", "bench.py", "results/ablate.py",
-           "results/compare.py", "results/make.py", "results/render.py"]
+SCRIPTS = ["train.py", "sample.py", "synth_task.py", "bench.py", "results/compare.py",
+           "results/make.py", "results/render.py"]
 WRONG = """
 train.py --stepz 3
 train.py --steps many
@@ -138,13 +138,6 @@ bench.py --model /nowhere/at/all
 bench.py --device abacus
 bench.py --suite offload --memory 2
 bench.py --suite offload --offload-dir /nowhere
-results/ablate.py --only magic
-results/ablate.py --steps 0
-results/ablate.py --windows 0
-results/ablate.py --documents 0
-results/ablate.py --text /nowhere/at/all.txt
-results/ablate.py --model /nowhere/at/all
-results/ablate.py --device abacus
 results/compare.py --contexts 8192
 results/compare.py --contexts 512,a
 results/compare.py --budget 0

@@ -205,7 +205,7 @@ def drift(bench: Bench) -> dict:
                         select = make(drift=float(allowed)) if selector == "butler" else make()
                         given += prompts.answer(select)
                         if float(allowed):
-                            kept.setdefault(f"{label}, {budget}", []).append(select.interval)
+                            kept.setdefault(f"{label}, {budget}", []).append(select.reuse.interval)
         results[name] = {label: {budget: accuracy(runs) for budget, runs in by.items()}
                          for label, by in scores.items()}
     means = {name: {label: sum(v) / len(v) for label, v in by.items()}

@@ -262,6 +262,93 @@ class ImportanceKeys(NamedTuple):
         return ImportanceKeys(*map(function, self))
 
 
+class ImportanceCache:
+    """The importance keys of all layers but the first, which follow the cached keys they are of.
+
+    buffer  [L - 1, B, G, E, capacity], None until there are any
+    seen    {layer: its cached keys [B, G, S, D], as they were when the selector last saw them}
+    filled  {layer: how many tokens' importance keys are there}
+    """
+
+    def __init__(self, butler: Butler):
+        self.butler, self.buffer, self.seen, self.filled = butler, None, {}, {}
+
+    def of(self, first: int, stop: int) -> ImportanceKeys:
+        """Of the layers from `first` to before `stop`: [R, B, G, E, capacity]"""
+        return self.buffer.each(lambda x: x[first - 1 : stop - 1])
+
+    def layer(self, layer: int) -> ImportanceKeys:
+        return self.buffer.each(lambda x: x[layer - 1])
+
+    def see(self, layer: int, keys, start: int) -> None:
+        """Takes note of a layer's keys; those from `start` on are new, to be projected when they
+        are needed, like any of a prompt that was read unseen."""
+        self.seen[layer] = keys
+        self.filled[layer] = min(self.filled.get(layer, 0), start)
+
+    def reaches(self, S: int) -> bool:
+        """Have the keys of S tokens been seen, of every layer?"""
+        layers = range(1, self.butler.config.layers)
+        return all(s in self.seen and self.seen[s].shape[2] >= S for s in layers)
+
+    def rewritten(self, start: int, follows: bool) -> bool:
+        """Were tokens before `start` forgotten, and others written in their place, unseen? Then the
+        last one whose importance key is known has another key now. A GPU, which would have to be
+        waited for, is not asked where the new token `follows` the last one."""
+        layer = self.butler.config.layers - 1
+        last = min(self.filled.get(layer, 0), start) - 1
+        if last < 0 or (follows and self.seen[layer].device.type != "cpu"):
+            return False
+        was = self.layer(layer).each(lambda x: x[..., last : last + 1])()  # [B, G, 1, E]
+        key = self.seen[layer][None, :, :, last : last + 1].to(was.device)
+        now = self.butler.keys(layer, key, torch.tensor([last], device=was.device))()[0]
+        return bool((now - was).abs().max() > 0.01 * now.abs().max())
+
+    def complete(self, first: int, stop: int, S: int) -> None:
+        """Sees to it that importance keys of the first S tokens are there, of layers from `first`
+        to before `stop`."""
+        start = min(self.filled[layer] for layer in range(first, stop))
+        if start >= S:
+            return
+        self.grow(S)
+        numbers, scales = self.of(first, stop)
+        keys = stacked([self.seen[layer] for layer in range(first, stop)])
+        for at in range(start, S, 1024):
+            some = slice(at, min(at + 1024, S))
+            here = torch.arange(some.start, some.stop, device=scales.device)
+            new = self.butler.keys(first, keys[:, :, :, some].to(scales.device), here)
+            numbers[..., some], scales[..., some] = new
+        self.filled.update(dict.fromkeys(range(first, stop), S))
+
+    def latest(self, positions, bound: int) -> None:
+        """The same for all layers, in a decode step whose `positions` [B, 1] only the device knows:
+        each row's latest key is projected."""
+        self.grow(bound)
+        numbers, scales = self.buffer
+        at = (positions - 1).clamp(min=0)  # [B, 1]
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        new = torch.stack([self.seen[layer + 1][rows, :, at].transpose(1, 2)
+                           for layer in range(len(numbers))])
+        new = self.butler.keys(1, new, at[:, None])  # of one token
+        numbers[:, rows, :, :, at] = new.numbers.permute(1, 4, 0, 2, 3)
+        scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
+
+    def grow(self, S: int) -> None:
+        """Makes room for S tokens at least."""
+        c, keys = self.butler.config, next(iter(self.seen.values()))
+        old = self.buffer.scales.shape[-1] if self.buffer else 0
+        if old >= S:
+            return
+        head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room
+        capacity = -(-max(head // row, S) // BLOCK) * BLOCK
+        shape = c.layers - 1, *keys.shape[:2]
+        scales = self.butler.key_projection.new_empty(*shape, capacity)
+        numbers = torch.empty(*shape, c.size, capacity, dtype=torch.int8, device=scales.device)
+        if self.buffer:
+            numbers[..., :old], scales[..., :old] = self.buffer
+        self.buffer = ImportanceKeys(numbers, scales)
+
+
 def stacked(tensors: list):
     """torch.stack, without a copy where they lie evenly in one piece of memory, as the layers of a
     cache do."""
@@ -273,130 +360,20 @@ def stacked(tensors: list):
     return one.as_strided((len(at), *one.shape), (step // one.element_size(), *one.stride()))
 
 
-class ButlerSelector(Selector):
-    """Scores by the butler.
+class Reuse:
+    """Which choices are made anew: a KV head's stays in use until its importance query has turned
+    away by more than `drift` (1 - cosine) from the one that it was made for, `oldest` steps at
+    most. Producers are told apart by the first layer that they serve."""
 
-    All layers share a buffer of importance keys [L - 1, B, G, E, capacity], so that, in decoding,
-    those of one producer are scored and chosen together as soon as it has spoken; the keys of this
-    very token are not there yet, and not needed, as it is in the window. In a block of tokens,
-    and behind a prompt that was read without the selector, each layer is scored when it is reached.
-
-    drift       a KV head's choice stays in use until its importance query has turned away by more
-                than this (1 - cosine) from the one that it was made for, 16 steps at most; 0: it is
-                made anew at every step. A text that was rewound or read unseen gets new ones
-    """
-
-    capturable, OLDEST = True, 16
-
-    def __init__(self, butler: Butler, budget, drift=0.0, **rules):
-        super().__init__(budget, **rules)
+    def __init__(self, drift: float, device):
         if not 0 <= drift <= 2:
             raise SelectionError(f"drift {drift}: 1 - cosine is from 0 to 2")
-        self.butler, self.queries = butler, {}
-        self.drift, self.next = drift, 0
-        self.seen, self.filled = {}, {}  # per layer: keys [B, G, S, D]; how many were projected
-        self.buffer = None  # importance keys, and parts of them: per layer, per producer's layer
-        self.projected, self.parts = {}, {}
-        self.choices = None  # tokens in use, of all layers, [L - 1, B, G, 1, K]
-        # by the first layer that a producer serves: the queries that choices were made for and
-        # their age in steps; where in a block of tokens they were made
-        self.asked, self.age, self.made = {}, {}, {}
-        self.tally = torch.zeros(2, dtype=torch.long, device=butler.key_projection.device)
+        self.drift, self.oldest, self.asked, self.age = drift, 16, {}, {}
+        self.tally = torch.zeros(2, dtype=torch.long, device=device)  # choices made, and used
 
-    def __call__(self, layer, x, q, keys, positions):
-        if layer:
-            self.see(layer, keys)
-        return super().__call__(layer, x, q, keys, positions)
-
-    def early(self, cached):
-        layers = range(1, self.butler.config.layers)
-        return 0 < cached <= min(self.seen[s].shape[2] if s in self.seen else 0 for s in layers)
-
-    def arrive(self, T, start, end):
-        self.notice(start)
-        if not self.next - 1 <= start <= self.next:  # rewound by more than a token, or some read
-            self.asked.clear()  # unseen: choose anew
-        self.next = start + T
-        super().arrive(T, start, end)
-
-    @torch.inference_mode()
-    def watch(self, layer, x, q, keys, positions):
-        if layer == 0:
-            self.arrive(positions.shape[1], first_position(keys, positions), keys.shape[2])
-            self.asked.clear()
-        else:
-            self.see(layer, keys)
-            self.importance_keys(layer, layer + 1, keys.shape[2])  # as long as they are at hand
-
-    def notice(self, start: int):
-        """Starts anew if tokens before `start` were forgotten and others written in their place,
-        unseen: then the last one whose importance key is known has another key now. A GPU, which
-        would have to be waited for, is not asked where the new token follows the last one."""
-        layer = self.butler.config.layers - 1
-        last = min(self.filled.get(layer, 0), start) - 1
-        if last < 0 or (start == self.next and self.seen[layer].device.type != "cpu"):
-            return
-        was = self.projected[layer].each(lambda x: x[..., last : last + 1])()  # [B, G, 1, E]
-        key = self.seen[layer][None, :, :, last : last + 1].to(was.device)
-        now = self.butler.keys(layer, key, torch.tensor([last], device=was.device))()[0]
-        if (now - was).abs().max() > 0.01 * now.abs().max():
-            self.filled = dict.fromkeys(self.filled, 0)
-            self.asked.clear()
-
-    def see(self, layer, keys):
-        """Takes note of a layer's keys; those from the first new position on are to be projected
-        when they are needed, like any of a prompt that was read unseen."""
-        self.seen[layer] = keys
-        self.filled[layer] = min(self.filled.get(layer, 0), self.start)
-
-    def look_ahead(self, layer, x, positions):
-        if layer % self.butler.config.stride == 0 and layer < self.butler.config.layers - 1:
-            self.foresee(layer, x, positions)
-
-    @torch.inference_mode()
-    def foresee(self, layer, x, positions) -> None:
-        if layer == 0:
-            self.plan(x.shape[1], positions)
-        first, queries = layer + 1, self.butler.predict(layer, x, self.rope)  # [R, B, G, T, E]
-        served = range(first, first + len(queries))
-        self.queries.update(zip(served, queries, strict=True))
-        if not self.in_time:  # each layer chooses when it is reached
-            if self.drift:
-                self.made[first] = self.made_at(first, queries)
-            return
-        queries = queries.squeeze(3) * queries.shape[-1] ** -0.5
-        chosen = self.choices[layer : served.stop - 1, :, :, 0, self.kept.shape[-1] :]
-        due = self.due(first, queries) if self.drift else self.every[: len(queries)]
-        choose(queries, *self.parts[layer], self.here, self.wants, chosen, due,
-               (self.bound or self.end) - 1, self.sinks, self.window)
-        if self.read_ahead:
-            self.read_ahead(list(served), chosen.unsqueeze(3))
-
-    def plan(self, T: int, positions) -> None:
-        """At layer 0: what all producers need to choose ahead, the newest importance keys of all
-        layers included."""
-        longest = (self.bound or self.end) - 1
-        self.rope = turns(positions[:, None, :, None] * self.butler.frequencies)
-        self.in_time = bool(self.bound) or T == 1 and self.early(longest)
-        if not self.in_time:
-            return
-        self.here, most = positions[:, 0], max(int(self.wanted(longest)), 0)
-        self.wants = self.wanted(self.here).clamp(min=0)
-        self.held(self.kept.shape[:2], most)[..., : self.kept.shape[-1]] = self.kept
-        self.every = torch.ones(self.choices.shape[:3], dtype=torch.bool, device=positions.device)
-        self.ahead = [None, *self.choices]
-        if self.bound:
-            self.latest_keys(positions)
-        else:
-            self.importance_keys(1, self.butler.config.layers, longest)
-
-    def selected(self, layer, q, keys, positions):
-        if self.in_time:
-            return self.ahead[layer]
-        index = super().selected(layer, q, keys, positions)
-        return self.settled(layer, index) if self.drift else index
-
-    # ---- which choices are made anew
+    def forget(self) -> None:
+        """All choices are to be made anew."""
+        self.asked.clear()
 
     @property
     def interval(self) -> float:
@@ -410,17 +387,17 @@ class ButlerSelector(Selector):
         queries = F.normalize(queries, dim=-1)
         if first not in self.asked:
             self.asked[first] = queries
-            self.age[first] = torch.full_like(queries[..., 0], self.OLDEST)
+            self.age[first] = torch.full_like(queries[..., 0], self.oldest)
         asked, age = self.asked[first], self.age[first]
         age += 1
-        due = ((queries * asked).sum(-1) < 1 - self.drift) | (age >= self.OLDEST)
+        due = ((queries * asked).sum(-1) < 1 - self.drift) | (age >= self.oldest)
         asked.copy_(torch.where(due[..., None], queries, asked))
         age.masked_fill_(due, 0)
         self.tally[0] += due.sum()
         self.tally[1] += due.numel()
         return due
 
-    def made_at(self, first: int, queries):
+    def made(self, first: int, queries):
         """Queries of a block [R, B, G, T, E] -> at which of its tokens the choice that each token
         uses is made, counted from 1, or 0: before them; [R, B, G, T]"""
         made = torch.zeros(queries.shape[:-1], dtype=torch.long, device=queries.device)
@@ -429,25 +406,107 @@ class ButlerSelector(Selector):
             made[..., t] = at = at.where(~self.due(first, q), t + 1)
         return made
 
+
+class ButlerSelector(Selector):
+    """Scores by the butler. A decode step:
+
+        layer 0        `begin` (selection.py) -> `arrive`: is what is known of the text still true?
+        layers 0, R .. `foresee`: the producer's queries; at layer 0 first `plan`: importance keys
+                       of the latest token, of all layers. Then `choose`, for all layers served
+        every layer    `selected`: the choice that is there already
+
+    The keys of this very token are not known then, and not needed, as it is in the window. In a
+    block of tokens, and behind a prompt that was read without the selector, each layer is scored
+    when it is reached.
+
+    drift       how far a query may turn before its choice is made anew, see `Reuse`; 0: every step
+    """
+
+    capturable = True
+
+    def __init__(self, butler: Butler, budget, drift=0.0, **rules):
+        super().__init__(budget, **rules)
+        self.butler, self.importance = butler, ImportanceCache(butler)
+        self.reuse = Reuse(drift, butler.key_projection.device)
+        self.next = 0  # where the text went on
+        self.queries = {}  # per layer, [B, G, T, E]
+        self.choices = None  # tokens in use, of all layers, [L - 1, B, G, 1, K]
+        self.made = {}  # of a block, by producer: which token made the choice that a token uses
+
+    # ---- before a layer runs
+
+    def __call__(self, layer, x, q, keys, positions):
+        if layer:
+            self.importance.see(layer, keys, self.start)
+        return super().__call__(layer, x, q, keys, positions)
+
+    def early(self, cached):
+        return cached > 0 and self.importance.reaches(cached)
+
+    def arrive(self, T, start, end):
+        if self.importance.rewritten(start, start == self.next):
+            self.importance.filled = dict.fromkeys(self.importance.filled, 0)
+            self.reuse.forget()
+        if not self.next - 1 <= start <= self.next:  # rewound by more than a token, or some read
+            self.reuse.forget()  # unseen
+        self.next = start + T
+        super().arrive(T, start, end)
+
     @torch.inference_mode()
-    def settled(self, layer: int, new):
-        """Indices made for every token of a block [B, G, T, K] -> those that are used: sinks and
-        window are a token's own, the choice is the one in use."""
-        first, always = self.first(layer), self.kept.shape[-1]
-        made = self.made[first]
-        held = self.held(new.shape[:2], new.shape[-1] - always)[layer - 1]
-        chosen = torch.cat([held, new], dim=2)[..., always:]
-        made = made[layer - first][..., None].expand(*new.shape[:3], chosen.shape[-1])
-        used = torch.cat([new[..., :always], chosen.gather(2, made)], dim=-1)
-        held.copy_(used[:, :, -1:])
-        return used
+    def watch(self, layer, x, q, keys, positions):
+        if layer == 0:
+            self.arrive(positions.shape[1], first_position(keys, positions), keys.shape[2])
+            self.reuse.forget()
+        else:  # projected as long as they are at hand
+            self.importance.see(layer, keys, self.start)
+            self.importance.complete(layer, layer + 1, keys.shape[2])
+
+    def look_ahead(self, layer, x, positions):
+        if layer % self.butler.config.stride == 0 and layer < self.butler.config.layers - 1:
+            self.foresee(layer, x, positions)
+
+    @torch.inference_mode()
+    def foresee(self, layer, x, positions) -> None:
+        if layer == 0:
+            self.plan(x.shape[1], positions)
+        first, queries = layer + 1, self.butler.predict(layer, x, self.rope)  # [R, B, G, T, E]
+        served = range(first, first + len(queries))
+        self.queries.update(zip(served, queries, strict=True))
+        if not self.in_time:  # each layer chooses when it is reached
+            if self.reuse.drift:
+                self.made[first] = self.reuse.made(first, queries)
+            return
+        queries = queries.squeeze(3) * queries.shape[-1] ** -0.5
+        chosen = self.choices[layer : served.stop - 1, :, :, 0, self.kept.shape[-1] :]
+        due = self.reuse.due(first, queries) if self.reuse.drift else self.every[: len(queries)]
+        choose(queries, *self.importance.of(first, served.stop), self.here, self.wants, chosen,
+               due, (self.bound or self.end) - 1, self.sinks, self.window)
+        if self.read_ahead:
+            self.read_ahead(list(served), chosen.unsqueeze(3))
+
+    def plan(self, T: int, positions) -> None:
+        """What all producers of a step need to choose ahead."""
+        longest = (self.bound or self.end) - 1
+        self.rope = turns(positions[:, None, :, None] * self.butler.frequencies)
+        self.in_time = bool(self.bound) or T == 1 and self.early(longest)
+        if not self.in_time:
+            return
+        self.here, most = positions[:, 0], max(int(self.wanted(longest)), 0)
+        self.wants = self.wanted(self.here).clamp(min=0)
+        self.held(self.kept.shape[:2], most)[..., : self.kept.shape[-1]] = self.kept
+        self.every = torch.ones(self.choices.shape[:3], dtype=torch.bool, device=positions.device)
+        self.ahead = [None, *self.choices]
+        if self.bound:
+            self.importance.latest(positions, self.bound)
+        else:
+            self.importance.complete(1, self.butler.config.layers, longest)
 
     def held(self, rows, K: int):
         """Indices in use of all layers, [L - 1, B, G, 1, K with sinks and window], for `rows` [B,
         G], to be overwritten by new ones; a graph's stay where they are."""
         held, size, L = self.choices, self.kept.shape[-1] + K, self.butler.config.layers
         if held is None or held.shape[1:3] != rows:
-            held = self.tally.new_empty(L - 1, *rows, 1, 0, dtype=torch.int32)
+            held = self.reuse.tally.new_empty(L - 1, *rows, 1, 0, dtype=torch.int32)
         if held.shape[-1] != size:
             held = F.pad(held, (0, size - held.shape[-1]), value=-1)
         elif not self.bound:
@@ -455,68 +514,39 @@ class ButlerSelector(Selector):
         self.choices = held
         return held
 
-    def first(self, layer: int) -> int:
-        """The first layer that is served by the producer which serves this one."""
-        return (layer - 1) // self.butler.config.stride * self.butler.config.stride + 1
+    # ---- when it is reached
 
-    # ---- importance keys
+    def selected(self, layer, q, keys, positions):
+        if self.in_time:
+            return self.ahead[layer]
+        index = super().selected(layer, q, keys, positions)
+        return self.settled(layer, index) if self.reuse.drift else index
 
     @torch.inference_mode()
     def scores(self, layer, q, keys, positions):
         self.start = first_position(keys, positions)  # who compares scores calls this alone
-        self.see(layer, keys)
-        self.importance_keys(layer, layer + 1, keys.shape[2])
+        self.importance.see(layer, keys, self.start)
+        self.importance.complete(layer, layer + 1, keys.shape[2])
         return self.rate(self.queries[layer],
-                         self.projected[layer].each(lambda x: x[..., : keys.shape[2]]))
+                         self.importance.layer(layer).each(lambda x: x[..., : keys.shape[2]]))
 
     def rate(self, queries, keys):
         """q_imp [B, G, T, E], k_imp [B, G, E, S] -> ranks of all tokens, [B, G, T, S]"""
         return in_order(self.butler.scores(queries, keys()))
 
-    def importance_keys(self, first: int, stop: int, S: int) -> None:
-        """Sees to it that importance keys of the first S tokens are there, of layers from `first`
-        to before `stop`."""
-        start = min(self.filled[layer] for layer in range(first, stop))
-        if start >= S:
-            return
-        numbers, scales = self.room(S).each(lambda x: x[first - 1 : stop - 1])
-        keys = stacked([self.seen[layer] for layer in range(first, stop)])
-        for at in range(start, S, 1024):
-            some = slice(at, min(at + 1024, S))
-            here = torch.arange(some.start, some.stop, device=scales.device)
-            new = self.butler.keys(first, keys[:, :, :, some].to(scales.device), here)
-            numbers[..., some], scales[..., some] = new
-        self.filled.update(dict.fromkeys(range(first, stop), S))
-
-    def latest_keys(self, positions) -> None:
-        """The same for all layers, in a decode step whose `positions` [B, 1] only the device knows:
-        each row's latest key is projected."""
-        numbers, scales = self.room(self.bound)
-        at = (positions - 1).clamp(min=0)  # [B, 1]
-        rows = torch.arange(len(at), device=at.device)[:, None]
-        new = torch.stack([self.seen[layer + 1][rows, :, at].transpose(1, 2)
-                           for layer in range(len(numbers))])
-        new = self.butler.keys(1, new, at[:, None])  # of one token
-        numbers[:, rows, :, :, at] = new.numbers.permute(1, 4, 0, 2, 3)
-        scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
-
-    def room(self, S: int):
-        """The buffer [L - 1, B, G, E, capacity] of all importance keys, for S tokens at least."""
-        c, keys = self.butler.config, next(iter(self.seen.values()))
-        old = self.buffer.scales.shape[-1] if self.buffer else 0
-        if old < S:
-            head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room
-            capacity = -(-max(head // row, S) // BLOCK) * BLOCK
-            shape = c.layers - 1, *keys.shape[:2]
-            scales = self.butler.key_projection.new_empty(*shape, capacity)
-            numbers = torch.empty(*shape, c.size, capacity, dtype=torch.int8, device=scales.device)
-            if self.buffer:
-                numbers[..., :old], scales[..., :old] = self.buffer
-            self.buffer = buffer = ImportanceKeys(numbers, scales)
-            self.projected = {i + 1: buffer.each(lambda x, i=i: x[i]) for i in range(c.layers - 1)}
-            self.parts = {i: buffer.each(lambda x, i=i: x[i : i + c.stride])
-                          for i in range(0, c.layers - 1, c.stride)}
-        return self.buffer
+    @torch.inference_mode()
+    def settled(self, layer: int, new):
+        """Indices made for every token of a block [B, G, T, K] -> those that are used: sinks and
+        window are a token's own, the choice is the one in use."""
+        stride, always = self.butler.config.stride, self.kept.shape[-1]
+        first = (layer - 1) // stride * stride + 1  # that the same producer serves
+        made = self.made[first]
+        held = self.held(new.shape[:2], new.shape[-1] - always)[layer - 1]
+        chosen = torch.cat([held, new], dim=2)[..., always:]
+        made = made[layer - first][..., None].expand(*new.shape[:3], chosen.shape[-1])
+        used = torch.cat([new[..., :always], chosen.gather(2, made)], dim=-1)
+        held.copy_(used[:, :, -1:])
+        return used
 
 
 if __name__ == "__main__":
@@ -531,7 +561,7 @@ if __name__ == "__main__":
     llama.prefill(torch.arange(400)[None], cache)
     llama.decode(torch.tensor([[400]]), cache, select)
     print("layer 1: q_imp", list(select.queries[1].shape), "k_imp",
-          list(select.projected[1].numbers.shape))
+          list(select.importance.layer(1).numbers.shape))
     print("401 cached tokens, a tenth attended:", select.index[1][0, 0, 0].tolist())
     print(f"for which it caches {butler.config.size} numbers beside {2 * butler.config.head_dim} "
           "of key and value")

@@ -75,7 +75,7 @@ class Graph:
         """-> a function that runs the step, the logits and the indices that it leaves behind."""
         self.run(bound)  # compiles kernels and grows buffers; what it wrote is written again
         self.cache.lengths -= 1
-        for age in self.selector.age.values() if self.sparse else ():
+        for age in self.selector.reuse.age.values() if self.sparse else ():
             age -= 1  # of choices, which the step counts again
         replay, logits = record(lambda: self.run(bound))
         return replay, logits, dict(self.selector.index) if self.selector else {}

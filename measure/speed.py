@@ -166,7 +166,7 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
     candidates |= butlers(butler, partial(step, cache), config)
     for kept in map(float, config.budgets):
         kept_for_good = butler.selector(kept, drift=2.0)
-        kept_for_good.OLDEST = math.inf
+        kept_for_good.reuse.oldest = math.inf
         candidates[f"choice for nothing, {kept:g}"] = (
             partial(step, cache, kept_for_good), kept, False)
     if on_gpu(cache.lengths):
@@ -185,7 +185,8 @@ def butlers(butler, step, config) -> dict:
 
 def anew(step, selector) -> None:
     """A step again; the text would have grown by a token since, whose key is taken for new."""
-    selector.filled = {layer: n - 1 for layer, n in selector.filled.items()}
+    filled = selector.importance.filled
+    filled.update({layer: n - 1 for layer, n in filled.items()})
     step(selector)
 
 

@@ -113,8 +113,8 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
         for name, (selector, where, drift, ahead) in candidates.items():
             where.truncate(context)
             if selector:
-                selector.drift, selector.read_ahead = drift, ahead
-                selector.tally.zero_()
+                selector.reuse.drift, selector.read_ahead = drift, ahead
+                selector.reuse.tally.zero_()
             first += 1000  # each time other tokens
             runs[name].append(decode(llama, selector, where, steps, first))
     rows = [{"suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
@@ -171,7 +171,7 @@ def decode(llama, selector, cache, n: int, first: int) -> dict:
             last = now
     traffic = zip(("asked", "missed", "waited"), before, counters(cache), strict=True)
     return {"seconds": seconds[warm:], "again": shares, "steps": n,
-            "interval": selector.interval if selector else 1.0,
+            "interval": selector.reuse.interval if selector else 1.0,
             "held": taken(llama.device), **{key: b - a for key, a, b in traffic}}
 
 

@@ -166,7 +166,7 @@ def test_a_ragged_batch_keeps_its_choice_as_single_rows_do(tiny, tiny_butler):
         cache, selector = tiny.new_cache(len(rows), 80), tiny_butler.selector(30, drift=0.9)
         tiny.prefill(rows[:, :64], cache, lengths=lengths)
         logits = [tiny.decode(t, cache, selector) for t in rows[:, 64:74].split(1, dim=1)]
-        assert 1.1 < selector.interval < 9
+        assert 1.1 < selector.reuse.interval < 9
         return torch.cat(logits, dim=1)
 
     together = run(ids, [40, 64])
@@ -220,9 +220,9 @@ def test_one_large_key_does_not_drown_the_others(tiny, tiny_butler):
     keys = torch.randn(1, 2, 50, 16, generator=torch.Generator().manual_seed(1))
     keys[:, :, 20] *= 1000
     selector = tiny_butler.selector(0.3)
-    selector.see(1, keys)
-    selector.importance_keys(1, 2, 50)
-    stored = selector.projected[1].each(lambda x: x[..., :50])
+    selector.importance.see(1, keys, 0)
+    selector.importance.complete(1, 2, 50)
+    stored = selector.importance.layer(1).each(lambda x: x[..., :50])
     assert stored.numbers.dtype == torch.int8 and stored.numbers.abs().amax() == 127
     assert_in_8_bits(stored(), tiny_butler.project(1, keys, torch.arange(50)))
 
@@ -233,7 +233,8 @@ def test_cached_importance_keys_equal_recomputed_ones(pair):
     model.prefill(ids[:, :78], cache)
     for token in ids[:, 78:].split(1, dim=1):
         model.decode(token, cache, selector)
-    for layer, projected in selector.projected.items():  # the newest key is not needed yet
+    for layer in range(1, model.config.layers):  # the newest key is not needed yet
+        projected = selector.importance.layer(layer)
         again = butler.project(layer, cache.k[layer][:, :, :89], torch.arange(89))
         assert_in_8_bits(projected()[..., :89, :], again)
 
@@ -247,7 +248,8 @@ def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
     cache.truncate(78)
     for token in ids[:, 78:].split(1, dim=1):
         model.decode(token, cache, selector)
-    for layer, projected in selector.projected.items():  # the newest key is not needed yet
+    for layer in range(1, model.config.layers):  # the newest key is not needed yet
+        projected = selector.importance.layer(layer)
         again = butler.project(layer, cache.k[layer][:, :, :89], torch.arange(89))
         assert_in_8_bits(projected()[..., :89, :], again)
 
@@ -271,7 +273,7 @@ def test_tokens_written_unseen_over_others_are_projected_anew(tiny, tiny_butler,
             choices.append({n: i.sort(-1).values for n, i in chosen.index.items()})
         for layer, index in choices[0].items():
             assert torch.equal(index, choices[1][layer]), (rules, layer)
-            known = selector.projected[layer]()[..., : 25 + unseen, :]
+            known = selector.importance.layer(layer)()[..., : 25 + unseen, :]
             again = butler.project(layer, cache.k[layer][:, :, : 25 + unseen],
                                    torch.arange(25 + unseen))
             assert_in_8_bits(known, again)
@@ -311,7 +313,7 @@ def test_training_and_decoding_read_the_same_inputs(pair):
                     error = (q[:, :, position] - selector.queries[layer][:, :, 0]).abs().max()
                     assert error < 1e-4
                     scores = butler.scores(q, butler.project(layer, seen.keys[layer], here))
-                    mine = selector.projected[layer]()[..., :position, :]
+                    mine = selector.importance.layer(layer)()[..., :position, :]
                     ours = butler.scores(selector.queries[layer], mine)
                     error = (scores[..., position, :position] - ours[..., 0, :]).abs().max()
                     assert error < 0.02 * scores.abs().max()
@@ -363,7 +365,7 @@ def test_a_choice_stays_until_its_query_has_turned(pair, drift, steps):
                 assert {70 + step - i for i in range(8)} | set(range(4)) == set(row[:12].tolist())
                 assert sorted(chosen) == sorted(best.tolist() if due else before[layer, g])
                 before[layer, g] = chosen
-    assert selector.interval == (len(made) / sum(made) if drift else 1)
+    assert selector.reuse.interval == (len(made) / sum(made) if drift else 1)
     assert all(made) if drift == 0 else not all(made)
 
 

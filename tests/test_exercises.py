@@ -91,7 +91,7 @@ def test_a_score_loses_with_the_distance(tiny, butler, ids):
     chosen = last_step(tiny, ids, selector)
     default = last_step(tiny, ids, butler.selector(0.2))
     for layer, index in chosen.items():
-        keys = selector.projected[layer]()[..., : CACHED - 1, :]
+        keys = selector.importance.layer(layer)()[..., : CACHED - 1, :]
         scores = butler.scores(selector.queries[layer], keys)[0, :, 0]  # [G, S]
         scores = scores - 0.02 * torch.arange(CACHED - 1, 0, -1)
         best = scores[:, 4 : CACHED - 8].topk(28).indices + 4
@@ -109,7 +109,7 @@ def test_importance_keys_fit_in_4_bits(tiny, butler, ids):
     selector = butler.selector(0.3, bits=4)
     small = last_step(tiny, ids, selector)
     exact = last_step(tiny, ids, butler.selector(0.3))
-    held = selector.buffer.numbers
+    held = selector.importance.buffer.numbers
     assert held.dtype == torch.uint8 and held.shape[-2] == butler.config.size // 2  # two to a byte
     same, total = 0, 0
     for layer, index in small.items():

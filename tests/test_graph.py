@@ -165,7 +165,7 @@ def test_a_step_asks_the_device_for_nothing(small, by_triton, monkeypatch, rules
         cache.advance(60)
         selector = None if rules is None else butler.selector(0.6, **rules)
         for layer in range(1, 4) if selector else ():
-            selector.seen[layer], selector.filled[layer] = cache.k[layer], 0
+            selector.importance.see(layer, cache.k[layer], 0)
         step = graph.Graph(llama, cache, selector)
         if rows == 1:
             llama.decode(step.token, cache, selector)  # what is done once may ask

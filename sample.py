@@ -210,9 +210,10 @@ def advise(config, cached: int, full: bool) -> None:
     """What the user may not expect, on stderr."""
     if full:
         print(f"stopped: the model's context of {cached} tokens is full", file=sys.stderr)
-    if config.selector == "butler" and config.dense_below < cached < BREAK_EVEN:
-        print(f"below about {BREAK_EVEN:,} tokens a dense step is the faster one on a CPU: "
-              "--dense-below", file=sys.stderr)
+    measured = config.model is None and config.device == "cpu"
+    if config.selector == "butler" and measured and config.dense_below < cached < BREAK_EVEN:
+        print(f"below about {BREAK_EVEN:,} tokens a dense step of this model is the faster one on "
+              f"a CPU: --dense-below {BREAK_EVEN}", file=sys.stderr)
     if 1 < config.budget < Selector.SINKS + Selector.WINDOW:
         print(f"a budget above 1 is a number of tokens; {Selector.SINKS + Selector.WINDOW} are "
               "always granted", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""cpu/packed.py - all that a token passes between two attentions, in loops on weights of few bits.
+"""cpu/packed.py - a token's way through a layer, in compiled loops on weights of few bits.
 
     x [R, C] -before-> q, k, v [R, H + 2 G, D] -> attention [R, H, D] -after-> x [R, C]
+    x [R, C] ------------------------ whole: cache and attention too -------> x [R, C]
     x [R, C] -head-> logits [R, V]                         R: a token or two, of one or many texts
 
 One token's product with a matrix takes as long as reading the matrix. Most files have it in fewer
@@ -10,8 +11,9 @@ for long blocks of tokens, and when the first single token comes, a copy is made
 which is the same matrix exactly; activations stay float32. 64 rows of the matrix lie side by side:
 a channel's input is one number for all of them, and no sum runs across a vector.
 
-What lies between the products takes PyTorch as long as these; here it is part of the same loops.
-model.py defines what they compute, and does it where weights have no such form, or tokens are many.
+What lies between the products takes PyTorch as long as these; here it is part of the same loops,
+and a decode step calls one of them a layer. model.py defines what they compute, and does it where
+weights have no such form, or tokens are many.
 
     python -m cpu.packed        milliseconds of a step without its attention, here and in PyTorch
 """

@@ -216,6 +216,18 @@ def assert_in_8_bits(stored, exact):
     assert ((stored - exact).abs() <= 0.51 * step).all()
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["one position", "a position for each row"])
+def test_importance_keys_of_one_token_are_those_of_the_definition(tiny_butler, shared, monkeypatch):
+    keys = torch.randn(4, 3, 2, 1, 16, generator=torch.Generator().manual_seed(2))
+    positions = torch.tensor([4001]) if shared else torch.tensor([0, 17, 4001])[:, None, None]
+    compiled = tiny_butler.keys(1, keys, positions)
+    monkeypatch.setattr(loops, "numba", None)
+    defined = tiny_butler.keys(1, keys, positions)
+    assert compiled.numbers.shape == defined.numbers.shape == (4, 3, 2, 8, 1)
+    assert (compiled.numbers.int() - defined.numbers.int()).abs().max() <= 1
+    assert_close("scales", compiled.scales, defined.scales, 1e-5)
+
+
 def test_one_large_key_does_not_drown_the_others(tiny, tiny_butler):
     keys = torch.randn(1, 2, 50, 16, generator=torch.Generator().manual_seed(1))
     keys[:, :, 20] *= 1000

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import kernel
+from butler import Butler, ButlerConfig
 from common.errors import ModelError
 from cpu import loops, packed
 from loading import fetch
@@ -129,20 +130,46 @@ def test_packed_products(bits, rows, dtype):
         assert packed.pack(torch.nn.Linear(*sizes)) is None
 
 
+def packable(bias=False):
+    """A small model in float32 weights that bfloat16 holds."""
+    torch.manual_seed(0)
+    model = Llama(Config(vocab_size=64, width=128, layers=3, heads=4, kv_heads=2, head_dim=32,
+                         mlp_width=96, context=64, rope_theta=1e4, tied=False,
+                         attention_bias=bias, mlp_bias=bias))
+    return model.bfloat16().float().eval().requires_grad_(False)
+
+
 @pytest.mark.parametrize("family", ["llama", "bias"])
 def test_packed_blocks_are_the_model(family):
     """A block's two halves in float32 weights that bfloat16 holds, biases included, against the
     plain ones."""
-    torch.manual_seed(0)
-    model = Llama(Config(vocab_size=64, width=128, layers=2, heads=4, kv_heads=2, head_dim=32,
-                         mlp_width=96, context=64, rope_theta=1e4, tied=False,
-                         attention_bias=family == "bias", mlp_bias=family == "bias"))
-    model = model.bfloat16().float().eval().requires_grad_(False)
+    model = packable(family == "bias")
     x = torch.randint(64, (2, 12))
     cache, expected = model.new_cache(2, 12), model(x)
     assert all(block.packed for block in model.layers) and model.packed_head
     steps = torch.cat([model(t, cache) for t in x.split([1, 2, 1, 2, 2, 2, 2], dim=1)], dim=1)
     assert_close("steps", steps, expected, 1e-4)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
+@pytest.mark.parametrize("lengths", [[9, 9], [9, 5]], ids=["even", "ragged"])
+@pytest.mark.parametrize("budget", [None, 8], ids=["dense", "butler"])
+def test_a_layer_in_one_call_is_a_block_with_its_attention(
+        dtype, bound, lengths, budget, monkeypatch):
+    """Keys and values written at each row's own end, all tokens attended to or a choice."""
+    model, calls = packable(), []
+    butler = Butler(ButlerConfig.for_model(model, size=8, hidden=16)).eval()
+    prompt, steps = torch.randint(64, (2, 9)), torch.randint(64, (2, 7))
+    served, serve = [], packed.PackedLayers.serve
+    for whole in True, False:
+        monkeypatch.setattr(packed.PackedLayers, "serve", lambda *a, whole=whole: (
+            calls.append(whole and serve(*a)), calls[-1])[1])
+        cache = model.new_cache(2, 16, dtype)
+        selector = butler.selector(budget, window=2) if budget else None
+        model.prefill(prompt, cache, selector and selector.watch, lengths)
+        served.append(torch.cat([model.decode(t, cache, selector) for t in steps.split(1, 1)], 1))
+    assert calls == [True] * 7 + [False] * 7
+    assert_close("logits", *served, bound)
 
 
 def greedy(model, prompt, n):

@@ -172,7 +172,7 @@ class Butler(nn.Module):
         projected = turned_back(keys, positions * self.rope) @ weight
         return rotate(projected, *turns(positions * self.frequencies))
 
-    def keys(self, first: int, keys, positions) -> "ImportanceKeys":
+    def importance_keys(self, first: int, keys, positions) -> "ImportanceKeys":
         """Importance keys of layers in a row, [R, B, G, S, D] -> [R, B, G, S, E], in 8 bits."""
         if keys.shape[3] == 1 and loops.serves(keys) and not self.config.rotated_keys:
             return ImportanceKeys(*loops.project(
@@ -254,7 +254,7 @@ class ImportanceKeys(NamedTuple):
         scales = keys.abs().amax(-1).clamp(min=1e-30) / 127
         return cls((keys / scales[..., None]).round().to(torch.int8).transpose(-1, -2), scales)
 
-    def __call__(self):
+    def floats(self):
         """-> the keys [..., S, E]"""
         return (self.numbers * self.scales[..., None, :]).transpose(-1, -2)
 
@@ -292,16 +292,17 @@ class ImportanceCache:
         return all(s in self.seen and self.seen[s].shape[2] >= S for s in layers)
 
     def rewritten(self, start: int, follows: bool) -> bool:
-        """Were tokens before `start` forgotten, and others written in their place, unseen? Then the
-        last one whose importance key is known has another key now. A GPU, which would have to be
-        waited for, is not asked where the new token `follows` the last one."""
+        """Has somebody truncated the cache and written other tokens before `start`, without this
+        selector? Projects the last key that is known once more, and compares. Not on a GPU where
+        the new token `follows` the last one, as the CPU would wait for it at every step."""
         layer = self.butler.config.layers - 1
         last = min(self.filled.get(layer, 0), start) - 1
         if last < 0 or (follows and self.seen[layer].device.type != "cpu"):
             return False
-        was = self.layer(layer).each(lambda x: x[..., last : last + 1])()  # [B, G, 1, E]
+        was = self.layer(layer).each(lambda x: x[..., last : last + 1]).floats()  # [B, G, 1, E]
         key = self.seen[layer][None, :, :, last : last + 1].to(was.device)
-        now = self.butler.keys(layer, key, torch.tensor([last], device=was.device))()[0]
+        now = self.butler.importance_keys(layer, key, torch.tensor([last], device=was.device))
+        now = now.floats()[0]
         return bool((now - was).abs().max() > 0.01 * now.abs().max())
 
     def complete(self, first: int, stop: int, S: int) -> None:
@@ -316,7 +317,7 @@ class ImportanceCache:
         for at in range(start, S, 1024):
             some = slice(at, min(at + 1024, S))
             here = torch.arange(some.start, some.stop, device=scales.device)
-            new = self.butler.keys(first, keys[:, :, :, some].to(scales.device), here)
+            new = self.butler.importance_keys(first, keys[:, :, :, some].to(scales.device), here)
             numbers[..., some], scales[..., some] = new
         self.filled.update(dict.fromkeys(range(first, stop), S))
 
@@ -329,7 +330,7 @@ class ImportanceCache:
         rows = torch.arange(len(at), device=at.device)[:, None]
         new = torch.stack([self.seen[layer + 1][rows, :, at].transpose(1, 2)
                            for layer in range(len(numbers))])
-        new = self.butler.keys(1, new, at[:, None])  # of one token
+        new = self.butler.importance_keys(1, new, at[:, None])  # of one token
         numbers[:, rows, :, :, at] = new.numbers.permute(1, 4, 0, 2, 3)
         scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
 
@@ -382,8 +383,8 @@ class Reuse:
         return used / made if made else 1.0
 
     def due(self, first: int, queries):
-        """Queries of a step [R, B, G, E] -> whose choices are to be made anew, [R, B, G]; of
-        these, they are remembered."""
+        """Queries of a step [R, B, G, E] -> true where a KV head must choose again, [R, B, G];
+        there the query is remembered, to compare later ones with."""
         queries = F.normalize(queries, dim=-1)
         if first not in self.asked:
             self.asked[first] = queries
@@ -397,14 +398,14 @@ class Reuse:
         self.tally[1] += due.numel()
         return due
 
-    def made(self, first: int, queries):
-        """Queries of a block [R, B, G, T, E] -> at which of its tokens the choice that each token
-        uses is made, counted from 1, or 0: before them; [R, B, G, T]"""
-        made = torch.zeros(queries.shape[:-1], dtype=torch.long, device=queries.device)
-        at = made[..., 0]
+    def sources(self, first: int, queries):
+        """Queries of a block [R, B, G, T, E] -> for each of its tokens, 1 + the number of the token
+        whose choice it uses, or 0 for a choice made before the block; [R, B, G, T]"""
+        sources = torch.zeros(queries.shape[:-1], dtype=torch.long, device=queries.device)
+        at = sources[..., 0]
         for t, q in enumerate(queries.unbind(3)):
-            made[..., t] = at = at.where(~self.due(first, q), t + 1)
-        return made
+            sources[..., t] = at = at.where(~self.due(first, q), t + 1)
+        return sources
 
 
 class ButlerSelector(Selector):
@@ -431,7 +432,10 @@ class ButlerSelector(Selector):
         self.next = 0  # where the text went on
         self.queries = {}  # per layer, [B, G, T, E]
         self.choices = None  # tokens in use, of all layers, [L - 1, B, G, 1, K]
-        self.made = {}  # of a block, by producer: which token made the choice that a token uses
+        self.sources = {}  # of a block, by the first layer served: see Reuse.sources
+        # of a step, made by `plan`: turns of importance space; are choices made ahead; positions
+        # [B] and wants [B] of the queries; every row is due [L - 1, B, G]; choices of each layer
+        self.rope, self.in_time, self.here, self.wants, self.every, self.ahead = [None] * 6
 
     # ---- before a layer runs
 
@@ -447,8 +451,8 @@ class ButlerSelector(Selector):
         if self.importance.rewritten(start, start == self.next):
             self.importance.filled = dict.fromkeys(self.importance.filled, 0)
             self.reuse.forget()
-        if not self.next - 1 <= start <= self.next:  # rewound by more than a token, or some read
-            self.reuse.forget()  # unseen
+        if not self.next - 1 <= start <= self.next:  # rewound, or tokens were read without it
+            self.reuse.forget()
         self.next = start + T
         super().arrive(T, start, end)
 
@@ -474,10 +478,10 @@ class ButlerSelector(Selector):
         self.queries.update(zip(served, queries, strict=True))
         if not self.in_time:  # each layer chooses when it is reached
             if self.reuse.drift:
-                self.made[first] = self.reuse.made(first, queries)
+                self.sources[first] = self.reuse.sources(first, queries)
             return
         queries = queries.squeeze(3) * queries.shape[-1] ** -0.5
-        chosen = self.choices[layer : served.stop - 1, :, :, 0, self.kept.shape[-1] :]
+        chosen = self.choices[layer : served.stop - 1, :, :, 0, self.granted.shape[-1] :]
         due = self.reuse.due(first, queries) if self.reuse.drift else self.every[: len(queries)]
         choose(queries, *self.importance.of(first, served.stop), self.here, self.wants, chosen,
                due, (self.bound or self.end) - 1, self.sinks, self.window)
@@ -493,7 +497,8 @@ class ButlerSelector(Selector):
             return
         self.here, most = positions[:, 0], max(int(self.wanted(longest)), 0)
         self.wants = self.wanted(self.here).clamp(min=0)
-        self.held(self.kept.shape[:2], most)[..., : self.kept.shape[-1]] = self.kept
+        self.choices = self.in_use(self.granted.shape[:2], most)
+        self.choices[..., : self.granted.shape[-1]] = self.granted
         self.every = torch.ones(self.choices.shape[:3], dtype=torch.bool, device=positions.device)
         self.ahead = [None, *self.choices]
         if self.bound:
@@ -501,18 +506,16 @@ class ButlerSelector(Selector):
         else:
             self.importance.complete(1, self.butler.config.layers, longest)
 
-    def held(self, rows, K: int):
-        """Indices in use of all layers, [L - 1, B, G, 1, K with sinks and window], for `rows` [B,
-        G], to be overwritten by new ones; a graph's stay where they are."""
-        held, size, L = self.choices, self.kept.shape[-1] + K, self.butler.config.layers
-        if held is None or held.shape[1:3] != rows:
-            held = self.reuse.tally.new_empty(L - 1, *rows, 1, 0, dtype=torch.int32)
-        if held.shape[-1] != size:
-            held = F.pad(held, (0, size - held.shape[-1]), value=-1)
-        elif not self.bound:
-            held = held.clone()
-        self.choices = held
-        return held
+    def in_use(self, rows, K: int):
+        """`choices` with room for K tokens beside sinks and window, for `rows` [B, G]: a copy, as a
+        caller may have kept the last step's; but while a graph is recorded the same memory."""
+        choices, size = self.choices, self.granted.shape[-1] + K
+        if choices is None or choices.shape[1:3] != rows:
+            shape, device = (self.butler.config.layers - 1, *rows, 1, 0), self.granted.device
+            choices = torch.empty(shape, dtype=torch.int32, device=device)
+        if choices.shape[-1] != size:
+            return F.pad(choices, (0, size - choices.shape[-1]), value=-1)
+        return choices if self.bound else choices.clone()
 
     # ---- when it is reached
 
@@ -532,20 +535,21 @@ class ButlerSelector(Selector):
 
     def rate(self, queries, keys):
         """q_imp [B, G, T, E], k_imp [B, G, E, S] -> ranks of all tokens, [B, G, T, S]"""
-        return in_order(self.butler.scores(queries, keys()))
+        return in_order(self.butler.scores(queries, keys.floats()))
 
     @torch.inference_mode()
     def settled(self, layer: int, new):
         """Indices made for every token of a block [B, G, T, K] -> those that are used: sinks and
         window are a token's own, the choice is the one in use."""
-        stride, always = self.butler.config.stride, self.kept.shape[-1]
+        stride, always = self.butler.config.stride, self.granted.shape[-1]
         first = (layer - 1) // stride * stride + 1  # that the same producer serves
-        made = self.made[first]
-        held = self.held(new.shape[:2], new.shape[-1] - always)[layer - 1]
-        chosen = torch.cat([held, new], dim=2)[..., always:]
-        made = made[layer - first][..., None].expand(*new.shape[:3], chosen.shape[-1])
-        used = torch.cat([new[..., :always], chosen.gather(2, made)], dim=-1)
-        held.copy_(used[:, :, -1:])
+        self.choices = self.in_use(new.shape[:2], new.shape[-1] - always)
+        before = self.choices[layer - 1]
+        chosen = torch.cat([before, new], dim=2)[..., always:]
+        source = self.sources[first][layer - first][..., None]
+        source = source.expand(*new.shape[:3], chosen.shape[-1])
+        used = torch.cat([new[..., :always], chosen.gather(2, source)], dim=-1)
+        before.copy_(used[:, :, -1:])
         return used
 
 
@@ -558,7 +562,7 @@ if __name__ == "__main__":
     print(butler.config, f"\nparameters: {share:.2%} of the base model's")
     select = butler.selector(budget=0.1)
     cache = llama.new_cache(batch=1, capacity=401)
-    llama.prefill(torch.arange(400)[None], cache)
+    llama.prefill(torch.arange(400)[None], cache, select.watch)
     llama.decode(torch.tensor([[400]]), cache, select)
     print("layer 1: q_imp", list(select.queries[1].shape), "k_imp",
           list(select.importance.layer(1).numbers.shape))

@@ -22,7 +22,7 @@ K is a tenth of S or less. The price: the rows lie scattered in memory. Scoring 
 bytes of importance keys, for all layers of a producer at once, and writes 2 bytes for each
 KV head and token.
 
-    python kernel.py        compares the forms on random input (Triton's: TRITON_INTERPRET=1)
+    python kernel.py        the error of the fastest form, and of Triton's if TRITON_INTERPRET=1
 """
 
 import os
@@ -150,11 +150,11 @@ def fetch_rows(table, tokens, held, places, missed):
 
 
 def in_order(scores):
-    """Any scores [..., S] -> float32 numbers in whose order a top-K is the same everywhere, and
-    stable: equal scores keep the order of the tokens, the earliest first (as far as 15 bits count
-    them). A score counts as the upper 15 bits of its fp16, whose integer, mirrored where negative,
-    is in the order of the number; below these stands what is left of 32,767 after taking the
-    token's index off."""
+    """Any scores [..., S] -> float32 numbers whose top-K is the same in every form of choosing, on
+    every device. Each is an integer key read as a float, as positive floats are in the order of
+    their bits. Its upper 15 bits are the score: rounded to fp16, its bits remapped so that they are
+    in the order of the number, the last one dropped. Its lower 15 bits are 32,767 minus the token's
+    index, so that of equal scores the earliest token is the first."""
     bounded = scores.float().clamp(-HALF, HALF) + 0.0  # no -0.0
     bits = bounded.half().view(torch.int16).int()
     code = ((bits ^ (bits >> 31 & LOW)) + LOW + 1 >> 1).clamp(min=1)  # 0: not to be chosen
@@ -292,8 +292,8 @@ def triton_decode(q, k, v, idx, positions=None, chunk=None):
 @jit
 def renew(tokens, had, places, table, old, new, missed, K, OLD, S,
           ROW: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr):
-    """New rows of one KV head, a block of them: a token that still `had` the slot of `old` where it
-    was last comes from there, each of the others over the bus."""
+    """New rows of one KV head, a block of them: from the copy in `old`, if the slot that the token
+    had there is still its own, else over the bus."""
     head, d = tl.program_id(0).to(tl.int64), tl.arange(0, RP)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(tokens + head * K + j, mask=j < K, other=-1).to(tl.int64)
@@ -341,8 +341,8 @@ def score(q, k, scales, codes, histogram, positions, due, BG, G, k_g, k_e, S, si
 
 @jit
 def edge(counts, bins, wanted):
-    """Of the wanted-th best code: its bin, when `counts` of codes lie in rising `bins`, and how
-    many of that bin are wanted. No bin: -1."""
+    """The bin that holds the wanted-th best code, where `counts` of codes lie in rising `bins`, and
+    how many of that bin are wanted. No bin: -1."""
     above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # codes in higher bins
     found = (above < wanted) & (above + counts >= wanted)
     return tl.max(tl.where(found, bins, -1), 0), wanted - tl.max(tl.where(found, above, 0), 0)

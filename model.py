@@ -60,8 +60,8 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 class Cache:
     """Keys (already rotated) and values of every layer, preallocated for `capacity` tokens a row.
 
-    `k[layer]` and `v[layer]` [B, G, capacity, D] are apart: rows side by side, one for a token's
-    key and value, are fetched no faster and read whole much slower.
+    `k[layer]` and `v[layer]` [B, G, capacity, D] are apart: with a token's value next to its key,
+    gathering a few tokens is no faster, and reading all of them much slower.
 
     Rows may have different lengths: new tokens of row b are written behind its own `lengths[b]`.
     Layers `append`; only `Llama.forward` advances, once, when all layers have written.
@@ -78,8 +78,8 @@ class Cache:
         self.ragged = False
 
     def allocate(self, layers: int, shape, dtype, device):
-        """-> keys, values: two lists of tensors [B, G, capacity, D], which are those of `tables`,
-        [2, layers, B, G, capacity, D], or, if that is None, lie apart (beyond/offload.py)"""
+        """-> keys, values: two lists of tensors [B, G, capacity, D], views of `tables` [2, layers,
+        B, G, capacity, D]. A cache that keeps them elsewhere has no tables (beyond/offload.py)"""
         self.tables = torch.zeros(2, layers, *shape, dtype=dtype, device=device)
         return map(list, self.tables)
 
@@ -231,7 +231,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, rope, positions, cache, selector):
-        form = few(x) and self.packed or self
+        form = self.packed if few(x) and self.packed else self  # both compute the same
         if form is self:
             x = x.to(self.input_layernorm.weight.dtype)  # a packed block's are float32
         q, k, v = form.before(x, *rope)
@@ -298,6 +298,8 @@ class Llama(nn.Module):
 
         cache: continues behind what it holds, and is advanced; None starts from nothing.
         lengths: real tokens per row (ints) where rows are padded on the right; None: all T.
+        On a CPU one token goes through cpu/packed.py's compiled form of all layers, which computes
+        what the loop over `Block.forward` does, and is tested against it.
         Raises ModelError when the cache or the model's context is too short.
         """
         B, T = tokens.shape

@@ -66,8 +66,9 @@ class Selector:
 
     read_ahead   if set to a cache's: is told the layers of a producer and their choice
                  [R, B, G, 1, K'], -1 = empty, as soon as it is made
-    capturable   can a decode step do without a number from the device? See beyond/graph.py, which
-                 says in `bound` for how many tokens the shapes of a step are to be made
+    capturable   can a decode step be recorded as a CUDA graph, which means that the CPU never
+                 reads a tensor's value? While beyond/graph.py records, `bound` is the number of
+                 tokens that tensors are made for, else None
     """
 
     SINKS, WINDOW = 4, 8
@@ -80,14 +81,17 @@ class Selector:
             raise SelectionError("sinks are >= 0, a window >= 1")
         self.budget, self.sinks, self.window = budget, sinks, window
         self.dense_below, self.index = dense_below, {}
-        self.start, self.end = 0, 0
+        # of the tokens that have come last: where they begin and end, are they attended to densely,
+        # sinks and window of each, [B, G, T, sinks + window]
+        self.start, self.end, self.dense, self.granted = 0, 0, False, None
 
     def watch(self, layer, x, q, keys, positions) -> None:
-        """Stands in the selector's place while a prompt is read densely."""
+        """Pass this as the selector of `prefill`: the prompt is read densely, and the selector
+        sees its keys."""
 
     def early(self, cached: int) -> bool:
-        """Can every layer be asked before it runs, q being None and its latest key not there yet?
-        In a step of a token a row, behind `cached` of them."""
+        """May the caller ask for a layer's tokens before that layer's query and key are there (q
+        is None)? In a decode step, behind `cached` tokens."""
         return False
 
     def look_ahead(self, layer: int, x, positions) -> None:
@@ -124,12 +128,12 @@ class Selector:
         if self.bound is None:
             self.arrive(T, first_position(keys, positions), keys.shape[2])
         if not self.dense:
-            self.kept = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
+            self.granted = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
 
     @torch.inference_mode()
     def selected(self, layer, q, keys, positions):
         """-> sinks, window and what is picked, [B, G, T, K] int32"""
-        return torch.cat([self.kept, self.pick(layer, q, keys, positions)], dim=-1).int()
+        return torch.cat([self.granted, self.pick(layer, q, keys, positions)], dim=-1).int()
 
     def always(self, positions):
         """Sinks and window of queries at `positions` [B, T] -> [B, T, sinks + window]."""

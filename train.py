@@ -3,10 +3,10 @@
     text -> base model (frozen, one forward) -> x of the producer layers, q and k of every layer
         teacher  p = mean over a KV head's query heads of softmax(q . k / sqrt(D))
         student  b = softmax(q_imp . k_imp / sqrt(E))      what the butler expects of the KV head
-    loss = mean over layers, KV heads and sampled rows of KL(p || b); only the butler learns.
+    loss = mean over layers, KV heads and sampled rows of mass * KL(p || b); only the butler learns.
 
-Both are taken over the tokens that a selection has to choose from, between sinks and window: how
-much attention goes to those, which are kept anyway, the butler need not know.
+Both are distributions over the tokens that a selection has to choose from, between sinks and
+window; mass is the share of the attention that falls on these.
 
 The trainer looks at the base model through the very hook that a selector uses (`Recorder`), so what
 a producer reads here is what it reads when decoding. Rows are sampled because neighbouring queries
@@ -117,8 +117,7 @@ def distillation(butler, record, some=slice(None), sinks=Selector.SINKS, window=
             log_p = (p / total.clamp(min=1e-30)).clamp(min=1e-30).log()
         scores = butler.scores(queries[layer], butler.project(layer, keys, here))
         log_b = (scores + taken).log_softmax(dim=-1)
-        count = p.shape[:-1].numel()  # dot products: no pass over memory for a product
-        losses.append((p.flatten() @ log_p.flatten() - p.flatten() @ log_b.flatten()) / count)
+        losses.append((p * (log_p - log_b)).sum(-1).mean())
     return torch.stack(losses)
 
 
@@ -166,7 +165,8 @@ class Batches:
         earlier = step // every if every else 0  # steps that looked at long texts
         long = bool(every) and step % every == every - 1
         length = min(c.long, self.llama.config.context) if long else c.length
-        number, part = divmod(earlier if long else step - earlier, c.reuse)
+        steps_of_this_kind = earlier if long else step - earlier
+        number, part = divmod(steps_of_this_kind, c.reuse)
         if self.numbers.get(long) != number:
             self.records.pop(long, None)  # before there is another: memory for one of each
             seed, share = f"{c.seed} {length} {number}", c.batch // survive.world()
@@ -343,8 +343,10 @@ def parameters(module) -> int:
 def check(config) -> None:
     """Everything that can be known to be wrong before anything slow starts."""
     check_device(config.device)
-    if config.size % 2:
-        raise UsageError(f"--size {config.size}: importance space has channels in pairs")
+    if config.size % 4:
+        raise UsageError(f"--size {config.size}: importance space has channels in fours")
+    if config.reuse > config.length:
+        raise UsageError(f"--reuse {config.reuse}: a text of {config.length} tokens has fewer rows")
     survive.check_processes(config)
     if survive.rank():
         return

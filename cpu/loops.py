@@ -249,8 +249,8 @@ def merge(sums, tops, totals, out):
 
 @partial(compiled, fastmath={"contract", "reassoc"})
 def attended(queries, k, v, halves, G, batch, head, row, idx, newest, out):
-    """queries and out [N, heads, D], N = B * G. k, v: the numbers of the caches in a row, of which
-    a sequence, a head and a token are so many apart, float32 or, as `halves`, upper halves of such.
+    """queries and out [N, heads, D], N = B * G. k, v: the caches as flat arrays, in which sequences
+    are `batch` numbers apart, heads `head`, tokens `row`; float32 or, as `halves`, bfloat16.
     Tokens: of idx [N, K], or, if they are given, all up to the `newest` [B]. Each piece of them has
     a maximum, a sum of powers and a sum of values of its own; they are merged at the end."""
     N, heads, D = queries.shape
@@ -353,8 +353,8 @@ def predict(producer, x, cos, sin):
 
 
 def project(keys, weight, positions, rope, turning):
-    """Butler.keys of one token a row, compiled: keys [R, B, G, 1, D], positions [1] or [B, 1, 1]
-    -> int8 [R, B, G, E, 1], scales [R, B, G, 1]"""
+    """Butler.importance_keys of one token a row, compiled: keys [R, B, G, 1, D], positions [1] or
+    [B, 1, 1] -> int8 [R, B, G, E, 1], scales [R, B, G, 1]"""
     R, B, G, _, D = keys.shape
     numbers = torch.empty(R, B, G, weight.shape[3], 1, dtype=torch.int8)
     scales = torch.empty(R, B, G, 1)

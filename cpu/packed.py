@@ -323,8 +323,8 @@ class PackedLayers:
         return cls(blocks) if all(blocks) else None
 
     def serve(self, x, cache, selector) -> bool:
-        """Not several tokens of a text, a cache that lies elsewhere, or a selector that asks for a
-        layer's queries."""
+        """True for one token of each text, a cache that has all keys in one table, and a selector
+        that chooses before a layer's queries are there."""
         early = getattr(selector, "early", None)  # what watches a prompt has none
         return (x.shape[1] == 1 and cache.tables is not None and serves(cache.tables)
                 and (selector is None or bool(early) and early(cache.size)))

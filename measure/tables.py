@@ -237,7 +237,7 @@ def paper() -> str:
     names = "coreference", "needle_prose@4096", "copy@1024"
     pairs = [[drift[task][f"butler, drift {d}"]["0.1"]["mean"] for d in ("0", "0.25")]
              for task in names]
-    stale = [f"{100 * (before - after):.0f}" for before, after in pairs]
+    stale = [f"{100 * (after - before):+.0f}" for before, after in pairs]
     every = steps["copy@1024"]["butler, drift 0.25, 0.1"]
     tasks = {name: by for file in ("ruler", "ruler_4096", "ruler_8000")
              for name, by in result(file)["results"].items() if by["dense"]["1.0"]["mean"] >= 0.8}
@@ -264,7 +264,7 @@ def paper() -> str:
          f"{len(share)} tasks at 1k to 8k that dense solves, a tenth kept, n = 40", "same"),
         ("a choice kept for several steps", "within 1.1 points",
          f"kept for {every:.1f} steps: co-reference {stale[0]}, needles {stale[1]}, copies "
-         f"{stale[2]} points lost, n = 100, 20, 20",
+         f"{stale[2]} points, n = 100, 20, 20",
          "worse on copies, which need other tokens each step"),
         ("speed on a GPU", "1.6 times", "not measured yet", ""),
         ("cache beyond the bus, or in a file", "7.6 times at 1M tokens; A6000",

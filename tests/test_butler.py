@@ -220,9 +220,9 @@ def assert_in_8_bits(stored, exact):
 def test_importance_keys_of_one_token_are_those_of_the_definition(tiny_butler, shared, monkeypatch):
     keys = torch.randn(4, 3, 2, 1, 16, generator=torch.Generator().manual_seed(2))
     positions = torch.tensor([4001]) if shared else torch.tensor([0, 17, 4001])[:, None, None]
-    compiled = tiny_butler.keys(1, keys, positions)
+    compiled = tiny_butler.importance_keys(1, keys, positions)
     monkeypatch.setattr(loops, "numba", None)
-    defined = tiny_butler.keys(1, keys, positions)
+    defined = tiny_butler.importance_keys(1, keys, positions)
     assert compiled.numbers.shape == defined.numbers.shape == (4, 3, 2, 8, 1)
     assert (compiled.numbers.int() - defined.numbers.int()).abs().max() <= 1
     assert_close("scales", compiled.scales, defined.scales, 1e-5)
@@ -236,7 +236,7 @@ def test_one_large_key_does_not_drown_the_others(tiny, tiny_butler):
     selector.importance.complete(1, 2, 50)
     stored = selector.importance.layer(1).each(lambda x: x[..., :50])
     assert stored.numbers.dtype == torch.int8 and stored.numbers.abs().amax() == 127
-    assert_in_8_bits(stored(), tiny_butler.project(1, keys, torch.arange(50)))
+    assert_in_8_bits(stored.floats(), tiny_butler.project(1, keys, torch.arange(50)))
 
 
 def test_cached_importance_keys_equal_recomputed_ones(pair):
@@ -248,7 +248,7 @@ def test_cached_importance_keys_equal_recomputed_ones(pair):
     for layer in range(1, model.config.layers):  # the newest key is not needed yet
         projected = selector.importance.layer(layer)
         again = butler.project(layer, cache.k[layer][:, :, :89], torch.arange(89))
-        assert_in_8_bits(projected()[..., :89, :], again)
+        assert_in_8_bits(projected.floats()[..., :89, :], again)
 
 
 def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
@@ -263,7 +263,7 @@ def test_rewinding_the_cache_does_not_leave_stale_importance_keys(pair):
     for layer in range(1, model.config.layers):  # the newest key is not needed yet
         projected = selector.importance.layer(layer)
         again = butler.project(layer, cache.k[layer][:, :, :89], torch.arange(89))
-        assert_in_8_bits(projected()[..., :89, :], again)
+        assert_in_8_bits(projected.floats()[..., :89, :], again)
 
 
 @pytest.mark.parametrize("unseen", [1, 10, 29, 30, 40])
@@ -285,7 +285,7 @@ def test_tokens_written_unseen_over_others_are_projected_anew(tiny, tiny_butler,
             choices.append({n: i.sort(-1).values for n, i in chosen.index.items()})
         for layer, index in choices[0].items():
             assert torch.equal(index, choices[1][layer]), (rules, layer)
-            known = selector.importance.layer(layer)()[..., : 25 + unseen, :]
+            known = selector.importance.layer(layer).floats()[..., : 25 + unseen, :]
             again = butler.project(layer, cache.k[layer][:, :, : 25 + unseen],
                                    torch.arange(25 + unseen))
             assert_in_8_bits(known, again)
@@ -325,7 +325,7 @@ def test_training_and_decoding_read_the_same_inputs(pair):
                     error = (q[:, :, position] - selector.queries[layer][:, :, 0]).abs().max()
                     assert error < 1e-4
                     scores = butler.scores(q, butler.project(layer, seen.keys[layer], here))
-                    mine = selector.importance.layer(layer)()[..., :position, :]
+                    mine = selector.importance.layer(layer).floats()[..., :position, :]
                     ours = butler.scores(selector.queries[layer], mine)
                     error = (scores[..., position, :position] - ours[..., 0, :]).abs().max()
                     assert error < 0.02 * scores.abs().max()

@@ -91,7 +91,7 @@ def test_a_score_loses_with_the_distance(tiny, butler, ids):
     chosen = last_step(tiny, ids, selector)
     default = last_step(tiny, ids, butler.selector(0.2))
     for layer, index in chosen.items():
-        keys = selector.importance.layer(layer)()[..., : CACHED - 1, :]
+        keys = selector.importance.layer(layer).floats()[..., : CACHED - 1, :]
         scores = butler.scores(selector.queries[layer], keys)[0, :, 0]  # [G, S]
         scores = scores - 0.02 * torch.arange(CACHED - 1, 0, -1)
         best = scores[:, 4 : CACHED - 8].topk(28).indices + 4

@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.special import entr  # - p log p, 0 of 0
 from tqdm import tqdm
 
 from baselines import make_selector
@@ -113,11 +114,10 @@ def distillation(butler, record, some=slice(None), sinks=Selector.SINKS, window=
             continue
         with torch.no_grad():
             p = true_attention(record.q[layer][:, :, some], keys, rows[None]).mean(2) * free
-            total = p.sum(-1, keepdim=True)
-            log_p = (p / total.clamp(min=1e-30)).clamp(min=1e-30).log()
+            entropy = entr(p).sum(-1) - entr(p.sum(-1))  # of the teacher, times its mass
         scores = butler.scores(queries[layer], butler.project(layer, keys, here))
         log_b = (scores + taken).log_softmax(dim=-1)
-        losses.append((p * (log_p - log_b)).sum(-1).mean())
+        losses.append((-torch.linalg.vecdot(p, log_b) - entropy).mean())
     return torch.stack(losses)
 
 

@@ -31,7 +31,7 @@ from common.errors import ModelError, UsageError
 from common.files import read_text, writable
 from loading import tokenizer
 from model import Cache, Llama, check_device, fast_dtype, resolve
-from selection import Selector
+from selection import Selector, allowance
 from tasks.coreference import coreference, pools
 
 BREAK_EVEN = 2000  # tokens cached from which on a step at 5 % was faster: results/speed_avx2.json
@@ -67,18 +67,19 @@ class Config:
     dtype: str = flag(None, "float32 or bfloat16 (default: what this processor is faster with)")
 
 
-def read_prompt(config) -> str:
-    text = config.prompt
+def read_prompt(config) -> tuple[str, str | None]:
+    """-> the text to continue, and the answer that it asks for, if that is known"""
+    text, answer = config.prompt, None
     if config.prompt_file is not None:
         if text is not None:
             raise UsageError("--prompt and --prompt-file exclude each other")
         text = read_text(config.prompt_file, most=2**26)  # no context holds more
     if text is None:
         document = coreference(random.Random(config.seed), pools("test"))
-        text = document.context + document.question
+        text, answer = document.context + document.question, document.answer
     if not text:
         raise UsageError("the prompt is empty")
-    return text
+    return text, answer
 
 
 def pick(logits, temperature: float, top_p: float, generator) -> int:
@@ -102,7 +103,7 @@ class Tally:
 
     def add(self, selector, cached: int, heads: int) -> None:
         """One step's choice; of a dense step all `cached` tokens, for as many layers and heads."""
-        if selector.dense:
+        if selector is None or selector.dense:
             self.kept[:cached] += heads
             self.choices += heads
             return
@@ -161,7 +162,7 @@ def load(config, text: str):
 
 def main(config: Config) -> dict:
     check(config)
-    text = read_prompt(config)
+    text, answer = read_prompt(config)
     llama, tok, ids = load(config, text)
     butler = load_for(llama, config.butler) if config.selector == "butler" else None
     selector = make_selector(config.selector, config.budget, butler, **rules(config))
@@ -175,8 +176,7 @@ def main(config: Config) -> dict:
     for token in generate(llama, ids, page or selector, config, tok.eos_ids, kind):
         first = first or time.perf_counter()
         new.append(token)
-        if selector:
-            tally.add(selector, len(ids) + len(new) - 1, heads)
+        tally.add(selector, len(ids) + len(new) - 1, heads)
         if page:
             page.add(token)
         print(utf8.decode(tok.decode_bytes([token])), end="", flush=True)
@@ -190,6 +190,8 @@ def main(config: Config) -> dict:
         "attended_per_step": round(attended, 1), "cached_tokens": cached,
         "cache_bytes": cached * llama.new_cache(1, 1).bytes} | provenance()
     print("\n")
+    if answer:
+        print(f"asked for, and told far back in the document:{answer}")
     if config.show and selector:
         print(marked(tok, ids, tally))
         print("\nbackground: kept by more than 5, 15, 30, 60 % of all layers, heads and steps\n")
@@ -214,9 +216,11 @@ def advise(config, cached: int, full: bool) -> None:
     if config.selector == "butler" and measured and config.dense_below < cached < BREAK_EVEN:
         print(f"below about {BREAK_EVEN:,} tokens a dense step of this model is the faster one on "
               f"a CPU: --dense-below {BREAK_EVEN}", file=sys.stderr)
-    if 1 < config.budget < Selector.SINKS + Selector.WINDOW:
-        print(f"a budget above 1 is a number of tokens; {Selector.SINKS + Selector.WINDOW} are "
-              "always granted", file=sys.stderr)
+    least = Selector.SINKS + Selector.WINDOW
+    if config.selector != "dense" and allowance(config.budget, cached, least) <= least < cached:
+        print(f"a budget of {config.budget:g} leaves nothing to choose: of {cached} tokens the "
+              f"{Selector.SINKS} first and {Selector.WINDOW} last are always kept; a budget above "
+              "1 is a number of tokens", file=sys.stderr)
 
 
 def rules(config) -> dict:

@@ -293,11 +293,13 @@ class Llama(nn.Module):
         default = torch.float32 if self.device.type == "cpu" else self.embed_tokens.weight.dtype
         return kind(self.config, batch, capacity, dtype or default, self.device)
 
-    def forward(self, tokens, cache=None, selector=None, lengths=None, last=False):
+    def forward(self, tokens, cache=None, selector=None, lengths=None, last=False,
+                positions=None):
         """tokens [B, T] -> logits [B, T, V]; [B, 1, V] of each row's last real token if `last`.
 
         cache: continues behind what it holds, and is advanced; None starts from nothing.
         lengths: real tokens per row (ints) where rows are padded on the right; None: all T.
+        positions: of the tokens [B, T], rising, where gaps lie between them; None: there are none.
         On a CPU one token goes through cpu/packed.py's compiled form of all layers, which computes
         what the loop over `Block.forward` does, and is tested against it.
         Raises ModelError when the cache or the model's context is too short.
@@ -312,7 +314,8 @@ class Llama(nn.Module):
             raise ModelError(f"{end} tokens do not fit: the cache holds {cache.capacity}, "
                              f"the model's context is {self.config.context}")
         x = self.embed_tokens(tokens)
-        positions = cache.lengths[:, None] + torch.arange(T, device=x.device)  # [B, T]
+        if positions is None:
+            positions = cache.lengths[:, None] + torch.arange(T, device=x.device)  # [B, T]
         self.frequencies = self.frequencies.to(x.device)  # moves once
         rope = turns(positions[:, None, :, None] * self.frequencies)  # [B, 1, T, D]
         if few(x) and self.packed and self.packed.serve(x, cache, selector):

@@ -11,7 +11,8 @@ window; mass is the share of the attention that falls on these.
 The trainer looks at the base model through the very hook that a selector uses (`Recorder`), so what
 a producer reads here is what it reads when decoding. Rows are sampled because neighbouring queries
 say nearly the same, and the softmaxes of all rows would cost more than the base model. Most steps
-look at short texts, which are cheap; every fourth at long ones, for distances that short ones lack.
+look at short texts, which are cheap; every fourth at longer ones with gaps between their positions,
+so that they span the model's context without as many tokens.
 
     python train.py                         trains the default butler, ends in a table
     python train.py --model DIR --data TEXT ...  another Llama, your own text
@@ -62,7 +63,9 @@ class Config:
     steps: int = flag(320, "optimiser steps", least=1)
     batch: int = flag(2, "texts per step, of all processes together", least=1)
     length: int = flag(512, "tokens per text", least=64)
-    long: int = flag(4096, "tokens of a long text, at most the model's context", least=64)
+    long: int = flag(2048, "tokens of a long text, at most the model's context", least=64)
+    span: int = flag(8192, "positions that a long text is spread over by gaps, at most the model's "
+                           "context; 0: no gaps")
     long_every: int = flag(4, "every so many steps look at long texts; 0: none does", least=0)
     repeats: int = flag(2, "strings that come twice in every 512 tokens of text")
     rows: int = flag(32, "queries per text that a step looks at", least=1)
@@ -73,7 +76,8 @@ class Config:
     rotated_keys: bool = flag(False, "the paper's form: keys as cached, no importance pair turns")
     hidden: int = flag(176, "hidden width of a producer", least=1, most=2**20)
     documents: int = flag(60, "co-reference documents in the final table", least=1)
-    windows: int = flag(20, "held-out texts in the final table, as long as --long", least=1)
+    windows: int = flag(20, "held-out texts in the final table", least=1)
+    longest: int = flag(4096, "tokens of these, at most the model's context", least=64)
     save_every: float = flag(60.0, "seconds between two states to resume from, 0: every step")
     seed: int = flag(0, "seed of initialisation, data and rows")
     resume: bool = flag(False, "go on from OUT.state, or from the beginning where there is none")
@@ -91,8 +95,9 @@ class Recorder:
         self.rows, self.x, self.q, self.keys = rows, {}, {}, {}
 
     def __call__(self, layer, x, q, keys, positions):
+        self.positions = positions[0]  # of all tokens
         if self.rows is None:
-            self.rows = positions[0]
+            self.rows = torch.arange(len(self.positions), device=x.device)
         self.x[layer], self.q[layer], self.keys[layer] = x[:, self.rows], q[:, :, self.rows], keys
 
 
@@ -109,13 +114,13 @@ def distillation(butler, record, some=slice(None), sinks=Selector.SINKS, window=
     free = (here >= sinks) & (here <= rows[:, None] - window)  # [N, S]
     taken = torch.where(free, 0.0, -1e4)  # finite: the teacher's 0 times it must be 0
     for layer, keys in record.keys.items():
-        queries |= butler.queries(layer, record.x[layer][:, some], rows[None])
+        queries |= butler.queries(layer, record.x[layer][:, some], record.positions[None, rows])
         if layer == 0:
             continue
         with torch.no_grad():
             p = true_attention(record.q[layer][:, :, some], keys, rows[None]).mean(2) * free
             entropy = entr(p).sum(-1) - entr(p.sum(-1))  # of the teacher, times its mass
-        scores = butler.scores(queries[layer], butler.project(layer, keys, here))
+        scores = butler.scores(queries[layer], butler.project(layer, keys, record.positions))
         log_b = (scores + taken).log_softmax(dim=-1)
         losses.append((-torch.linalg.vecdot(p, log_b) - entropy).mean())
     return torch.stack(losses)
@@ -173,7 +178,9 @@ class Batches:
             rows = sample_rows(random.Random(seed), c.reuse * c.rows, length)
             tokens = texts(self.mixture, seed, share, length, share * survive.rank())
             device = self.llama.device
-            self.records[long] = record(self.llama, tokens.to(device), rows.to(device))
+            span = min(c.span, self.llama.config.context) if long else 0
+            positions = spread(random.Random(f"{seed} gaps"), length, span).to(device)
+            self.records[long] = record(self.llama, tokens.to(device), rows.to(device), positions)
             self.numbers[long] = number
         seen = self.records[long]
         some = torch.arange(part, len(seen.rows), c.reuse, device=seen.rows.device)
@@ -184,6 +191,18 @@ def texts(mixture, seed: str, count: int, length: int, first: int = 0):
     """Tokens of the `count` texts of a batch from number `first` on. -> [count, length]"""
     rows = range(first, first + count)
     return torch.tensor([mixture.window(f"{seed} {row}", length) for row in rows])
+
+
+def spread(rng: random.Random, length: int, span: int, gaps=3):
+    """Positions [1, length] of a text, below `span`, with gaps in it drawn by lot: distances that
+    its tokens alone would not reach (PoSE, arXiv 2309.10400)."""
+    total = rng.randint(0, max(span - length, 0))
+    ends = sorted([total, *(rng.randint(0, total) for _ in range(gaps - 1))])
+    positions = torch.arange(length)
+    for cut, before, end in zip(sorted(rng.sample(range(1, length), gaps)), [0, *ends], ends,
+                                strict=False):
+        positions[cut:] += end - before
+    return positions[None]
 
 
 def schedule(step: int, steps: int) -> float:
@@ -238,11 +257,13 @@ def make_optimizers(butler, rate: float) -> list:
     return [Muon(matrices, rate), torch.optim.AdamW(others, rate, weight_decay=0.0)]
 
 
-def record(llama, tokens, rows=None) -> Recorder:
-    """One dense forward of the frozen base model over tokens [B, T], looking at rows [N]."""
+def record(llama, tokens, rows=None, positions=None) -> Recorder:
+    """One dense forward of the frozen base model over tokens [B, T], at positions [1, T] if there
+    are gaps, looking at rows [N]."""
     recorder = Recorder(rows)
     with torch.no_grad():
-        llama(tokens, selector=recorder, last=True)  # last: the vocabulary's logits are not needed
+        # last: the vocabulary's logits are not needed
+        llama(tokens, selector=recorder, last=True, positions=positions)
     return recorder
 
 
@@ -306,7 +327,7 @@ def main(config: Config) -> dict | None:
         return survive.leave()
     unseen = Mixture(tok, held, pools("test"), synthetic=0.0)
     windows = texts(unseen, "held out", 16, config.length).to(device)
-    longest = max(config.length, min(config.long, llama.config.context) * (config.long_every > 0))
+    longest = min(config.longest, llama.config.context)
     ends = texts(unseen, "held out, long", config.windows, longest).to(device)
     before = held_out_kl(llama, butler, windows).mean().item()
     survive.note(f"held-out KL before: {before:.3f} a layer")

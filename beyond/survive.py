@@ -129,7 +129,8 @@ def state_path(config) -> Path:
 def identity(config) -> str:
     """The settings that must be the same when a run goes on. A lower learning rate may rescue one
     that diverged; how many processes share the work is free as well."""
-    free = ("resume", "out", "report", "documents", "windows", "save_every", "learning_rate")
+    free = ("resume", "out", "report", "documents", "windows", "longest", "save_every",
+            "learning_rate")
     return json.dumps({k: v for k, v in asdict(config).items() if k not in free})
 
 

@@ -24,7 +24,7 @@ from test_scripts import ROOT, script
 
 import train
 from beyond import survive
-from butler import Butler, ButlerConfig
+from butler import Butler, ButlerConfig, turned_back
 from common.cli import parse
 from common.errors import ModelError, UsageError
 from loading.tokenizer import TokenizerError
@@ -293,6 +293,31 @@ def test_a_full_disk_costs_nothing_that_was_saved(tiny, tmp_path, capsys):
     assert names(path.parent) == [Path(config.out).name, path.name]
 
 
+def test_a_text_with_gaps_is_read_at_its_positions(tiny):
+    """Keys of layer 0 depend on nothing else: turned back, each by its own position, they are those
+    of the same text without gaps."""
+    positions = train.spread(random.Random(1), 40, 200)
+    tokens, here = torch.arange(40)[None], torch.arange(40)
+    assert 40 < positions[0, -1] < 200 and (positions.diff() > 1).sum() <= 3
+    assert (positions.diff() >= 1).all()
+    spread, plain = train.record(tiny, tokens, positions=positions), train.record(tiny, tokens)
+    back = [turned_back(record.keys[0], at[:, None] * tiny.frequencies)
+            for record, at in ((spread, positions[0]), (plain, here))]
+    assert_close("keys turned back", *back, 1e-4)
+    assert torch.equal(spread.positions, positions[0]) and torch.equal(spread.rows, here)
+    assert torch.equal(train.spread(random.Random(1), 40, 0)[0], here)
+    far = [train.spread(random.Random(i), 512, 8192)[0, -1] for i in range(200)]
+    assert 8000 < max(far) < 8192 and min(far) < 1000
+
+
+def test_a_shift_of_all_positions_changes_no_loss(tiny):
+    butler = Butler(ButlerConfig.for_model(tiny, stride=2, size=8, hidden=16))
+    tokens, rows = torch.arange(40)[None], torch.arange(20, 40)
+    losses = [train.distillation(butler, train.record(tiny, tokens, rows, at))
+              for at in (None, torch.arange(40)[None] + 300)]
+    assert_close("loss", *losses, 1e-4)
+
+
 WRONG = [
     ("--steps", "0"), ("--batch", "0"), ("--length", "63"), ("--repeats", "-1"), ("--rows", "0"),
     ("--long", "63"), ("--long-every", "-1"), ("--windows", "0"), ("--size", "5"),
@@ -368,8 +393,8 @@ def test_a_short_context_gets_short_questions_or_is_refused_before_training(
 
 def command(folder, out, *more):
     return ["train.py", "--model", folder, "--data", ROOT / "LICENSE", "--out", out,
-            "--steps", "60", "--length", "64", "--long", "128", "--rows", "16", "--documents", "1",
-            "--windows", "1", "--save-every", "0", "--device", "cpu", *more]
+            "--steps", "60", "--length", "64", "--long", "128", "--longest", "128", "--rows", "16",
+            "--documents", "1", "--windows", "1", "--save-every", "0", "--device", "cpu", *more]
 
 
 @pytest.fixture(scope="module")
@@ -572,8 +597,8 @@ def test_torchrun_adds_one_line_of_ours_to_its_own(folder, tmp_path):
 @pytest.mark.slow
 def test_training_end_to_end(tmp_path):
     out = tmp_path / "b.safetensors"
-    done = script("train.py", "--steps", "6", "--long", "1024", "--documents", "2",
-                  "--windows", "1", "--out", out)
+    done = script("train.py", "--steps", "6", "--long", "1024", "--longest", "1024",
+                  "--documents", "2", "--windows", "1", "--out", out)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["kl"] < report["kl_before"]

@@ -36,12 +36,11 @@ from common.cli import DEVICE, flag, known, names, numbers, processor, provenanc
 from common.errors import UsageError
 from loading import tokenizer
 from measure import speed, speed_offload, tables
-from measure.intervals import accuracy, bootstrap, of_oracle
+from measure.intervals import accuracy, bootstrap, of_oracle, through
 from measure.probe import Probe, at_lengths, mean
 from model import Llama, check_device, fast_dtype, resolve
-from selection import check_budgets
 from tasks.corpus import evenly, text_of
-from tasks.evaluation import EVICTING, TASKS, Prompts, fits, task_documents
+from tasks.evaluation import EVICTING, TASKS, Prompts, check_budgets, fits, task_documents
 
 
 @dataclass
@@ -240,11 +239,6 @@ def repeated(ids: list[int]) -> float:
     """Share of the 8-grams of a text that are not their first occurrence."""
     grams = [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
     return 1 - len(set(grams)) / len(grams)
-
-
-def through(function, interval: dict) -> dict:
-    """A monotone function of a mean and its interval; n stays."""
-    return {key: v if key == "n" else function(v) for key, v in interval.items()}
 
 
 # ---------------------------------------------------------------------------- the script

@@ -13,7 +13,7 @@ with (baselines.py) differ in their scores, and those that evict in what is left
 
 import torch
 
-from common.errors import Refusal, UsageError
+from common.errors import Refusal
 from kernel import top
 
 
@@ -31,15 +31,6 @@ def allowance(budget: float, cached, least: int):
     else:
         total = torch.full_like(cached, int(budget))
     return total.clamp(min=least).minimum(cached)
-
-
-def check_budgets(budgets) -> None:
-    """Raises UsageError for the first of these texts that is no budget."""
-    try:
-        for budget in budgets:
-            Selector(float(budget))
-    except ValueError as e:  # not a number, or out of range
-        raise UsageError(str(e)) from None
 
 
 def first_position(keys, positions) -> int:

@@ -31,9 +31,8 @@ from loading import tokenizer
 from loading.fetch import digest, resolve
 from measure.intervals import accuracy, bootstrap, of_oracle
 from model import Llama, check_device, fast_dtype
-from selection import check_budgets
 from tasks.document import Document
-from tasks.evaluation import TASKS, Scores, evaluate, fits, task_documents
+from tasks.evaluation import TASKS, Scores, check_budgets, evaluate, fits, task_documents
 
 
 @dataclass

@@ -48,7 +48,7 @@ from measure.probe import at_lengths
 from model import Llama, check_device, fast_dtype
 from selection import Selector
 from tasks.coreference import pools
-from tasks.corpus import Mixture, default_texts, hold_out, read_texts
+from tasks.corpus import Mixture, default_texts, hold_out, read_texts, spread
 from tasks.evaluation import evaluate, fitting
 
 
@@ -191,18 +191,6 @@ def texts(mixture, seed: str, count: int, length: int, first: int = 0):
     """Tokens of the `count` texts of a batch from number `first` on. -> [count, length]"""
     rows = range(first, first + count)
     return torch.tensor([mixture.window(f"{seed} {row}", length) for row in rows])
-
-
-def spread(rng: random.Random, length: int, span: int, gaps=3):
-    """Positions [1, length] of a text, below `span`, with gaps in it drawn by lot: distances that
-    its tokens alone would not reach (PoSE, arXiv 2309.10400)."""
-    total = rng.randint(0, max(span - length, 0))
-    ends = sorted([total, *(rng.randint(0, total) for _ in range(gaps - 1))])
-    positions = torch.arange(length)
-    for cut, before, end in zip(sorted(rng.sample(range(1, length), gaps)), [0, *ends], ends,
-                                strict=False):
-        positions[cut:] += end - before
-    return positions[None]
 
 
 def schedule(step: int, steps: int) -> float:

@@ -130,7 +130,7 @@ def provenance() -> dict:
     processors = Path("/proc/cpuinfo")  # Linux's alone
     model = processors.exists() and re.search(r"model name\s*: (.*)", processors.read_text())
     cpu = model[1] if model else platform.processor()
-    hardware = f"{cpu}, {torch.get_num_threads()} threads"
+    hardware = f"{cpu} ({processor()}), {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         hardware = f"{torch.cuda.get_device_name()}; {hardware}"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=9"]

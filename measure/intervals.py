@@ -39,6 +39,11 @@ def of_oracle(runs: list[list[float]], best: list[float]) -> list[list[float]]:
     return [[share / most for share, most in zip(run, best, strict=True)] for run in runs]
 
 
+def through(function, interval: dict) -> dict:
+    """A monotone function of a mean and its interval; n stays."""
+    return {key: v if key == "n" else function(v) for key, v in interval.items()}
+
+
 if __name__ == "__main__":
     for n in 20, 200:
         print(accuracy([[float(random.Random(i).random() < 0.5) for i in range(n)]]))

@@ -194,9 +194,9 @@ def compare(report: dict) -> str:
 
 
 TABLES = {"train": training, "train_default": training,
-          "train_default_avx512-bf16": training, "ablations": ablations,
+          "ablations": ablations,
           "perplexity": perplexity, "recall": recall, "length": length,
-          "length_25": length, "drift": drift, "drift_coreference": drift,
+          "length_25": length, "length_default": length, "drift": drift, "drift_coreference": drift,
           "ruler": tasks, "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks}
 TIMED = {"compare": compare, "attention": timed, "speed": timed, "offload": timed}
 
@@ -221,7 +221,8 @@ def headline() -> str:
             (butler,) = (row["ms"] for row in rows if row["selector"].startswith("butler"))
             kind = path.stem.removeprefix("speed_")
             start = next(iter(report["break_even"].values()))
-            lines.append(f"| {report['hardware']}, {kind} | {context:,} | {dense:.1f} | "
+            hardware = report["hardware"].replace(f" ({kind})", "")
+            lines.append(f"| {hardware}, {kind} | {context:,} | {dense:.1f} | "
                          f"{butler:.1f} | {start:,} tokens |")
     return "\n".join(lines)
 

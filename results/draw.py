@@ -126,6 +126,10 @@ def length(reports: dict) -> list[Panel]:
     rows = reports.get("ablations", {"rows": {}})["rows"]
     by = {label: {int(c): m for c, m in rows[name]["kept"].items()}
           for name, label in FORMS.items() if name in rows}
+    for what, table in reports.get("length_default", {"results": {}})["results"].items():
+        measure, context = what.split(" @")
+        if measure == "kept of oracle":
+            by.setdefault("512 and 2,048 with gaps", {})[int(context)] = table["butler"]["0.1"]
     if by:
         panels.append(Panel("trained on texts of ... tokens", "tokens cached",
                             "kept, of the oracle's", [curve(*entry) for entry in by.items()],
@@ -173,7 +177,8 @@ def offload(reports: dict) -> list[Panel]:
 FIGURES = {"accuracy": (accuracy, "budgets"),
            "speed": (speed, "attention_smollm2-135m_avx512-bf16", "speed_avx2",
                      "speed_avx512-bf16"),
-           "recall": (recall, "recall"), "length": (length, "length", "ablations"),
+           "recall": (recall, "recall"), "length": (length, "length", "ablations",
+                                                            "length_default"),
            "training": (training, "train"),
            "offload": (offload, "offload*")}  # a figure: its function, and the files it is of
 

@@ -101,6 +101,18 @@ class Mixture:
         return ids
 
 
+def spread(rng: random.Random, length: int, span: int, gaps=3):
+    """Positions [1, length] of a text, below `span`, with gaps in it drawn by lot: distances that
+    its tokens alone would not reach (PoSE, arXiv 2309.10400)."""
+    total = rng.randint(0, max(span - length, 0))
+    ends = sorted([total, *(rng.randint(0, total) for _ in range(gaps - 1))])
+    positions = torch.arange(length)
+    for cut, before, end in zip(sorted(rng.sample(range(1, length), gaps)), [0, *ends], ends,
+                                strict=False):
+        positions[cut:] += end - before
+    return positions[None]
+
+
 def text_of(path) -> str:
     """The text to measure on; of Python's reference (None) the part that is not trained on."""
     return "\n\n".join(hold_out(topics)[1]) if path is None else read_text(path)

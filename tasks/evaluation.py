@@ -25,6 +25,7 @@ from common.errors import UsageError
 from common.files import read_text
 from measure.probe import Probe
 from model import Cache
+from selection import Selector
 from tasks import ruler
 from tasks.coreference import coreference_documents
 from tasks.document import Document, encode_parts, found
@@ -45,6 +46,15 @@ def task_documents(task, context, n, seeds, count, referents=1) -> list[Document
             rng = random.Random(f"{task} {seed}")
             documents += [ruler.TASKS[task](rng, context or 1024, count) for _ in range(n)]
     return documents
+
+
+def check_budgets(budgets) -> None:
+    """Raises UsageError for the first of these texts that is no budget."""
+    try:
+        for budget in budgets:
+            Selector(float(budget))
+    except ValueError as e:  # not a number, or out of range
+        raise UsageError(str(e)) from None
 
 
 def fits(llama, tasks, count) -> None:

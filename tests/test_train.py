@@ -29,6 +29,7 @@ from common.cli import parse
 from common.errors import ModelError, UsageError
 from loading.tokenizer import TokenizerError
 from model import Llama
+from tasks.corpus import spread
 
 
 class Noise:
@@ -296,17 +297,17 @@ def test_a_full_disk_costs_nothing_that_was_saved(tiny, tmp_path, capsys):
 def test_a_text_with_gaps_is_read_at_its_positions(tiny):
     """Keys of layer 0 depend on nothing else: turned back, each by its own position, they are those
     of the same text without gaps."""
-    positions = train.spread(random.Random(1), 40, 200)
+    positions = spread(random.Random(1), 40, 200)
     tokens, here = torch.arange(40)[None], torch.arange(40)
     assert 40 < positions[0, -1] < 200 and (positions.diff() > 1).sum() <= 3
     assert (positions.diff() >= 1).all()
-    spread, plain = train.record(tiny, tokens, positions=positions), train.record(tiny, tokens)
+    gaps, plain = train.record(tiny, tokens, positions=positions), train.record(tiny, tokens)
     back = [turned_back(record.keys[0], at[:, None] * tiny.frequencies)
-            for record, at in ((spread, positions[0]), (plain, here))]
+            for record, at in ((gaps, positions[0]), (plain, here))]
     assert_close("keys turned back", *back, 1e-4)
-    assert torch.equal(spread.positions, positions[0]) and torch.equal(spread.rows, here)
-    assert torch.equal(train.spread(random.Random(1), 40, 0)[0], here)
-    far = [train.spread(random.Random(i), 512, 8192)[0, -1] for i in range(200)]
+    assert torch.equal(gaps.positions, positions[0]) and torch.equal(gaps.rows, here)
+    assert torch.equal(spread(random.Random(1), 40, 0)[0], here)
+    far = [spread(random.Random(i), 512, 8192)[0, -1] for i in range(200)]
     assert 8000 < max(far) < 8192 and min(far) < 1000
 
 

@@ -28,7 +28,7 @@ GREY = "#808080"
 COLOURS = {"dense": GREY, "butler": "#2f81f7", "oracle": "#e08600", "quest": "#bf4bb8",
            "h2o": "#d9484f", "snapkv": "#8a63e8", "recency": "#1f9d6b", "random": "#9a8a1f",
            "keynorm": "#b5683c"}
-OTHERS = ("#2f81f7", "#1f9d6b", "#bf4bb8", "#e08600", "#d9484f")  # of lines that are no selector
+OTHERS = ("#2f81f7", "#1f9d6b", "#bf4bb8", "#e08600", "#d9484f", "#8a63e8")  # of other lines
 MARKERS = "osD^v<>Pd"
 SMOOTH = 25  # steps in a mean
 

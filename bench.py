@@ -183,16 +183,13 @@ def drift(bench: Bench) -> dict:
     are counted in it alone."""
     c, results, steps = bench.config, {}, {}
 
-    def count(text):
-        return len(bench.tok.encode(text))
-
     for task, context in product(c.task, c.contexts):
         name = task if task == "coreference" else f"{task}@{context}"
         if name in results:
             continue
         length = None if task == "coreference" else int(context)
-        documents = task_documents(task, length, c.n, [c.seed], count)
-        fits(bench.llama, {name: documents}, count)
+        documents = task_documents(task, length, c.n, [c.seed], bench.tok.count)
+        fits(bench.llama, {name: documents}, bench.tok.count)
         scores, kept = results.setdefault(name, {}), steps.setdefault(name, {})
         for document in tqdm(documents, desc=name, file=sys.stderr):
             prompts = Prompts(bench.llama, bench.tok, [document], "sparse")

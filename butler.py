@@ -286,6 +286,10 @@ class ImportanceCache:
         self.seen[layer] = keys
         self.filled[layer] = min(self.filled.get(layer, 0), start)
 
+    def forget(self) -> None:
+        """All keys are to be projected anew."""
+        self.filled = dict.fromkeys(self.filled, 0)
+
     def reaches(self, S: int) -> bool:
         """Have the keys of S tokens been seen, of every layer?"""
         layers = range(1, self.butler.config.layers)
@@ -449,7 +453,7 @@ class ButlerSelector(Selector):
 
     def arrive(self, T, start, end):
         if self.importance.rewritten(start, start == self.next):
-            self.importance.filled = dict.fromkeys(self.importance.filled, 0)
+            self.importance.forget()
             self.reuse.forget()
         if not self.next - 1 <= start <= self.next:  # rewound, or tokens were read without it
             self.reuse.forget()

@@ -299,7 +299,7 @@ class Llama(nn.Module):
 
         cache: continues behind what it holds, and is advanced; None starts from nothing.
         lengths: real tokens per row (ints) where rows are padded on the right; None: all T.
-        positions: of the tokens [B, T], rising, where gaps lie between them; None: there are none.
+        positions: [B, T], rising, if there are gaps in a text that is read at once; None: none.
         On a CPU one token goes through cpu/packed.py's compiled form of all layers, which computes
         what the loop over `Block.forward` does, and is tested against it.
         Raises ModelError when the cache or the model's context is too short.

@@ -217,7 +217,8 @@ def advise(config, cached: int, full: bool) -> None:
         print(f"below about {BREAK_EVEN:,} tokens a dense step of this model is the faster one on "
               f"a CPU: --dense-below {BREAK_EVEN}", file=sys.stderr)
     least = Selector.SINKS + Selector.WINDOW
-    if config.selector != "dense" and allowance(config.budget, cached, least) <= least < cached:
+    chooses = config.selector != "dense" and cached >= max(config.dense_below, least + 1)
+    if chooses and allowance(config.budget, cached, least) <= least:
         print(f"a budget of {config.budget:g} leaves nothing to choose: of {cached} tokens the "
               f"{Selector.SINKS} first and {Selector.WINDOW} last are always kept; a budget above "
               "1 is a number of tokens", file=sys.stderr)

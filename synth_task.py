@@ -100,11 +100,8 @@ def main(config: Config) -> dict:
     path = resolve(config.model)
     tok = tokenizer.load(path)
 
-    def count(text):
-        return len(tok.encode(text))
-
     try:
-        tasks = {name: make(count=count) for name, make in tasks.items()}
+        tasks = {name: make(count=tok.count) for name, make in tasks.items()}
     except ValueError as e:  # a dial out of range
         raise UsageError(str(e)) from None
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
@@ -112,7 +109,7 @@ def main(config: Config) -> dict:
     butlers, dtype = [], str(llama.embed_tokens.weight.dtype)
     if "butler" in config.selectors:
         butlers = [load_for(llama, p) for p in config.butler or (SHIPPED,)]
-    fits(llama, tasks, count)
+    fits(llama, tasks, tok.count)
     identity = {k: v for k, v in asdict(config).items() if k != "out"}
     identity |= {k: v for k, v in provenance().items() if k != "command"}
     identity |= {"weights": str(path), "fingerprint": fingerprint(llama), "dtype": dtype}
@@ -131,8 +128,8 @@ def main(config: Config) -> dict:
                           for b, runs in by.items()}
                       for s, by in shares.items()
                       if "oracle" in shares and s not in ("dense", "oracle")}
-        selected[name] = sum(count(d.question if config.question == "sparse" else "")
-                             + (d.new_tokens or count(d.answer)) for d in documents)
+        selected[name] = sum(tok.count(d.question if config.question == "sparse" else "")
+                             + (d.new_tokens or tok.count(d.answer)) for d in documents)
         selected[name] /= len(documents)
         for selector, by in results[name].items():
             for budget, m in by.items():

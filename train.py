@@ -92,10 +92,11 @@ class Recorder:
     all tokens, inputs and queries of the given rows [N] (None: of all)."""
 
     def __init__(self, rows=None):
-        self.rows, self.x, self.q, self.keys = rows, {}, {}, {}
+        self.rows, self.positions = rows, None  # positions: of all tokens [T]
+        self.x, self.q, self.keys = {}, {}, {}
 
     def __call__(self, layer, x, q, keys, positions):
-        self.positions = positions[0]  # of all tokens
+        self.positions = positions[0]
         if self.rows is None:
             self.rows = torch.arange(len(self.positions), device=x.device)
         self.x[layer], self.q[layer], self.keys[layer] = x[:, self.rows], q[:, :, self.rows], keys

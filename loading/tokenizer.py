@@ -190,6 +190,10 @@ class Tokenizer:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._backend.encode(text, special)
 
+    def count(self, text: str) -> int:
+        """How many tokens a text is."""
+        return len(self.encode(text))
+
     def decode_bytes(self, ids) -> bytes:
         """ids -> bytes. A character may be spread over tokens, so a streamer joins these bytes and
         holds incomplete UTF-8 back. Raises ValueError for an id that names no token."""

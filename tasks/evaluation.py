@@ -78,7 +78,7 @@ def fitting(llama, tok, n: int, seed: int) -> list[Document]:
     for words in (250, 125, 62):
         documents = coreference_documents("test", n, seed, words=words)
         try:
-            fits(llama, {"coreference": documents}, lambda text: len(tok.encode(text)))
+            fits(llama, {"coreference": documents}, tok.count)
             return documents
         except UsageError as e:
             problem = e

@@ -278,6 +278,6 @@ if __name__ == "__main__":
     tok = tokenizer.load(resolve())
     length = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
     for name, task in TASKS.items():
-        d = task(random.Random(0), length, lambda text: len(tok.encode(text)))
+        d = task(random.Random(0), length, tok.count)
         print(f"--- {name}: scored by {d.scoring}, {len(d.spans)} spans\n{d.context[:300]}\n[...]\n"
               f"{d.context[-150:]}{d.question}\n=> {' | '.join(d.answers)[:200]}\n")

@@ -380,3 +380,11 @@ def test_the_default_demonstration_finds_the_answer(main):
     result = main("sample.py", "--max-new-tokens", "8", "--temperature", "0")
     document = coreference_documents("test", 1, seed=0)[0]
     assert result["text"].startswith(document.answer)
+
+
+@pytest.mark.parametrize("flags, told", [({}, True), ({"dense_below": 2000}, False),
+                                         ({"budget": 32.0}, False), ({"selector": "dense"}, False)])
+def test_a_budget_that_leaves_nothing_to_choose_is_named(flags, told, capsys):
+    sample = runpy.run_path(str(ROOT / "sample.py"))
+    sample["advise"](sample["Config"](**flags), 60, False)
+    assert ("leaves nothing to choose" in capsys.readouterr().err) == told

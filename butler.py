@@ -40,6 +40,7 @@ from torch import nn
 from common.errors import Refusal
 from common.files import replacing
 from cpu import loops
+from cpu.loops import LINE
 from kernel import BLOCK, choose, in_order
 from model import rotate, turns
 from selection import SelectionError, Selector, first_position
@@ -243,42 +244,43 @@ def load_for(model, path=None) -> Butler:
 
 
 class ImportanceKeys(NamedTuple):
-    """In 8 bits, channel by channel: the product with a query runs along the tokens."""
+    """In 8 bits, with a scale for each token."""
 
-    numbers: torch.Tensor  # [..., E, S] int8
-    scales: torch.Tensor  # [..., S] float32, of each token; a key is the product
+    numbers: torch.Tensor  # [..., S, E] int8
+    scales: torch.Tensor  # [..., S] float32; a key is the product
 
     @classmethod
     def of(cls, keys) -> "ImportanceKeys":
         """Keys [..., S, E] -> the same in 8 bits."""
         scales = keys.abs().amax(-1).clamp(min=1e-30) / 127
-        return cls((keys / scales[..., None]).round().to(torch.int8).transpose(-1, -2), scales)
+        return cls((keys / scales[..., None]).round().to(torch.int8), scales)
 
     def floats(self):
         """-> the keys [..., S, E]"""
-        return (self.numbers * self.scales[..., None, :]).transpose(-1, -2)
-
-    def each(self, function) -> "ImportanceKeys":
-        return ImportanceKeys(*map(function, self))
+        return self.numbers * self.scales[..., None]
 
 
 class ImportanceCache:
     """The importance keys of all layers but the first, which follow the cached keys they are of.
 
-    buffer  [L - 1, B, G, E, capacity], None until there are any
-    seen    {layer: its cached keys [B, G, S, D], as they were when the selector last saw them}
-    filled  {layer: how many tokens' importance keys are there}
+    numbers  [L - 1, B, G, capacity/64, E, 64] int8, None until there are any: channel by channel,
+             as the product with a query runs along the tokens, but 64 tokens together
+    scales   [L - 1, B, G, capacity] float32
+    seen     {layer: its cached keys [B, G, S, D], as they were when the selector last saw them}
+    filled   {layer: how many tokens' importance keys are there}
     """
 
     def __init__(self, butler: Butler):
-        self.butler, self.buffer, self.seen, self.filled = butler, None, {}, {}
+        self.butler, self.numbers, self.scales, self.seen, self.filled = butler, None, None, {}, {}
 
-    def of(self, first: int, stop: int) -> ImportanceKeys:
-        """Of the layers from `first` to before `stop`: [R, B, G, E, capacity]"""
-        return self.buffer.each(lambda x: x[first - 1 : stop - 1])
+    def of(self, first: int, stop: int) -> tuple:
+        """Numbers and scales of the layers from `first` to before `stop`."""
+        return self.numbers[first - 1 : stop - 1], self.scales[first - 1 : stop - 1]
 
     def layer(self, layer: int) -> ImportanceKeys:
-        return self.buffer.each(lambda x: x[layer - 1])
+        """A copy, token by token: [B, G, capacity, E]"""
+        numbers = self.numbers[layer - 1].transpose(-1, -2).flatten(2, 3)
+        return ImportanceKeys(numbers, self.scales[layer - 1])
 
     def see(self, layer: int, keys, start: int) -> None:
         """Takes note of a layer's keys; those from `start` on are new, to be projected when they
@@ -303,10 +305,11 @@ class ImportanceCache:
         last = min(self.filled.get(layer, 0), start) - 1
         if last < 0 or (follows and self.seen[layer].device.type != "cpu"):
             return False
-        was = self.layer(layer).each(lambda x: x[..., last : last + 1]).floats()  # [B, G, 1, E]
-        key = self.seen[layer][None, :, :, last : last + 1].to(was.device)
-        now = self.butler.importance_keys(layer, key, torch.tensor([last], device=was.device))
-        now = now.floats()[0]
+        numbers, scales = self.numbers[-1, ..., last // LINE, :, last % LINE], self.scales[-1]
+        key = self.seen[layer][None, :, :, last : last + 1].to(scales.device)
+        now = self.butler.importance_keys(layer, key, torch.tensor([last], device=scales.device))
+        now = now.floats()[0, :, :, 0]  # [B, G, E]
+        was = ImportanceKeys(numbers, scales[..., last]).floats()
         return bool((now - was).abs().max() > 0.01 * now.abs().max())
 
     def complete(self, first: int, stop: int, S: int) -> None:
@@ -322,36 +325,36 @@ class ImportanceCache:
             some = slice(at, min(at + 1024, S))
             here = torch.arange(some.start, some.stop, device=scales.device)
             new = self.butler.importance_keys(first, keys[:, :, :, some].to(scales.device), here)
-            numbers[..., some], scales[..., some] = new
+            numbers[..., here // LINE, :, here % LINE] = new.numbers.movedim(3, 0)
+            scales[..., some] = new.scales
         self.filled.update(dict.fromkeys(range(first, stop), S))
 
     def latest(self, positions, bound: int) -> None:
         """The same for all layers, in a decode step whose `positions` [B, 1] only the device knows:
         each row's latest key is projected."""
         self.grow(bound)
-        numbers, scales = self.buffer
         at = (positions - 1).clamp(min=0)  # [B, 1]
         rows = torch.arange(len(at), device=at.device)[:, None]
         new = torch.stack([self.seen[layer + 1][rows, :, at].transpose(1, 2)
-                           for layer in range(len(numbers))])
+                           for layer in range(len(self.scales))])
         new = self.butler.importance_keys(1, new, at[:, None])  # of one token
-        numbers[:, rows, :, :, at] = new.numbers.permute(1, 4, 0, 2, 3)
-        scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
+        self.numbers[:, rows, :, at // LINE, :, at % LINE] = new.numbers.permute(1, 3, 0, 2, 4)
+        self.scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
 
     def grow(self, S: int) -> None:
         """Makes room for S tokens at least."""
         c, keys = self.butler.config, next(iter(self.seen.values()))
-        old = self.buffer.scales.shape[-1] if self.buffer else 0
+        old = 0 if self.scales is None else self.scales.shape[-1]
         if old >= S:
             return
         head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room
         capacity = -(-max(head // row, S) // BLOCK) * BLOCK
         shape = c.layers - 1, *keys.shape[:2]
         scales = self.butler.key_projection.new_empty(*shape, capacity)
-        numbers = torch.empty(*shape, c.size, capacity, dtype=torch.int8, device=scales.device)
-        if self.buffer:
-            numbers[..., :old], scales[..., :old] = self.buffer
-        self.buffer = ImportanceKeys(numbers, scales)
+        numbers = scales.new_empty(*shape, capacity // LINE, c.size, LINE, dtype=torch.int8)
+        if old:
+            numbers[:, :, :, : old // LINE], scales[..., :old] = self.numbers, self.scales
+        self.numbers, self.scales = numbers, scales
 
 
 def stacked(tensors: list):
@@ -534,12 +537,8 @@ class ButlerSelector(Selector):
         self.start = first_position(keys, positions)  # who compares scores calls this alone
         self.importance.see(layer, keys, self.start)
         self.importance.complete(layer, layer + 1, keys.shape[2])
-        return self.rate(self.queries[layer],
-                         self.importance.layer(layer).each(lambda x: x[..., : keys.shape[2]]))
-
-    def rate(self, queries, keys):
-        """q_imp [B, G, T, E], k_imp [B, G, E, S] -> ranks of all tokens, [B, G, T, S]"""
-        return in_order(self.butler.scores(queries, keys.floats()))
+        importance_keys = self.importance.layer(layer).floats()[:, :, : keys.shape[2]]
+        return in_order(self.butler.scores(self.queries[layer], importance_keys))
 
     @torch.inference_mode()
     def settled(self, layer: int, new):

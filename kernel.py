@@ -178,7 +178,7 @@ def top(scores, first: int, stops, wants):
 def choose(q, keys, scales, positions, wants, idx, due, S: int, sinks: int, window: int) -> None:
     """The best tokens between sinks and window, for all layers of one producer.
 
-    q_imp [R, B, G, E]; k_imp [R, B, G, E, capacity], int8, and scales [R, B, G, capacity];
+    q_imp [R, B, G, E]; k_imp [R, B, G, capacity/64, E, 64], int8, and scales [R, B, G, capacity];
     positions [B] of the queries, behind which anything may stand; wants [B], how many tokens each
     chooses; no position is above S, no want above K. Writes idx [R, B, G, K], rows as far apart as
     you like, -1 = empty, where `due` [R, B, G] says so.
@@ -190,7 +190,8 @@ def choose(q, keys, scales, positions, wants, idx, due, S: int, sinks: int, wind
     idx.masked_fill_(due[..., None], -1)
     for r, b, g in due.nonzero().tolist():
         row, between = (r, b, g), slice(sinks, max(int(positions[b]) - window + 1, sinks))
-        scores = q[row] @ keys[row][:, between].float() * scales[row][between]
+        by_channel = keys[row].transpose(0, 1).flatten(1)  # [E, capacity]
+        scores = q[row] @ by_channel[:, between].float() * scales[row][between]
         best = in_order(scores).topk(min(int(wants[b]), len(scores))).indices
         idx[row][: len(best)] = best + sinks
 
@@ -314,20 +315,21 @@ def renew(tokens, had, places, table, old, new, missed, K, OLD, S,
 
 
 @jit
-def score(q, k, scales, codes, histogram, positions, due, BG, G, k_g, k_e, S, sinks, window,
-          E: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, HALF: tl.constexpr):
+def score(q, k, scales, codes, histogram, positions, due, BG, G, k_g, s_g, S, sinks, window,
+          E: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+          HALF: tl.constexpr):
     """Codes of one block of tokens, as `in_order` makes them, and the histogram of their upper 11
-    bits; 0 where a token may not be chosen. With keys channel by channel, [E, S], a product is a
-    vector load for each channel and a multiply-add. Rows that are not `due` are passed over."""
+    bits; 0 where a token may not be chosen. With keys channel by channel, [S/64, E, 64], a product
+    is a vector load for each channel and a multiply-add. Rows not `due` are passed over."""
     row, block = tl.program_id(0), tl.program_id(1)
     if tl.load(due + row) == 0:
         return
     s = block * BLOCK + tl.arange(0, BLOCK)
     raw = tl.zeros([BLOCK], tl.float32)
+    k += row.to(tl.int64) * k_g + s // LINE * (E * LINE) + s % LINE
     for e in tl.static_range(E):
-        keys = tl.load(k + row.to(tl.int64) * k_g + e * k_e + s).to(tl.float32)
-        raw += tl.load(q + row * E + e) * keys
-    raw *= tl.load(scales + row.to(tl.int64) * k_e + s)
+        raw += tl.load(q + row * E + e) * tl.load(k + e * LINE).to(tl.float32)
+    raw *= tl.load(scales + row.to(tl.int64) * s_g + s)
     free = (s >= sinks) & (s <= tl.load(positions + row % BG // G) - window)
     raw = tl.minimum(tl.maximum(tl.where(free, raw, 0.0), -HALF), HALF)
     bits = raw.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
@@ -391,8 +393,8 @@ def triton_select(q, k, scales, positions, wants, idx, due, S: int, sinks: int, 
     codes = torch.empty(rows, S, dtype=torch.int16, device=q.device)
     histogram = torch.zeros(rows, BINS, dtype=torch.int32, device=q.device)
     score[rows, blocks](q.contiguous(), k, scales, codes, histogram, positions, due, B * G, G,
-                        k.stride(2), k.stride(3), S, sinks, window, E=E, BLOCK=block, BINS=BINS,
-                        HALF=HALF)
+                        k.stride(2), scales.stride(2), S, sinks, window, E=E, LINE=loops.LINE,
+                        BLOCK=block, BINS=BINS, HALF=HALF)
     select[(rows,)](codes, histogram, wants, idx, due, B * G, G, S, idx.shape[-1], idx.stride(2),
                     BLOCK=min(4096, triton.next_power_of_2(S)), BINS=BINS)
 

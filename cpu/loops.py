@@ -1,16 +1,18 @@
 """cpu/loops.py - choosing and attending on a CPU: the rung of kernel.py's ladder below Triton.
 
-    q_imp [R, B, G, E], k_imp [R, B, G, E, capacity] -choose-> tokens [R, B, G, K]
+    q_imp [R, B, G, E], k_imp [R, B, G, S/64, E, 64] -choose-> tokens [R, B, G, K]
     scores [..., S], from anybody                       -top-> tokens [..., K]
     q [B, H, D], k, v, tokens [B, G, K] or all       -attend-> [B, H, D]
 
 PyTorch passes over memory for every operation: product, rounding, code, top-K; fetched rows are
 written and read again. Here what is worked on stays in the processor's cache. In choosing, 512
-tokens are scored at a time, coded as `in_order` codes them, and counted; the counts tell the least
-code that is kept; one more pass writes the tokens down. In attending, 64 rows of keys and values
-are fetched at a time, and all heads of their group attend to them. Plain loops, compiled by Numba
-when they are first called, which kernel.py does where there is a Numba; what they compute is
-defined there.
+tokens are scored at a time, coded as `in_order` codes them, and counted; the counts tell about
+where the least code that is kept lies, and only codes from there on are looked at again. Importance
+keys are read from the first byte to the last: of 64 tokens, a cache line for each channel. (With a
+channel's numbers of all tokens in a row, scoring took three times as long.) In attending, 64 rows
+of keys and values are fetched at a time, and all heads of their group attend to them. Plain loops,
+compiled by Numba when they are first called, which kernel.py does where there is a Numba; what they
+compute is defined there.
 
     python -m cpu.loops        microseconds of attending to all tokens, and to some
 """
@@ -32,6 +34,7 @@ except ImportError:
 
 DTYPES = torch.float32, torch.bfloat16, torch.int8
 BINS, PIECE = 2048, 512  # of the histogram; tokens scored at a time
+LINE = 64  # tokens whose numbers of a channel lie together, a cache line of bytes
 ROWS = 64  # of keys and values fetched at a time
 HALF = np.float32(65504)  # the largest number of fp16
 LOG2E = math.log2(math.e)
@@ -67,10 +70,11 @@ def edge(counts, rest):
 
 
 @partial(compiled, parallel=False)
-def write(codes, least, rest, first, idx):
-    """Tokens whose codes are above the least, and the `rest` earliest that equal it; then -1."""
+def write(codes, tokens, least, rest, first, idx):
+    """Of tokens in rising order those whose codes are above the least, and the `rest` earliest that
+    equal it; then -1."""
     at = 0
-    for s in range(len(codes)):
+    for s in tokens:
         equal = codes[s] == least and rest > 0
         if codes[s] > least or equal:
             idx[at] = first + s
@@ -82,29 +86,32 @@ def write(codes, least, rest, first, idx):
 @compiled
 def chosen_rows(queries, keys, scales, positions, wants, idx, due, sinks, window):
     R, B, G, E = queries.shape
-    N, capacity = R * B * G, keys.shape[-1]
-    q, keys = queries.reshape(N, E), keys.reshape(N, E, capacity)
+    N, capacity = R * B * G, scales.shape[-1]
+    q, keys = queries.reshape(N, E), keys.reshape(N, capacity // LINE, E, LINE)
     scales, codes = scales.reshape(N, capacity), np.empty((N, capacity), np.uint16)
     for n in prange(N):
         r, b, g = n // (B * G), n // G % B, n % G
         if not due[r, b, g]:
             continue
-        S = max(positions[b] - window + 1 - sinks, 0)  # tokens to choose from
-        code, counts = codes[n], np.zeros(BINS, np.int32)
+        S = max(positions[b] - window + 1, sinks)  # tokens before the window
+        rest, code, counts = min(wants[b], S - sinks), codes[n, :S], np.zeros(BINS, np.int32)
+        if rest <= 0:
+            idx[r, b, g] = -1
+            continue
         raw, size = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
         sign, bits = raw.view(np.int32), size.view(np.int32)
         for start in range(0, S, PIECE):
             m = min(PIECE, S - start)
-            a = sinks + start
             raw[:] = 0.0
-            for e in range(0, E, 4):  # slices of one dimension: they become vector code
-                q0, q1, q2, q3 = q[n, e], q[n, e + 1], q[n, e + 2], q[n, e + 3]
-                k0, k1 = keys[n, e, a : a + m], keys[n, e + 1, a : a + m]
-                k2, k3 = keys[n, e + 2, a : a + m], keys[n, e + 3, a : a + m]
-                for j in range(m):
-                    raw[j] += (q0 * np.float32(k0[j]) + q1 * np.float32(k1[j])
-                               + q2 * np.float32(k2[j]) + q3 * np.float32(k3[j]))
-            scale, here = scales[n, a : a + m], code[start : start + m]
+            for line in range(-(-m // LINE)):
+                some, part = keys[n, start // LINE + line], raw[line * LINE : (line + 1) * LINE]
+                for e in range(0, E, 4):  # slices of one dimension: they become vector code
+                    q0, q1, q2, q3 = q[n, e], q[n, e + 1], q[n, e + 2], q[n, e + 3]
+                    k0, k1, k2, k3 = some[e], some[e + 1], some[e + 2], some[e + 3]
+                    for j in range(LINE):
+                        part[j] += (q0 * np.float32(k0[j]) + q1 * np.float32(k1[j])
+                                    + q2 * np.float32(k2[j]) + q3 * np.float32(k3[j]))
+            scale, here = scales[n, start : start + m], code[start : start + m]
             for j in range(m):
                 raw[j] *= scale[j]
                 size[j] = min(abs(raw[j]), HALF)
@@ -115,18 +122,20 @@ def chosen_rows(queries, keys, scales, positions, wants, idx, due, sinks, window
                     half = np.int32(np.rint(size[j] * np.float32(2**24)))
                 half = 32767 - half if sign[j] < 0 else 32768 + half
                 here[j] = np.uint16(max(half >> 1, 1))
+            if start < sinks:
+                here[: sinks - start] = 0  # not to be chosen
             for j in range(m):
                 counts[here[j] >> 4] += 1
-        rest = min(wants[b], S)
-        if rest <= 0:
-            idx[r, b, g] = -1
-            continue
-        (upper, rest), low = edge(counts, rest), np.zeros(16, np.int32)
-        for s in range(S):
+        upper, rest = edge(counts, rest)
+        best, found, low = np.empty(S, np.int32), 0, np.zeros(16, np.int32)
+        for s in range(S):  # without a branch
+            best[found] = s
+            found += code[s] >> 4 >= upper
+        for s in best[:found]:
             if code[s] >> 4 == upper:
                 low[code[s] & 15] += 1
         lower, rest = edge(low, rest)
-        write(code[:S], 16 * upper + lower, rest, sinks, idx[r, b, g])
+        write(code, best[:found], 16 * upper + lower, rest, 0, idx[r, b, g])
 
 
 @partial(compiled, parallel=False, fastmath={"contract", "reassoc"})
@@ -206,7 +215,7 @@ def top_rows(scores, first, stops, wants, idx):
         inside.sort()
         least = inside[m - rest]
         rest -= m - np.searchsorted(inside, least, side="right")  # how many equal ones
-        write(codes, least, rest, first, idx[n])
+        write(codes, np.arange(len(codes)), least, rest, first, idx[n])
 
 
 @partial(compiled, parallel=False)
@@ -354,13 +363,13 @@ def predict(producer, x, cos, sin):
 
 def project(keys, weight, positions, rope, turning):
     """Butler.importance_keys of one token a row, compiled: keys [R, B, G, 1, D], positions [1] or
-    [B, 1, 1] -> int8 [R, B, G, E, 1], scales [R, B, G, 1]"""
+    [B, 1, 1] -> int8 [R, B, G, 1, E], scales [R, B, G, 1]"""
     R, B, G, _, D = keys.shape
-    numbers = torch.empty(R, B, G, weight.shape[3], 1, dtype=torch.int8)
+    numbers = torch.empty(R, B, G, 1, weight.shape[3], dtype=torch.int8)
     scales = torch.empty(R, B, G, 1)
     run(projected, keys[:, :, :, 0].float().numpy(), weight.detach().numpy(),
         positions.flatten().expand(B).numpy(), rope.numpy(), turning.numpy(),
-        numbers[..., 0].numpy(), scales[..., 0].numpy())
+        numbers[:, :, :, 0].numpy(), scales[..., 0].numpy())
     return numbers, scales
 
 

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import kernel
+from cpu.loops import LINE
 
 NAMES = ("attend 64", "attend 128", "dense 64", "dense 128", "merge", "score", "select",
          "renew 128")
@@ -36,7 +37,7 @@ def compiled(name: str, D: int):
     if name == "dense":
         name, sizes["idx"] = "attend", None
     sizes |= {"attend": {"NP": 16, "BLOCK": 64}, "merge": {"CP": 16},
-              "score": {"BLOCK": kernel.BLOCK}, "select": {"BLOCK": 4096},
+              "score": {"BLOCK": kernel.BLOCK, "LINE": LINE}, "select": {"BLOCK": 4096},
               "renew": {"BLOCK": 32}}[name]
     kinds = KINDS | {"q": "*bf16" if name == "attend" else "*fp32",
                      "k": "*i8" if name == "score" else "*bf16"}

@@ -223,7 +223,7 @@ def test_importance_keys_of_one_token_are_those_of_the_definition(tiny_butler, s
     compiled = tiny_butler.importance_keys(1, keys, positions)
     monkeypatch.setattr(loops, "numba", None)
     defined = tiny_butler.importance_keys(1, keys, positions)
-    assert compiled.numbers.shape == defined.numbers.shape == (4, 3, 2, 8, 1)
+    assert compiled.numbers.shape == defined.numbers.shape == (4, 3, 2, 1, 8)
     assert (compiled.numbers.int() - defined.numbers.int()).abs().max() <= 1
     assert_close("scales", compiled.scales, defined.scales, 1e-5)
 
@@ -234,9 +234,10 @@ def test_one_large_key_does_not_drown_the_others(tiny, tiny_butler):
     selector = tiny_butler.selector(0.3)
     selector.importance.see(1, keys, 0)
     selector.importance.complete(1, 2, 50)
-    stored = selector.importance.layer(1).each(lambda x: x[..., :50])
-    assert stored.numbers.dtype == torch.int8 and stored.numbers.abs().amax() == 127
-    assert_in_8_bits(stored.floats(), tiny_butler.project(1, keys, torch.arange(50)))
+    stored = selector.importance.layer(1)
+    assert stored.numbers.dtype == torch.int8
+    assert stored.numbers[:, :, :50].abs().amax() == 127
+    assert_in_8_bits(stored.floats()[:, :, :50], tiny_butler.project(1, keys, torch.arange(50)))
 
 
 def test_cached_importance_keys_equal_recomputed_ones(pair):
@@ -415,7 +416,7 @@ def test_a_choice_that_stays_is_not_scored(tiny, tiny_butler, monkeypatch):
     ids = torch.arange(60)[None] % tiny.config.vocab_size
     tiny.prefill(ids[:, :50], cache)
     calls = []
-    for name in ("rate", "choose"):
+    for name in ("scores", "choose"):
         old = getattr(selector, name)
         monkeypatch.setattr(selector, name, lambda *a, old=old: (calls.append(1), old(*a))[1])
     counts = []

@@ -109,7 +109,7 @@ def test_importance_keys_fit_in_4_bits(tiny, butler, ids):
     selector = butler.selector(0.3, bits=4)
     small = last_step(tiny, ids, selector)
     exact = last_step(tiny, ids, butler.selector(0.3))
-    held = selector.importance.buffer.numbers
+    held = selector.importance.numbers
     assert held.dtype == torch.uint8 and held.shape[-2] == butler.config.size // 2  # two to a byte
     same, total = 0, 0
     for layer, index in small.items():

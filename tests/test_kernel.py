@@ -130,7 +130,7 @@ def test_every_form_chooses_what_the_definition_does(case, monkeypatch):
     q = torch.randn(R, B, G, E, generator=rng) / 40
     q[0] *= R < 3
     q[-1, 0, 0] *= 1e5 ** (S == 512)  # scores that fp16 does not hold
-    k = torch.randint(-127, 128, (R, B, G, E, S), generator=rng).to(torch.int8)
+    k = torch.randint(-127, 128, (R, B, G, S // 64, E, 64), generator=rng).to(torch.int8)
     scales = torch.rand(R, B, G, S, generator=rng)
     for b, position in enumerate(positions):
         scales[:, b, :, position:] = torch.nan
@@ -148,7 +148,8 @@ def test_every_form_chooses_what_the_definition_does(case, monkeypatch):
             assert torch.equal(idx.sort(-1).values, found[0].sort(-1).values)
             assert (idx[~due] == -7).all()
     for b, (position, want) in enumerate(zip(positions, wants, strict=True)):
-        keys = k[:, b, :, :, :position].float() * scales[:, b, :, None, :position]
+        keys = k[:, b].transpose(2, 3).flatten(3)[..., :position].float()
+        keys *= scales[:, b, :, None, :position]
         raw = (q[:, b, :, None] @ keys)[:, :, 0]
         best = kernel.in_order(raw)[..., 4 : max(position - 15, 4)].topk(want).indices + 4
         for idx in found[1:]:

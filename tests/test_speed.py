@@ -116,7 +116,8 @@ def test_importance_keys_cost_a_fourteenth_of_keys_and_values_at_head_size_128(m
     cache, selector = llama.new_cache(1, 1024, torch.bfloat16), butler.selector(0.1)
     for _ in range(3):
         llama.decode(torch.tensor([[1]]), cache, selector)
-    keys = sum(x.nbytes / x.shape[-1] for keys in [selector.importance.buffer] for x in keys)
+    held = selector.importance
+    keys = (held.numbers.nbytes + held.scales.nbytes) / held.scales.shape[-1]
     both = sum(t.numel() * t.element_size() / 1024 for t in cache.k[1:] + cache.v[1:])
     assert keys / both == (32 + 4) / 512
 

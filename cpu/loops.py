@@ -257,20 +257,22 @@ def merge(sums, tops, totals, out):
 
 
 @partial(compiled, fastmath={"contract", "reassoc"})
-def attended(queries, k, v, halves, G, batch, head, row, idx, newest, out):
+def attended(queries, k, v, halves, G, batch, head, row, idx, newest, most, out):
     """queries and out [N, heads, D], N = B * G. k, v: the caches as flat arrays, in which sequences
     are `batch` numbers apart, heads `head`, tokens `row`; float32 or, as `halves`, bfloat16.
-    Tokens: of idx [N, K], or, if they are given, all up to the `newest` [B]. Each piece of them has
-    a maximum, a sum of powers and a sum of values of its own; they are merged at the end."""
+    Tokens: of idx [N, K], or, if they are given, all up to the `newest` [B]; `most` in any row.
+    Each piece of them has a maximum, a sum of powers and a sum of values of its own; they are
+    merged at the end. (Numba starts its threads for every array that is filled or multiplied
+    outside of the loop, which takes as long as attending to dozens of tokens.)"""
     N, heads, D = queries.shape
-    dense = len(newest) > 0
-    pieces = -(-(newest.max() + 1 if dense else idx.shape[1]) // ROWS)
-    q = queries * np.float32(LOG2E * D**-0.5)
-    sums = np.zeros((N, pieces, heads, D), np.float32)
-    tops, totals = np.full((N, pieces, heads), -np.inf, np.float32), np.zeros_like(sums[..., 0])
+    dense, pieces = len(newest) > 0, -(-most // ROWS)
+    sums = np.empty((N, pieces, heads, D), np.float32)
+    tops, totals = np.empty((2, N, pieces, heads), np.float32)
     for program in prange(N * pieces):
         n, piece = program // pieces, program % pieces
         first, m, end = n // G * batch + n % G * head, 0, ROWS * (piece + 1)
+        sums[n, piece], totals[n, piece], tops[n, piece] = 0.0, 0.0, -np.inf
+        q = queries[n] * np.float32(LOG2E * D**-0.5)
         at, asked = np.empty(ROWS + 3, np.int64), np.float32(0)
         for i in range(end - ROWS, min(end, newest[n // G] + 1 if dense else idx.shape[1])):
             token = i if dense else idx[n, i]
@@ -295,7 +297,7 @@ def attended(queries, k, v, halves, G, batch, head, row, idx, newest, out):
             for h in range(heads):
                 score = np.float32(0)
                 for d in range(D):
-                    score += q[n, h, d] * key[d]
+                    score += q[h, d] * key[d]
                 scores[h, i] = score
         for h in range(heads):
             tops[n, piece, h] = scores[h, :m].max()
@@ -342,10 +344,11 @@ def attend(q, k, v, idx=None, positions=None):
         tokens, newest = np.empty((B * G, 0), np.int32), positions.flatten().numpy()
     else:
         tokens, newest = idx.reshape(B * G, idx.shape[3]).numpy(), NOWHERE
+    most = tokens.shape[1] if len(newest) == 0 else newest.max() + 1
     out = torch.empty(B, H, 1, D)
     heads = (B * G, H // G, D)
     run(attended, q.float().reshape(heads).numpy(), *caches, G, batch, head, row, tokens, newest,
-        out.view(heads).numpy())
+        most, out.view(heads).numpy())
     return out
 
 

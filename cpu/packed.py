@@ -255,10 +255,11 @@ def whole(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv, o, 
                 tables[place][:] = new
     head = tables.shape[4] * D
     newest = positions if tokens.shape[1] == 0 else positions[:0]
+    most = positions.max() + 1 if len(newest) else tokens.shape[1]
     out, rows = np.empty((R * G, H // G, D), np.float32), (R * G, H // G, D)
     attended(q.reshape(rows), tables[0, layer].reshape(-1), tables[1, layer].reshape(-1),
              (halves[0, layer].reshape(-1), halves[1, layer].reshape(-1)), G, G * head, head, D,
-             tokens, newest, out)
+             tokens, newest, most, out)
     after(x, out.reshape((R, H * D)), o, second, eps[1], gate_up, down)
 
 

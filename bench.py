@@ -12,6 +12,7 @@
     drift       the tasks, choices being kept until their queries have turned by more than --drifts:
                 accuracy, and the steps between two choices
     generation  free text of --length tokens: which share of its 8-grams has been there before?
+    tradeoff    a task's score beside milliseconds of a decode step, see measure/tradeoff.py
     attention, speed    milliseconds of a decode step, see measure/speed.py
     offload             the same with keys and values elsewhere, see measure/speed_offload.py
 
@@ -22,7 +23,6 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -35,12 +35,12 @@ from butler import Butler, load_for
 from common.cli import DEVICE, flag, known, names, numbers, processor, provenance, run
 from common.errors import UsageError
 from loading import tokenizer
-from measure import speed, speed_offload, tables
+from measure import speed, speed_offload, tables, tradeoff
 from measure.intervals import accuracy, bootstrap, of_oracle, through
 from measure.probe import Probe, at_lengths, mean
 from model import Llama, check_device, fast_dtype, resolve
 from tasks.corpus import evenly, text_of
-from tasks.evaluation import EVICTING, TASKS, Prompts, check_budgets, fits, task_documents
+from tasks.evaluation import EVICTING, TASKS, Prompts, at_contexts, check_budgets
 
 
 @dataclass
@@ -48,24 +48,24 @@ class Config:
     """Measures what a selection costs in quality, and what a decode step costs in time."""
 
     suite: str = flag("perplexity",
-                      "perplexity, recall, length, drift, generation, attention, speed or "
-                      "offload")
+                      "perplexity, recall, length, drift, generation, tradeoff, attention, speed "
+                      "or offload")
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
-    butler: tuple = flag((), "comma-separated checkpoints (default: the shipped one)", names)
+    butler: tuple = flag((), "comma-separated files or Hub ids (default: the shipped one)", names)
     selectors: tuple = flag(("dense", "oracle", "butler"),
                             f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
     text: str = flag(None, "text file (default: Python's reference, the part not trained on)")
     n: int = flag(12, "windows, documents or prompts; of a timed suite rounds or steps", least=1)
     length: int = flag(512, "tokens of a window; of a generated text", least=64)
-    task: tuple = flag(("coreference", "needle_prose", "copy"), "drift: tasks", names)
+    task: tuple = flag((), "drift: tasks (default: coreference,needle_prose,copy); tradeoff: tasks "
+                           "(default: needle_prose)", names)
     drifts: tuple = flag(("0", "0.1", "0.2", "0.3", "0.4"), "drift, offload: how far a query may "
                          "turn before the choice is made anew, 1 - cosine", numbers(0, 2, float))
     shape: str = flag(None, "attention, speed, offload: random weights in the shape of "
                             f"{', '.join(speed.SHAPES)} or a config.json")
-    contexts: tuple = flag(("512", "2048", "8000"), "length, drift (RULER-style), attention, "
-                           "speed, offload: tokens",
-                           numbers(1, 2**20))
+    contexts: tuple = flag((), "tokens of all suites but the first two and generation (default: "
+                               "512,2048,8000; tradeoff: 4096)", numbers(1, 2**20))
     batch: tuple = flag(("1",), "attention, speed: sequences", numbers(1, 2**16))
     memory: float = flag(0.0, "offload: share of the keys and values that may be in memory, page "
                               "cache included; 0: no limit", most=1)
@@ -73,6 +73,11 @@ class Config:
     seed: int = flag(0, "seed of documents and sampling")
     write: bool = flag(False, "write results/SUITE[_SHAPE][_PROCESSOR].json, redraw tables")
     device: str = flag(DEVICE, "cpu or cuda")
+
+    def __post_init__(self):
+        every = ("coreference", "needle_prose", "copy"), ("512", "2048", "8000")
+        tasks, contexts = (("needle_prose",), ("4096",)) if self.suite == "tradeoff" else every
+        self.task, self.contexts = self.task or tasks, self.contexts or contexts
 
 
 @dataclass
@@ -182,14 +187,8 @@ def drift(bench: Bench) -> dict:
     """Accuracy, and mean steps between two choices, at every drift. One document at a time: steps
     are counted in it alone."""
     c, results, steps = bench.config, {}, {}
-
-    for task, context in product(c.task, c.contexts):
-        name = task if task == "coreference" else f"{task}@{context}"
-        if name in results:
-            continue
-        length = None if task == "coreference" else int(context)
-        documents = task_documents(task, length, c.n, [c.seed], bench.tok.count)
-        fits(bench.llama, {name: documents}, bench.tok.count)
+    tasks = at_contexts(bench.llama, bench.tok, c.task, c.contexts, c.n, c.seed)
+    for name, documents in tasks.items():
         scores, kept = results.setdefault(name, {}), steps.setdefault(name, {})
         for document in tqdm(documents, desc=name, file=sys.stderr):
             prompts = Prompts(bench.llama, bench.tok, [document], "sparse")
@@ -241,7 +240,7 @@ def repeated(ids: list[int]) -> float:
 # ---------------------------------------------------------------------------- the script
 
 SUITES = {"perplexity": perplexity, "recall": recall, "length": length, "drift": drift,
-          "generation": generation}
+          "generation": generation, "tradeoff": tradeoff.tradeoff}
 TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
 
 
@@ -257,16 +256,15 @@ def main(config: Config) -> dict:
     if shape and shape.endswith(".json"):
         shape = Path(shape).resolve().parent.name
     parts = [config.suite] + [shape] * bool(shape)
-    parts += [processor(config.device)] * (config.suite in TIMED)
+    parts += [processor(config.device)] * (config.suite in (*TIMED, "tradeoff"))
     return tables.write(config, report, "_".join(parts))
 
 
 def measured(config: Config) -> dict:
     path = resolve(config.model)
     llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
-    butlers = []
-    if "butler" in config.selectors:
-        butlers = [load_for(llama, p) for p in config.butler or (None,)]
+    named = (config.butler or (None,)) if "butler" in config.selectors else ()
+    butlers = [load_for(llama, name) for name in named]
     if config.suite == "generation" and 64 + config.length > llama.config.context:
         raise UsageError(f"a prompt of 64 and --length {config.length} exceed the model's context "
                          f"of {llama.config.context}")
@@ -275,8 +273,9 @@ def measured(config: Config) -> dict:
     for what, table in report["results"].items():
         for selector, by in table.items():
             for budget, m in by.items():
+                ms = f"  {m['ms']:.2f} ms a step" if "ms" in m else ""
                 print(f"{what:12s} {selector:8s} {budget:>5s}  {m['mean']:9.4f}  "
-                      f"[{m['low']:.4f}, {m['high']:.4f}]  n = {m['n']}")
+                      f"[{m['low']:.4f}, {m['high']:.4f}]  n = {m['n']}{ms}")
     return report | {"dtype": str(llama.embed_tokens.weight.dtype)}
 
 

@@ -42,6 +42,7 @@ from common.files import replacing
 from cpu import loops
 from cpu.loops import LINE
 from kernel import BLOCK, choose, in_order
+from loading.fetch import butler_file
 from model import rotate, turns
 from selection import SelectionError, Selector, first_position
 
@@ -210,9 +211,9 @@ class Butler(nn.Module):
 
     @classmethod
     def load(cls, path) -> "Butler":
-        """Reads what `save` wrote. Raises ButlerError, one line, for anything else."""
+        """Reads what `save` wrote, by path or Hub id. Raises ButlerError, one line, else."""
         try:
-            with safe_open(path, framework="pt") as f:
+            with safe_open(butler_file(path), framework="pt") as f:
                 config = ButlerConfig(**json.loads((f.metadata() or {})["butler"]))
                 with torch.device("meta"):  # a header's sizes are compared before any allocation
                     butler = cls(config)

@@ -42,7 +42,7 @@ class Config:
     """Writes text from a selected part of the KV cache and reports what it attended to."""
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
-    butler: str = flag(None, "butler checkpoint (default: the shipped one)")
+    butler: str = flag(None, "butler, file or Hub id (default: the shipped one)")
     selector: str = flag("butler", f"what chooses the tokens: {', '.join(NAMES)}")
     budget: float = flag(0.1, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
     drift: float = flag(0.0, "a butler's choice is kept until its query has turned by more than "

@@ -19,7 +19,6 @@ given, over these, which is where training seeds differ.
 import json
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 from baselines import NAMES
 from beyond.offload import STORES, cache_kind
@@ -28,7 +27,7 @@ from common.cli import DEVICE, flag, known, names, numbers, provenance, run
 from common.errors import UsageError
 from common.files import read_text, writable
 from loading import tokenizer
-from loading.fetch import digest, resolve
+from loading.fetch import butler_file, digest, resolve
 from measure.intervals import accuracy, bootstrap, of_oracle
 from model import Llama, check_device, fast_dtype
 from tasks.document import Document
@@ -40,7 +39,7 @@ class Config:
     """Answers questions about a context through selectors at equal budgets."""
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
-    butler: tuple = flag((), "butler checkpoints, comma-separated: their seeds are resampled "
+    butler: tuple = flag((), "files or Hub ids, comma-separated: their seeds are resampled "
                              "(default: the shipped one)", names)
     task: tuple = flag(("coreference",), f"comma-separated, of {', '.join(TASKS)}", names)
     data: str = flag(None, "instead of a task: JSONL file of context, question, answer")
@@ -113,7 +112,8 @@ def main(config: Config) -> dict:
     identity = {k: v for k, v in asdict(config).items() if k != "out"}
     identity |= {k: v for k, v in provenance().items() if k != "command"}
     identity |= {"weights": str(path), "fingerprint": fingerprint(llama), "dtype": dtype}
-    identity["files"] = [digest(Path(f)) for f in (*config.butler, SHIPPED, config.data) if f]
+    files = [f for f in (*config.butler, SHIPPED, config.data) if f]
+    identity["files"] = [digest(butler_file(f)) for f in files]
     scores = Scores(config.out, identity)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
     results, kept, selected = {}, {}, {}

@@ -20,13 +20,13 @@ so that they span the model's context without as many tokens.
     torchrun --nproc-per-node N train.py    the same on N processes, or N GPUs
 """
 
-import json
 import math
 import random
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -38,11 +38,11 @@ from beyond import survive
 from butler import Butler, ButlerConfig
 from common.cli import DEVICE, flag, peak_memory, provenance, run
 from common.errors import UsageError
-from common.files import replacing, writable
+from common.files import writable
 from kernel import true_attention
 from loading import tokenizer
 from loading.fetch import resolve
-from measure import tables
+from measure import card, tables
 from measure.intervals import accuracy, bootstrap
 from measure.probe import at_lengths
 from model import Llama, check_device, fast_dtype
@@ -333,12 +333,11 @@ def main(config: Config) -> dict | None:
         "table": verdict(llama, tok, butler, ends, documents), "loss": log,
         "processes": survive.world(), "training_s": round(trained, 1),
         "seconds": round(time.perf_counter() - began, 1),
-        "peak_memory_gb": peak_memory(),
+        "peak_memory_gb": peak_memory(), "fingerprint": butler.config.fingerprint,
     } | provenance()
-    with replacing(report_path(config)) as part:
-        part.write_text(json.dumps(report, indent=1) + "\n")
+    written = card.write(report, report_path(config))
     survive.state_path(config).unlink(missing_ok=True)
-    print(f"\n{tables.training(report)}\n\nsaved {config.out} and {report_path(config)}")
+    print(f"\n{tables.training(report)}\n\nsaved {config.out}, {' and '.join(written)}")
     return report
 
 
@@ -361,12 +360,12 @@ def check(config) -> None:
     if survive.rank():
         return
     writable(config.out)
-    out, report, state = Path(config.out), report_path(config), survive.state_path(config)
-    writable(report)
-    writable(state)
-    for name, taken in (("--out", out), ("the state to resume from", state)):
-        if report.resolve() == taken.resolve():
-            raise UsageError(f"--report and {name} are both {taken}")
+    places = {"--report": report_path(config), "--out": Path(config.out),
+              "the state": survive.state_path(config), "the model card": card.place(config.out)}
+    for (name, path), (other, taken) in combinations(places.items(), 2):
+        writable(path)
+        if path.resolve() == taken.resolve():
+            raise UsageError(f"{name} and {other} are both {taken}")
     if config.resume:
         survive.check_state(config)
 

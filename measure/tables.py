@@ -131,6 +131,18 @@ def drift(report: dict) -> str:
     return "\n".join([*grid(rows, "choices kept"), source(report)])
 
 
+def tradeoff(report: dict) -> str:
+    """Selectors and budgets down; for each task score, time of a step, and how dense's compares."""
+    rows, several = {}, len(report["results"]) > 1
+    for task, name, budget, m in measures(report):
+        row = rows.setdefault(name if name == "dense" else f"{name} {percent(budget)}", {})
+        of = f"{task}, " * several
+        row |= {task: cell(m), f"{of}ms a step": f"{m['ms']:.1f}"}
+        if dense := report["results"][task].get("dense"):
+            row[f"{of}x dense"] = f"{dense['1.0']['ms'] / m['ms']:.2f}"
+    return "\n".join([*grid(rows, "selector"), source(report)])
+
+
 def timed(report: dict) -> str:
     rate = f"{report['copy_bytes_per_s'] / 1e9:.1f} GB/s copied"
     suite = speed_offload if report["config"]["suite"] == "offload" else speed
@@ -197,7 +209,8 @@ TABLES = {"train": training, "train_default": training, "ablations": ablations,
           "perplexity": perplexity, "recall": recall, "length": length,
           "length_25": length, "length_default": length, "drift": drift, "drift_coreference": drift,
           "ruler": tasks, "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks}
-TIMED = {"compare": compare, "attention": timed, "speed": timed, "offload": timed}
+TIMED = {"compare": compare, "attention": timed, "speed": timed, "offload": timed,
+         "tradeoff": tradeoff}
 
 
 def result(name: str) -> dict:

@@ -9,6 +9,7 @@
                 of the oracle's by the form of importance keys and the length of training texts
     training    loss of every step
     offload     milliseconds of a step with keys and values in a file
+    tradeoff    a task's score against milliseconds of a step, a point for each selector and budget
 
 Grey text and middling colours on nothing: readable on light and dark pages. A selector has one
 colour everywhere. An SVG says in its metadata of which numbers it was drawn (`digest`).
@@ -43,6 +44,11 @@ class Line:
     low: Sequence = ()
     high: Sequence = ()
     look: str = "line"  # with markers; or plain, faint, points, bar
+
+
+@dataclass
+class Noted(Line):
+    notes: Sequence = ()  # beside the points
 
 
 @dataclass
@@ -174,13 +180,35 @@ def offload(reports: dict) -> list[Panel]:
     return panels
 
 
+def tradeoff(reports: dict) -> list[Panel]:
+    """A panel for each processor and task; a selector's points in the order of its budgets, the
+    first and the last of which are told."""
+    panels = []
+    for name, report in reports.items():
+        for task, table in report["results"].items():
+            lines = []
+            for selector, by in table.items():
+                by = dict(sorted(by.items(), key=lambda entry: float(entry[0])))
+                notes = [f"{float(b):.0%}" if float(b) <= 1 else b for b in by]
+                notes[1:-1] = [""] * len(notes[1:-1])
+                ends = ([m[end] for m in by.values()] for end in ("ms", "mean", "low", "high"))
+                lines.append(Noted(selector, *ends, notes=notes * (selector != "dense")))
+            ms = [x for line in lines for x in line.x]
+            scale = [a * 10**b for b in range(-2, 5) for a in (1, 2, 5)]
+            ticks = [t for t in scale if min(ms) / 2 < t < max(ms) * 2]
+            panels.append(Panel(f"{task.replace('@', ', tokens: ')}, {name.split('_')[-1]}",
+                                "ms a step", "score", lines, ticks, beside=True))
+    return panels
+
+
 FIGURES = {"accuracy": (accuracy, "budgets"),
            "speed": (speed, "attention_smollm2-135m_avx512-bf16", "speed_avx2",
                      "speed_avx512-bf16"),
            "recall": (recall, "recall"), "length": (length, "length", "ablations",
                                                             "length_default"),
            "training": (training, "train"),
-           "offload": (offload, "offload*")}  # a figure: its function, and the files it is of
+           "offload": (offload, "offload*"),
+           "tradeoff": (tradeoff, "tradeoff_*")}  # a figure: its function, and the files it is of
 
 
 def panels(name: str) -> list[Panel]:
@@ -231,7 +259,12 @@ def paint(axis, panel: Panel) -> None:
                   "faint": {"alpha": 0.6, "linewidth": 0.6}, "plain": {},
                   "points": {"marker": "D", "markersize": 6, "linestyle": ""}}[line.look]
         axis.plot(line.x, line.y, zorder=3 if main else 2, **style)
-        if line.low:
+        if isinstance(line, Noted):  # points in no order of x, so a bar for each and no band
+            axis.vlines(line.x, line.low, line.high, color=colour, alpha=0.4)
+            for x, y, note in zip(line.x, line.y, line.notes, strict=False):
+                axis.annotate(note, (x, y), (4, (4, -11)[number % 2]), color=colour, fontsize=8,
+                              textcoords="offset points")
+        elif line.low:
             axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
     if panel.ticks:
         axis.set_xscale("log")

@@ -14,6 +14,7 @@ import json
 import random
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -46,6 +47,22 @@ def task_documents(task, context, n, seeds, count, referents=1) -> list[Document
             rng = random.Random(f"{task} {seed}")
             documents += [ruler.TASKS[task](rng, context or 1024, count) for _ in range(n)]
     return documents
+
+
+def at_contexts(llama, tok, tasks, contexts, n: int, seed: int) -> dict:
+    """-> {task@context: documents}, co-reference at its default length alone; all of them fit."""
+    found = {}
+    for task, context in product(tasks, contexts):
+        name, length = f"{task}@{context}", int(context)
+        if task == "coreference":
+            name, length = task, None
+        if name not in found:
+            try:
+                found[name] = task_documents(task, length, n, [seed], tok.count)
+            except ValueError as e:  # too few tokens
+                raise UsageError(str(e)) from None
+    fits(llama, found, tok.count)
+    return found
 
 
 def check_budgets(budgets) -> None:

@@ -6,20 +6,23 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, randomise
+from conftest import ROOT, assert_close, randomise
 from test_scripts import script
 from test_speed import TINY
 
 import bench
-from baselines import NAMES, make_selector
+from baselines import BASELINES, NAMES, make_selector
 from butler import Butler, ButlerConfig, load_for
 from common.cli import processor
+from measure import tradeoff
 from measure.probe import Probe, mean
 from model import Llama
+from tasks.coreference import coreference_documents
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,57 @@ def test_drift_suite(main):
         assert list(rows) == ["dense", "butler, drift 0", "butler, drift 0.2", "butler, drift 2"]
         steps = report["steps between choices"][name]
         assert 1 < steps["butler, drift 0.2, 0.2"] < steps["butler, drift 2, 0.2"] <= 16
+
+
+def test_tradeoff_suite_has_the_scores_of_synth_task_and_a_time_for_each(main):
+    flags = ("--task", "coreference", "--n", "1", "--selectors", "dense,oracle,butler,h2o,recency",
+             "--budgets", "0.3,64")
+    table = main("bench.py", "--suite", "tradeoff", *flags)["results"]["coreference"]
+    scores = main("synth_task.py", *flags)["results"]["coreference"]
+    assert {name: list(by) for name, by in table.items()} == {
+        name: list(by) for name, by in scores.items()}
+    for name, by in table.items():
+        for budget, m in by.items():
+            assert 0 < m.pop("ms") < 1e5 and m == scores[name][budget]
+    assert table["dense"]["1.0"]["mean"] == 1 > table["h2o"]["64"]["mean"]
+
+
+def test_a_step_that_is_timed_again_and_again_is_the_first_one(tok, monkeypatch):
+    """Behind the document's own context, whoever has written into the cache before."""
+    llama = randomise(Llama(replace(TINY, vocab_size=tok.vocab_size)))
+    butler = Butler(ButlerConfig.for_model(llama, stride=1)).eval()
+    document, seen = coreference_documents("test", 1, seed=0, words=90)[0], {}
+
+    def stepper(llama, cache, selector=None):
+        def step(token):
+            seen.setdefault((selector, cache), []).append(llama.decode(token, cache, selector))
+        return step
+
+    monkeypatch.setattr(tradeoff, "stepper", stepper)
+    makers = [(name, "0.3", [partial(make_selector, name, 0.3, butler)]) for name in NAMES]
+    ms = tradeoff.milliseconds(llama, tok, document, makers, 2)
+    assert list(ms) == [(name, "0.3") for name in NAMES] and min(ms.values()) > 0
+    prompt, question = (torch.tensor([tok.encode(text)])
+                        for text in (document.context, document.question))
+    for (selector, cache), logits in seen.items():
+        name = next((n for n, kind in BASELINES.items() if type(selector) is kind), "butler")
+        fresh = make_selector(name, 0.3, butler) if selector else None
+        alone = llama.new_cache(1, prompt.shape[1] + 1, cache.k[0].dtype)
+        llama.prefill(prompt, alone, fresh and fresh.watch)
+        expected = llama.decode(question[:, :1], alone, fresh)
+        assert len(logits) == 4  # plain, warm-up, two rounds
+        for step in logits[:1] if name == "random" else logits:
+            atol = 1e-4 if cache.k[0].dtype == torch.float32 else 0.05
+            assert_close(f"{name}, {cache.k[0].dtype}", step, expected, atol)
+    assert len(seen) == 1 + len(NAMES)  # dense in two formats
+
+
+def test_tradeoff_looks_at_one_task_and_length_unless_told_otherwise():
+    assert bench.Config(suite="tradeoff").task == ("needle_prose",)
+    assert bench.Config(suite="tradeoff").contexts == ("4096",)
+    assert bench.Config(suite="tradeoff", contexts=("512",)).contexts == ("512",)
+    assert bench.Config(suite="drift").task == ("coreference", "needle_prose", "copy")
+    assert bench.Config(suite="speed").contexts == ("512", "2048", "8000")
 
 
 @pytest.mark.parametrize("suite, selectors", [

@@ -13,6 +13,9 @@ sys.path.append(str(RESULTS))
 
 import draw  # noqa: E402
 
+from baselines import NAMES  # noqa: E402
+from measure import tables  # noqa: E402
+
 DRAWN = [name for name in draw.FIGURES if draw.panels(name)]
 
 
@@ -61,3 +64,31 @@ def test_every_selector_measured_is_in_the_figure():
         for m in by.values():
             point = (m["mean"], m["low"], m["high"])
             assert point in zip(shown[name].y, shown[name].low, shown[name].high, strict=True)
+
+
+def test_tradeoff_is_drawn_with_a_point_for_each_selector_and_budget(tmp_path):
+    def m(mean, ms):
+        return {"mean": mean, "low": mean - 0.1, "high": mean, "n": 20, "ms": ms}
+
+    table = {name: {"0.25": m(0.9, 30.0 + i), "32": m(0.2, 20.0), "0.02": m(0.5, 25.0 + 9 * i)}
+             for i, name in enumerate(NAMES[1:])} | {"dense": {"1.0": m(1.0, 40.0)}}
+    report = {"results": {"needle_prose@4096": table, "copy@4096": table}, "hardware": "",
+              "commit": "", "command": "python bench.py"}
+    panels = draw.tradeoff({"tradeoff_avx2": report})
+    assert [panel.title.split(",")[0] for panel in panels] == ["needle_prose", "copy"]
+    for panel in panels:
+        assert {line.label for line in panel.lines} == set(NAMES) <= set(draw.COLOURS)
+        for line in panel.lines:
+            points = set(zip(line.x, line.y, line.low, line.high, strict=True))
+            assert points == {(m["ms"], m["mean"], m["low"], m["high"])
+                              for m in table[line.label].values()}
+            assert list(line.notes) == ([] if line.label == "dense" else ["2%", "", "32"])
+            assert min(panel.ticks) <= min(line.x) or len(panel.ticks) > 1
+    pytest.importorskip("matplotlib")
+    draw.draw(panels, tmp_path / "a.svg")
+    shown = words(tmp_path / "a.svg")
+    assert all(word in shown for word in (*NAMES, "2%", "32", "score", "ms a step"))
+    text = tables.table("tradeoff_avx2", report)
+    assert "needle_prose@4096, x dense" in text and text.count("0.90 [0.80, 0.90]") == 16
+    (line,) = [line for line in text.splitlines() if line.startswith("butler 32 tokens")]
+    assert line.split().count("20.0") == line.split().count("2.00") == 2

@@ -31,8 +31,8 @@ def script(*arguments, timeout=300, cwd=ROOT):
 MODULES = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))
            if path.parent.name not in ("tests", "results") and path.name != "__init__.py"
            and not path.parent.name.startswith(".")]
-SCRIPTS = ["train.py", "sample.py", "synth_task.py", "bench.py", "results/compare.py",
-           "results/make.py", "results/render.py"]
+SCRIPTS = ["train.py", "sample.py", "synth_task.py", "bench.py", "beyond/share.py",
+           "results/compare.py", "results/make.py", "results/render.py"]
 WRONG = """
 train.py --stepz 3
 train.py --steps many
@@ -118,6 +118,9 @@ bench.py --selectors snapkv
 bench.py --selectors magic
 bench.py --suite drift --selectors h2o
 bench.py --suite drift --task magic
+bench.py --suite tradeoff --task magic
+bench.py --suite tradeoff --shape llama-3.2-1b
+bench.py --suite tradeoff --selectors dense,magic
 bench.py --text /nowhere/at/all.txt
 bench.py --text /dev/zero
 bench.py --budgets 0
@@ -138,6 +141,13 @@ bench.py --model /nowhere/at/all
 bench.py --device abacus
 bench.py --suite offload --memory 2
 bench.py --suite offload --offload-dir /nowhere
+beyond/share.py --butler /nowhere/at/all
+beyond/share.py --butler README.md
+beyond/share.py --butler checkpoints/smollm2-135m-instruct.safetensors
+beyond/share.py --report /nowhere/at/all
+beyond/share.py --report results/ruler.json
+beyond/share.py --to nowhere
+beyond/share.py --to out/butler.safetensors
 results/compare.py --contexts 8192
 results/compare.py --contexts 512,a
 results/compare.py --budget 0

@@ -326,8 +326,9 @@ WRONG = [
     ("--size", "2000000"), ("--hidden", "0"), ("--documents", "0"), ("--save-every", "-1"),
     ("--seed", "-1"), ("--device", "abacus"), ("--device", "meta"), ("--out", "tests"),
     ("--out", ""), ("--out", "/dev/null"), ("--out", "/proc/nowhere/b.safetensors"),
-    ("--out", "/proc/b.safetensors"), ("--out", "b.json"), ("--out", "README.md/b.safetensors"),
-    ("--out", "a" * 300), ("--report", "/dev/null"), ("--report", "tests"),
+    ("--out", "/proc/b.safetensors"), ("--out", "b.json"), ("--out", "b.md"),
+    ("--out", "README.md/b.safetensors"), ("--out", "a" * 300), ("--report", "/dev/null"),
+    ("--report", "tests"),
     ("--data", "/nowhere/at/all.txt"), ("--data", "/dev/zero"), ("--data", "LICENSE", "nowhere"),
     ("--data", "requirements.txt"), ("--data", ""),
 ]
@@ -335,7 +336,8 @@ WRONG = [
 
 def test_a_report_in_the_place_of_another_file_is_told_which(tmp_path):
     out = tmp_path / "b.safetensors"
-    for report, taken in (out, "--out"), (survive.state_path(train.Config(out=str(out))), "state"):
+    for report, taken in ((out, "--out"), (tmp_path / "b.md", "the model card"),
+                          (survive.state_path(train.Config(out=str(out))), "the state")):
         with pytest.raises(UsageError, match=f"--report and .*{taken}"):
             train.check(train.Config(out=str(out), report=str(report)))
 
@@ -385,7 +387,7 @@ def test_a_short_context_gets_short_questions_or_is_refused_before_training(
         tmp_path / "llama", tmp_path / "b.safetensors", "--steps", 1)[1:])))
     if context == 512:
         assert train.main(config)["table"]["dense"]["coreference"]["n"] == 1
-        assert names(tmp_path) == ["b.json", "b.safetensors", "llama"]
+        assert names(tmp_path) == ["b.json", "b.md", "b.safetensors", "llama"]
     else:
         with pytest.raises(UsageError, match="document 1: .* the model's context is 128"):
             train.main(config)
@@ -404,7 +406,7 @@ def whole(folder, tmp_path_factory):
     out, began = tmp_path_factory.mktemp("whole") / "b.safetensors", time.perf_counter()
     done = script(*command(folder, out))
     assert done.returncode == 0, done.stderr
-    assert names(out.parent) == ["b.json", "b.safetensors"]
+    assert names(out.parent) == ["b.json", "b.md", "b.safetensors"]
     return load_file(out), time.perf_counter() - began
 
 
@@ -506,7 +508,7 @@ def test_killed_at_20_moments_and_resumed_the_weights_are_those_of_an_uninterrup
         if resumed.returncode:  # killed when all was written
             assert "nothing to resume" in resumed.stderr, resumed.stderr
         assert_equal(load_file(out), expected)
-        assert names(out.parent) == ["b.json", "b.safetensors"]
+        assert names(out.parent) == ["b.json", "b.md", "b.safetensors"]
 
 
 # ---------------------------------------------------------------------------- several processes
@@ -581,7 +583,7 @@ def test_torchrun_trains_as_one_process_does(folder, whole, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["processes"] == 2 and done.stdout.count("saved ") == 1
-    assert names(tmp_path) == ["b.json", "b.safetensors"]
+    assert names(tmp_path) == ["b.json", "b.md", "b.safetensors"]
     for name, weight in load_file(out).items():
         assert_close(name, weight, whole[0][name], 1e-2)
 

@@ -64,8 +64,8 @@ class Config:
                          "turn before the choice is made anew, 1 - cosine", numbers(0, 2, float))
     shape: str = flag(None, "attention, speed, offload: random weights in the shape of "
                             f"{', '.join(speed.SHAPES)} or a config.json")
-    contexts: tuple = flag((), "tokens of all suites but the first two and generation (default: "
-                               "512,2048,8000; tradeoff: 4096)", numbers(1, 2**20))
+    contexts: tuple = flag((), "length, drift, tradeoff (RULER-style), attention, speed, offload: "
+                           "tokens (default: 512,2048,8000; tradeoff: 4096)", numbers(1, 2**20))
     batch: tuple = flag(("1",), "attention, speed: sequences", numbers(1, 2**16))
     memory: float = flag(0.0, "offload: share of the keys and values that may be in memory, page "
                               "cache included; 0: no limit", most=1)

@@ -26,7 +26,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -58,7 +57,7 @@ class Config:
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     data: list = flag([], "text files or folders to train on (default: this Python's own text)")
-    out: str = flag("out/butler.safetensors", "where the butler goes")
+    out: str = flag("out/butler.safetensors", "where the butler goes, its model card beside it")
     report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
     steps: int = flag(320, "optimiser steps", least=1)
     batch: int = flag(2, "texts per step, of all processes together", least=1)
@@ -360,12 +359,13 @@ def check(config) -> None:
     if survive.rank():
         return
     writable(config.out)
-    places = {"--report": report_path(config), "--out": Path(config.out),
-              "the state": survive.state_path(config), "the model card": card.place(config.out)}
-    for (name, path), (other, taken) in combinations(places.items(), 2):
+    taken, places = {}, {"--report": report_path(config), "--out": Path(config.out),
+                         "the state": survive.state_path(config),
+                         "the model card": card.free(config.out)}
+    for name, path in places.items():
         writable(path)
-        if path.resolve() == taken.resolve():
-            raise UsageError(f"{name} and {other} are both {taken}")
+        if (other := taken.setdefault(path.resolve(), name)) != name:
+            raise UsageError(f"{other} and {name} are both {path}")
     if config.resume:
         survive.check_state(config)
 

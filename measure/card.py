@@ -12,7 +12,8 @@ import json
 import shlex
 from pathlib import Path
 
-from common.files import replacing
+from common.errors import UsageError
+from common.files import read_text, replacing
 from loading.fetch import DEFAULT
 from measure import tables
 
@@ -30,7 +31,16 @@ def place(out) -> Path:
     return Path(out).with_suffix(".md")
 
 
+def free(out) -> Path:
+    """The same, where a card may be written: raises UsageError if that is somebody's own text."""
+    path = place(out)
+    if path.is_file() and not read_text(path, errors="replace").startswith("---\n"):
+        raise UsageError(f"{path} is no model card, and that of {out} would take its place")
+    return path
+
+
 def card(report: dict) -> str:
+    """Markdown that says what the butler is for, how it came about and what it is worth."""
     c = report["config"]
     local = c["model"] is not None and Path(c["model"]).exists()
     base = Path(c["model"]).resolve().name if local else c["model"] or DEFAULT["name"]

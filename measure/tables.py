@@ -132,15 +132,16 @@ def drift(report: dict) -> str:
 
 
 def tradeoff(report: dict) -> str:
-    """Selectors and budgets down; for each task score, time of a step, and how dense's compares."""
-    rows, several = {}, len(report["results"]) > 1
+    """A table for each task: score, time of a step, and how that compares with dense's."""
+    tables = {}
     for task, name, budget, m in measures(report):
-        row = rows.setdefault(name if name == "dense" else f"{name} {percent(budget)}", {})
-        of = f"{task}, " * several
-        row |= {task: cell(m), f"{of}ms a step": f"{m['ms']:.1f}"}
+        row = {"score": cell(m), "ms a step": f"{m['ms']:.1f}"}
         if dense := report["results"][task].get("dense"):
-            row[f"{of}x dense"] = f"{dense['1.0']['ms'] / m['ms']:.2f}"
-    return "\n".join([*grid(rows, "selector"), source(report)])
+            row["x dense"] = f"{dense['1.0']['ms'] / m['ms']:.2f}"
+        label = name if name == "dense" else f"{name} {percent(budget)}"
+        tables.setdefault(task, {})[label] = row
+    parts = ["\n".join(grid(rows, task)) for task, rows in tables.items()]
+    return "\n".join(["\n\n".join(parts), source(report)])
 
 
 def timed(report: dict) -> str:

@@ -19,10 +19,12 @@ import bench
 from baselines import BASELINES, NAMES, make_selector
 from butler import Butler, ButlerConfig, load_for
 from common.cli import processor
+from common.errors import UsageError
 from measure import tradeoff
 from measure.probe import Probe, mean
 from model import Llama
 from tasks.coreference import coreference_documents
+from tasks.evaluation import at_contexts
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,14 @@ def test_a_step_that_is_timed_again_and_again_is_the_first_one(tok, monkeypatch)
             atol = 1e-4 if cache.k[0].dtype == torch.float32 else 0.05
             assert_close(f"{name}, {cache.k[0].dtype}", step, expected, atol)
     assert len(seen) == 1 + len(NAMES)  # dense in two formats
+
+
+def test_a_context_too_short_for_a_task_is_told(llama, tok):
+    documents = at_contexts(llama, tok, ("coreference", "copy"), ("400", "500"), 2, 0)
+    assert {name: len(d) for name, d in documents.items()} == {
+        "coreference": 2, "copy@400": 2, "copy@500": 2}
+    with pytest.raises(UsageError, match="20 tokens are too few"):
+        at_contexts(llama, tok, ("copy",), ("20",), 1, 0)
 
 
 def test_tradeoff_looks_at_one_task_and_length_unless_told_otherwise():

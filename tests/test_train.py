@@ -342,6 +342,18 @@ def test_a_report_in_the_place_of_another_file_is_told_which(tmp_path):
             train.check(train.Config(out=str(out), report=str(report)))
 
 
+def test_a_card_takes_the_place_of_a_card_alone(tmp_path):
+    config = train.Config(out=str(tmp_path / "notes.safetensors"))
+    (tmp_path / "notes.md").write_text("---\ntags:\n- an older card\n---\n")
+    train.check(config)
+    (tmp_path / "notes.md").write_text("my notes")
+    with pytest.raises(UsageError, match="notes.md is no model card"):
+        train.check(config)
+    (tmp_path / "b.md").mkdir()
+    with pytest.raises(UsageError, match="cannot write .*b.md"):
+        train.check(train.Config(out=str(tmp_path / "b.safetensors")))
+
+
 @pytest.mark.parametrize("arguments", WRONG, ids=lambda a: " ".join(a)[:40])
 def test_what_is_wrong_is_said_before_a_model_is_read(tmp_path, monkeypatch, capsys, arguments):
     """The model is not there either, which would be said later."""

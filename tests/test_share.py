@@ -146,13 +146,15 @@ def test_a_butler_goes_to_the_hub_and_comes_back_by_its_id(trained, hub, tmp_pat
     assert first == "True" and "cannot fetch org/none from the Hub: " in no_such
 
 
-def test_what_cannot_be_sent_is_said_in_one_line(trained, hub):
-    for environment in {"HF_TOKEN": "hf_wrong"}, {"HF_HUB_OFFLINE": "1"}:
-        done = python("-m", "beyond.share", "--butler", trained, "--to", "org/name", **environment)
-        assert done.returncode == 2 and len(done.stdout.splitlines()) == 3  # what it would send
-        (line,) = done.stderr.splitlines()
-        assert f"error: cannot send {trained} to org/name: " in line
-    assert not hub.store
+def test_what_cannot_be_sent_is_said_in_one_line(trained, hub, monkeypatch):
+    wrong = python("-m", "beyond.share", "--butler", trained, "--to", "org/name", HF_TOKEN="hf_no")
+    assert wrong.returncode == 2 and len(wrong.stdout.splitlines()) == 3  # what it would send
+    (line,) = wrong.stderr.splitlines()
+    assert f"error: cannot send {trained} to org/name: " in line and not hub.store
+    assert line.endswith("Invalid username or password.")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="cannot send .* offline mode is enabled"):
+        share.main(share.Config(butler=str(trained), to="org/name"))
 
 
 def test_a_lost_network_is_a_line_too(hub):

@@ -51,6 +51,7 @@ def card(report: dict) -> str:
     model = f" --model {shlex.quote(c['model'])}" if c["model"] else ""
     use = USE.format(model=model, out=shlex.quote(c["out"]))
     longer = f", every {c['long_every']}th of up to {c['long']:,}, no more than the model holds"
+    longer += f", spread over {c['span']:,} positions" * bool(c.get("span"))
     return "\n".join([
         "---", named, "base_model_relation: adapter",
         "tags:", *(f"- {tag}" for tag in ("tokenbutler", "sparse-attention", "kv-cache")),

@@ -13,10 +13,9 @@ given, over these, which is where training seeds differ.
 
     python synth_task.py --selectors dense,oracle,butler,h2o --budgets 0.1,0.5
     python synth_task.py --task needle_noise,copy --context 1024,2048 --n 20
-    python synth_task.py --data questions.jsonl        {"context", "question", "answer"} per line
+    python synth_task.py --data questions.jsonl        your own, LongBench's or RULER's lines
 """
 
-import json
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -25,13 +24,13 @@ from beyond.offload import STORES, cache_kind
 from butler import SHIPPED, Butler, fingerprint, load_for
 from common.cli import DEVICE, flag, known, names, numbers, provenance, run
 from common.errors import UsageError
-from common.files import read_text, writable
+from common.files import writable
 from loading import tokenizer
 from loading.fetch import butler_file, digest, resolve
-from measure.intervals import accuracy, bootstrap, of_oracle
+from measure.intervals import above_dense, accuracy, bootstrap, each, of_oracle
 from model import Llama, check_device, fast_dtype
-from tasks.document import Document
 from tasks.evaluation import TASKS, Scores, check_budgets, evaluate, fits, task_documents
+from tasks.longbench import cut, read_data
 
 
 @dataclass
@@ -42,7 +41,8 @@ class Config:
     butler: tuple = flag((), "files or Hub ids, comma-separated: their seeds are resampled "
                              "(default: the shipped one)", names)
     task: tuple = flag(("coreference",), f"comma-separated, of {', '.join(TASKS)}", names)
-    data: str = flag(None, "instead of a task: JSONL file of context, question, answer")
+    data: str = flag(None, "instead of a task: JSONL file of context, question, answer, or of "
+                           "LongBench or RULER")
     selectors: tuple = flag(NAMES, f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
     drift: float = flag(0.0, "a butler's choice is kept until its query has turned by more than "
@@ -61,44 +61,10 @@ class Config:
     device: str = flag(DEVICE, "cpu or cuda")
 
 
-# ---------------------------------------------------------------------------- documents
-
-
-def read_data(path) -> list[Document]:
-    """Lines {"context", "question", "answer"}, the answer one accepted string or a list of them.
-    Raises UsageError with file and line for anything else."""
-    documents = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            context, question, answers = (entry[k] for k in ("context", "question", "answer"))
-        except (ValueError, RecursionError) as e:
-            raise UsageError(f"{path}:{number}: not JSON ({e})") from None
-        except (KeyError, TypeError) as e:
-            raise UsageError(f"{path}:{number}: not an object with context, question and answer "
-                             f"({e})") from None
-        answers = [answers] if isinstance(answers, str) else answers
-        if not (isinstance(context, str) and isinstance(question, str) and context and question
-                and isinstance(answers, list) and answers
-                and all(isinstance(a, str) and a.strip() for a in answers)):
-            raise UsageError(f"{path}:{number}: context and question are texts, answer a text or a "
-                             f"list of them, none empty")
-        documents.append(Document(context, question, tuple(a.strip() for a in answers), "any", 64))
-    if not documents:
-        raise UsageError(f"{path}: no lines")
-    return documents
-
-
-# ---------------------------------------------------------------------------- the script
-
-
 def main(config: Config) -> dict:
     tasks = check(config)
     path = resolve(config.model)
     tok = tokenizer.load(path)
-
     try:
         tasks = {name: make(count=tok.count) for name, make in tasks.items()}
     except ValueError as e:  # a dial out of range
@@ -108,41 +74,65 @@ def main(config: Config) -> dict:
     butlers, dtype = [], str(llama.embed_tokens.weight.dtype)
     if "butler" in config.selectors:
         butlers = [load_for(llama, p) for p in config.butler or (SHIPPED,)]
+    tasks = {name: [cut(tok, d, llama.config.context) for d in documents]
+             for name, documents in tasks.items()}
     fits(llama, tasks, tok.count)
-    identity = {k: v for k, v in asdict(config).items() if k != "out"}
-    identity |= {k: v for k, v in provenance().items() if k != "command"}
-    identity |= {"weights": str(path), "fingerprint": fingerprint(llama), "dtype": dtype}
-    files = [f for f in (*config.butler, SHIPPED, config.data) if f]
-    identity["files"] = [digest(butler_file(f)) for f in files]
-    scores = Scores(config.out, identity)
+    weights = {"weights": str(path), "fingerprint": fingerprint(llama), "dtype": dtype}
+    scores = Scores(config.out, identity(config) | weights)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
-    results, kept, selected = {}, {}, {}
+    results, kept, selected, tables, losses = {}, {}, {}, {}, {}
+    report = {"results": results, "kept of oracle": kept, "selected_tokens": selected,
+              "question": config.question, "dtype": dtype}
+    if config.data:
+        report |= {"loss": {}, "loss above dense": {}}
+
+    def tell(name, *tasks):
+        """The scores of a task, or the means of several, and the losses of their references."""
+        results[name] = each(accuracy, *(tables[task] for task in tasks))
+        show(name, results[name], "{mean:.3f}  [{low:.3f}, {high:.3f}]  n = {n}")
+        if config.data:
+            loss = [losses[task] for task in tasks]
+            report["loss"][name] = each(bootstrap, *loss)
+            report["loss above dense"][name] = each(bootstrap, *map(above_dense, loss))
+            show(name, report["loss"][name], "loss {mean:.4f}  [{low:.4f}, {high:.4f}]")
+            show(name, report["loss above dense"][name],
+                 "loss {mean:+.4f} above dense  [{low:+.4f}, {high:+.4f}]")
+
     for name, documents in tasks.items():
-        shares = {}
-        table = evaluate(llama, tok, documents, config.selectors, config.budgets, butlers,
-                         config.question, config.batch, scores, name, kind, shares,
-                         drift=config.drift)
-        results[name] = {s: {b: accuracy(runs) for b, runs in by.items()}
-                         for s, by in table.items()}
+        shares, losses[name] = {}, {}
+        tables[name] = evaluate(llama, tok, documents, config.selectors, config.budgets, butlers,
+                                config.question, config.batch, scores, name, kind, shares,
+                                losses[name] if config.data else None, drift=config.drift)
+        tell(name, name)
         kept[name] = {s: {b: bootstrap(of_oracle(runs, *shares["oracle"][b]))
                           for b, runs in by.items()}
                       for s, by in shares.items()
                       if "oracle" in shares and s not in ("dense", "oracle")}
+        show(name, kept[name], "keeps {mean:.1%} of the oracle's attention  "
+                               "[{low:.1%}, {high:.1%}]")
         selected[name] = sum(tok.count(d.question if config.question == "sparse" else "")
                              + (d.new_tokens or tok.count(d.answer)) for d in documents)
         selected[name] /= len(documents)
-        for selector, by in results[name].items():
-            for budget, m in by.items():
-                print(f"{name:18s} {selector:8s} {budget:>5s}  {m['mean']:.3f}  "
-                      f"[{m['low']:.3f}, {m['high']:.3f}]  n = {m['n']}")
-        for selector, by in kept[name].items():
-            for budget, m in by.items():
-                print(f"{name:18s} {selector:8s} {budget:>5s}  keeps {m['mean']:.1%} of the "
-                      f"oracle's attention  [{m['low']:.1%}, {m['high']:.1%}]")
-        print(f"{name:18s} up to {selected[name]:.0f} tokens went through the selection",
-              flush=True)
-    return {"results": results, "kept of oracle": kept, "selected_tokens": selected,
-            "dtype": dtype} | provenance()
+        print(f"{name:20s} up to {selected[name]:.0f} tokens went through the selection "
+              f"(--question {config.question})", flush=True)
+    if config.data and len(tasks) > 1:
+        tell("mean", *tasks)
+    return report | provenance()
+
+
+def identity(config) -> dict:
+    """What single scores belong to, beside the weights."""
+    settings = {k: v for k, v in asdict(config).items() if k != "out"}
+    settings |= {k: v for k, v in provenance().items() if k != "command"}
+    files = [digest(butler_file(f)) for f in (*config.butler, SHIPPED, config.data) if f]
+    return settings | {"files": files}
+
+
+def show(task: str, table: dict, form: str) -> None:
+    """A line for each selector and budget."""
+    for selector, by in table.items():
+        for budget, m in by.items():
+            print(f"{task:20s} {selector:8s} {budget:>5s}  {form.format(**m)}")
 
 
 def check(config: Config) -> dict:
@@ -162,8 +152,8 @@ def check(config: Config) -> dict:
     if config.data is not None:
         if config.context:
             raise UsageError("--context is the length of a task, --data has its own")
-        documents = read_data(config.data)
-        return {"data": lambda count: documents}
+        return {name: partial(lambda documents, count: documents, documents)
+                for name, documents in read_data(config.data).items()}
     return {task if len(contexts) == 1 else f"{task}@{context}":
             partial(task_documents, task, context, config.n, config.seeds,
                     referents=config.referents)

@@ -7,25 +7,33 @@
 """
 
 from dataclasses import dataclass
+from os.path import commonprefix
+
+from tasks.scores import SCORES
 
 
 @dataclass(frozen=True)
 class Document:
-    """One question about one context: context + question + " " + answer reads as one text."""
+    """One question about one context: context + question + answer reads as one text."""
 
     context: str
-    question: str  # ends in the answer's cue, without a trailing space
-    answers: tuple[str, ...]  # the references, without a leading space
+    question: str  # ends in the answer's cue
+    answers: tuple[str, ...]  # the references
     # exact, token: the first reference is teacher-forced, and all its tokens right count, or their
-    # share; all, any: the share of the references, or whether one, is in the generated text
+    # share; all, any: the share of the references, or whether one, is in the generated text;
+    # others: the best of the references by the score of this name in scores.py
     scoring: str = "exact"
     new_tokens: int = 0  # to generate, where text is
     spans: tuple[tuple[int, int], ...] = ()  # characters of context without which nobody knows
+    classes: tuple[str, ...] = ()  # that the answer is one of, where it is
+    chat: bool = False  # a user's message, for models that have a format for these
+    one_line: bool = False  # only the first line that is generated counts
 
     @property
     def answer(self) -> str:
-        """The first reference with its space, so that it can be tokenized alone."""
-        return " " + self.answers[0]
+        """The first reference, with a space if none parts it from the question."""
+        apart = self.question[-1:].isspace() or self.answers[0][:1].isspace()
+        return self.answers[0] if apart else " " + self.answers[0]
 
     @property
     def text(self) -> str:
@@ -45,8 +53,32 @@ def encode_parts(tok, parts) -> list[list[int]]:
     return pieces
 
 
+def encode(tok, document: Document) -> tuple[list[int], ...]:
+    """-> ids of the context, of the question and of the first reference. Of a message, what the
+    format puts before it belongs to the context, and what it puts behind to the question."""
+    if document.chat and tok.chat_format:
+        told = document.context, document.context + document.question
+        start, whole = (tok.chat([{"role": "user", "content": text}]) for text in told)
+        context = commonprefix([start, whole])
+        return context, whole[len(context) :], tok.encode(document.answers[0])
+    context, *rest = encode_parts(tok, (document.context, document.question, document.answer))
+    return [tok.bos_id] * tok.add_bos + context, *rest
+
+
+def finished(document: Document, text: str) -> bool:
+    """Can more text no longer change the score?"""
+    if document.scoring in SCORES:
+        return document.one_line and "\n" in text.lstrip("\n")
+    return found(document, text) == 1
+
+
 def found(document: Document, text: str) -> float:
-    """Scoring by substring, case apart, as RULER does: share of the references, or any of them."""
+    """By substring, case apart, as RULER does: share of the references, or any of them. Or by one
+    of SCORES."""
+    if document.scoring in SCORES:
+        text = text.lstrip("\n").split("\n")[0] if document.one_line else text
+        score = SCORES[document.scoring]
+        return max(score(text, reference, document.classes) for reference in document.answers)
     hits = [reference.lower() in text.lower() for reference in document.answers]
     return float(any(hits)) if document.scoring == "any" else sum(hits) / len(hits)
 

@@ -5,7 +5,8 @@
 
 Where an answer is forced upon the model, its tokens and the question's go through in one block,
 each under its own selection: the same as token by token, but for the time it takes. Otherwise the
-model writes, greedily. Single scores can be kept in a file, from which a run goes on.
+model writes, greedily. The loss of the first reference can be had of both. Single scores can be
+kept in a file, from which a run goes on.
 
     python -m tasks.evaluation        what a tiny random model answers
 """
@@ -18,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -29,7 +31,7 @@ from model import Cache
 from selection import Selector
 from tasks import ruler
 from tasks.coreference import coreference_documents
-from tasks.document import Document, encode_parts, found
+from tasks.document import Document, encode, finished, found
 
 TASKS = ("coreference", *ruler.TASKS)
 EVICTING = {name: rival for name, rival in BASELINES.items() if issubclass(rival, Evicting)}
@@ -119,9 +121,9 @@ class Scores:
             raise UsageError(f"{path} is of a run with other settings, or no file of scores")
         try:
             self.known = dict(map(json.loads, whole.splitlines()[1:]))
-            if not all(type(k) is str and type(s) in (int, float) and 0 <= s <= 1
-                       for k, s in self.known.items()):
-                raise ValueError("a line is no name with a score from 0 to 1")
+            if not all(type(k) is str and type(s) in (int, float)
+                       and 0 <= s <= (1e6 if " loss " in k else 1) for k, s in self.known.items()):
+                raise ValueError("a line is no name with a score from 0 to 1, or a loss")
             self.file = path.open("a")
             self.file.truncate(len(whole.encode()))
         except (OSError, ValueError, TypeError, RecursionError) as e:
@@ -137,12 +139,13 @@ class Scores:
 
 
 def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sparse", batch=4,
-             scores=None, task="", kind=Cache, kept=None, **rules) -> dict:
+             scores=None, task="", kind=Cache, kept=None, losses=None, **rules) -> dict:
     """-> {selector: {budget: [[score of each document] of each butler]}}; one list if not butler.
 
     Budgets are given as text and come back as keys; dense stands under "1.0". `rules` (drift) hold
     for the butler. `scores` may know some already. `kind` says where keys and values live. If
-    answers are forced `kept`, a dictionary, gets the attention kept in the same form.
+    answers are forced `kept`, a dictionary, gets the attention kept in the same form; `losses`, a
+    dictionary, gets the losses of the first references.
     """
     scores = scores or Scores()
     makers = {}
@@ -165,6 +168,9 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
     for group in tqdm(groups, desc=task or "answering", unit="batch", file=sys.stderr):
         prompts = Prompts(llama, tok, [documents[d] for d in group], question, evicting, kind)
         for key in dict.fromkeys(key for d in group for key in todo[d]):
+            if losses is not None:  # before its score, by which a run that goes on looks
+                for d, loss in zip(group, prompts.loss(makers[key]()), strict=True):
+                    scores.add(entry(d, ("loss", *key)), loss)
             given = prompts.answer(makers[key](), kept is not None)
             for d, score in zip(group, given, strict=True):
                 scores.add(entry(d, key), score)
@@ -180,6 +186,8 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
 
     if kept is not None and not documents[0].new_tokens:
         kept.update(table("kept"))
+    if losses is not None:
+        losses.update(table("loss"))
     return table()
 
 
@@ -189,25 +197,26 @@ class Prompts:
     `evicting` kinds of selectors watch as the contexts are read, once for all budgets.
     """
 
+    CHUNK = 256  # tokens of a question or of an answer whose loss is computed, at a time
+
     def __init__(self, llama, tok, documents, question: str, evicting=(), kind=Cache):
         self.llama, self.tok, self.documents = llama, tok, documents
         self.new = documents[0].new_tokens  # 0: answers are forced
-        contexts, blocks, self.answers = [], [], []
+        contexts, self.asked, self.answers = [], [], []
         for d in documents:
-            parts = d.context, d.question, "" if self.new else d.answer
-            context, asked, answer = encode_parts(tok, parts)
-            context = [tok.bos_id] * tok.add_bos + context
+            context, asked, answer = encode(tok, d)
             if question == "prefill":
                 context, asked = context + asked[:-1], asked[-1:]
             contexts.append(torch.tensor([context], device=llama.device))
-            blocks.append(torch.tensor(asked + answer[:-1], device=llama.device))
-            self.answers.append(answer)
-        self.block = pad_sequence(blocks, batch_first=True)  # [B, longest], zeros behind
-        self.real = torch.tensor([len(block) for block in blocks], device=llama.device)
+            self.asked.append(asked)
+            room = llama.config.context + 1 - len(context) - len(asked)
+            self.answers.append(answer[:room])  # a long reference is forced as far as it fits
+        self.forced = [q + a[:-1] for q, a in zip(self.asked, self.answers, strict=True)]
+        self.block, self.real = self.padded(self.asked if self.new else self.forced)
         self.lengths = torch.tensor([c.shape[1] for c in contexts], device=llama.device)
         self.watchers = {rival: [rival(budget=1.0) for _ in documents] for rival in evicting}
         longest = int(self.lengths.max())
-        room = longest + self.block.shape[1] + self.new
+        room = longest + max(self.block.shape[1] + self.new, *map(len, self.forced))
         self.cache = llama.new_cache(len(contexts), room, kind=kind)
         for row, context in enumerate(contexts):  # each by itself: no padding is computed
             def watch(*seen, row=row):
@@ -220,22 +229,49 @@ class Prompts:
                 mine[row, :, : its.shape[2]] = its[0]
         self.cache.advance(longest, self.lengths)
 
-    @torch.inference_mode()
-    def answer(self, selector, probed=False) -> list[float]:
-        """Scores of all documents, question and answer going through a fresh selector. Of a forced
-        answer, `hits` then lists (step since the context's end, right?) of every token, and if
-        `probed` `kept` the share of the attention kept by its question and answer."""
+    def padded(self, rows, filler=0):
+        """Lists of ids -> [B, longest], filled up behind; their lengths [B]"""
+        block = pad_sequence([torch.tensor(row) for row in rows], True, filler)
+        return block.to(self.llama.device), torch.tensor(list(map(len, rows))).to(block.device)
+
+    def begin(self, selector) -> None:
+        """Back to where the contexts end, with a fresh selector."""
         self.cache.truncate(self.lengths)
         if selector:
             selector.read_ahead = self.cache.read_ahead
         if type(selector) in self.watchers:
             selector.follow(self.watchers[type(selector)])
+
+    @torch.inference_mode()
+    def loss(self, selector) -> list[float]:
+        """Mean loss, in nats a token, of each document's first reference, forced behind its
+        question, both going through a fresh selector."""
+        self.begin(selector)
+        block, real = self.padded(self.forced)
+        ahead = [[-1] * (len(q) - 1) + a for q, a in zip(self.asked, self.answers, strict=True)]
+        ahead, total = self.padded(ahead, -1)[0], 0.0  # what each token of the block predicts
+        for start in range(0, block.shape[1], self.CHUNK):
+            part = block[:, start : start + self.CHUNK]
+            some = (real - start).clamp(0, part.shape[1])
+            even = bool((some == part.shape[1]).all())
+            logits = self.llama(part, self.cache, selector, None if even else some).float()
+            total += F.cross_entropy(logits.transpose(1, 2), ahead[:, start : start + self.CHUNK],
+                                     ignore_index=-1, reduction="none").sum(1)
+        return (total / (ahead >= 0).sum(1)).tolist()
+
+    @torch.inference_mode()
+    def answer(self, selector, probed=False) -> list[float]:
+        """Scores of all documents, question and answer going through a fresh selector. Of a forced
+        answer, `hits` then lists (step since the context's end, right?) of every token, and if
+        `probed` `kept` the share of the attention kept by its question and answer."""
+        self.begin(selector)
         even, self.kept = bool((self.real == self.real[0]).all()), []
-        probe = Probe(selector) if probed and selector and not self.new else None
-        logits = self.llama(self.block, self.cache, probe or selector, None if even else self.real,
-                            last=bool(self.new))
+        real = None if even else self.real
         if self.new:
-            return self.written(logits, selector)
+            return self.written(self.llama.prefill(self.block, self.cache, selector, real,
+                                                   self.CHUNK), selector)
+        probe = Probe(selector) if probed and selector else None
+        logits = self.llama(self.block, self.cache, probe or selector, real)
         if probed:
             share = torch.ones(self.block.shape)
             if probe:
@@ -253,19 +289,20 @@ class Prompts:
 
     def written(self, logits, selector) -> list[float]:
         """Greedy decoding until the end, or until more text could not change any score."""
-        texts = [[] for _ in self.documents]
-        scores, done = [0.0] * len(texts), [False] * len(texts)
+        texts, done = [[] for _ in self.documents], [False] * len(self.documents)
+        silent = self.tok.eos_ids | set(self.tok.special.values())
         for step in range(self.new):
             token = logits[:, -1:].argmax(-1)
             for row, new in enumerate(token[:, 0].tolist()):
                 if not done[row]:
-                    texts[row].append(new)
-                    scores[row] = found(self.documents[row], self.tok.decode(texts[row]))
-                    done[row] = new in self.tok.eos_ids or scores[row] == 1
+                    texts[row] += [new] * (new not in silent)
+                    text = self.tok.decode(texts[row])
+                    done[row] = new in self.tok.eos_ids or finished(self.documents[row], text)
             if all(done) or step == self.new - 1:
                 break
             logits = self.llama.decode(token, self.cache, selector)
-        return scores
+        return [found(document, self.tok.decode(text))
+                for document, text in zip(self.documents, texts, strict=True)]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -34,7 +35,6 @@ os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # survives a fork
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample
-import synth_task
 import train
 from beyond import survive
 from butler import Butler, ButlerConfig, ButlerError
@@ -42,7 +42,7 @@ from common.errors import ModelError, UsageError
 from loading import tokenizer, weights
 from loading.weights import Config
 from model import Llama
-from tasks import corpus, evaluation
+from tasks import corpus, evaluation, longbench
 
 MEMORY, SECONDS = 2 * 2**30, 10
 CLEAR = (ModelError, tokenizer.TokenizerError, ButlerError, UsageError)
@@ -290,7 +290,8 @@ def use_state(path):
 def use_lines(path):
     """Asks a tiny model."""
     llama, tok = asked(path.parent.parent)
-    documents = [replace(d, new_tokens=2) for d in synth_task.read_data(path)]
+    found = longbench.read_data(path).values()
+    documents = [replace(d, new_tokens=2) for d in chain(*found)]
     evaluation.fits(llama, {"data": documents}, lambda text: len(tok.encode(text)))
     with torch.no_grad():
         for question in ("sparse", "prefill"):

@@ -11,10 +11,10 @@ import synth_task
 from baselines import BASELINES, make_selector
 from butler import Butler, ButlerConfig, load_for
 from measure.intervals import accuracy, bootstrap
-from synth_task import read_data
 from tasks.coreference import coreference_documents
 from tasks.document import Document, encode_parts, found
 from tasks.evaluation import Prompts, Scores, evaluate, task_documents
+from tasks.longbench import read_data
 from tasks.ruler import TASKS
 
 

@@ -7,9 +7,13 @@ which evicts has to do so before it is asked. *prefill*: the question is read de
 context, as in most published tables, and only its last token and the answer go through the
 selection.
 
-A score is between 0 and 1, see tasks/document.py; how it comes about, tasks/evaluation.py.
-Accuracies come with a 95 % interval: a bootstrap over documents and, where several butlers are
-given, over these, which is where training seeds differ.
+A score is between 0 and 1, see tasks/document.py; how it comes about, tasks/evaluation.py. With
+--data (tasks/longbench.py) there is also the loss of the first accepted answer, in nats a token,
+and how much of it a selection adds, which tells something where scores are near zero; each data set
+has results of its own, several have a mean.
+
+Means come with a 95 % interval: a bootstrap over documents and, where several butlers are given,
+over these, which is where training seeds differ.
 
     python synth_task.py --selectors dense,oracle,butler,h2o --budgets 0.1,0.5
     python synth_task.py --task needle_noise,copy --context 1024,2048 --n 20

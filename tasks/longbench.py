@@ -134,7 +134,8 @@ def cut(tok, document: Document, context: int) -> Document:
     tokens; other documents as they are. Raises UsageError if hardly anything is left."""
     if document.scoring not in SCORES:
         return document
-    ids, room, short = None, context - document.new_tokens, document
+    ids, short = None, document
+    room = context - document.new_tokens - 2  # a part by itself may have a token more
     while (over := sum(map(len, encode(tok, short)[:2])) - room) > 0:
         if ids is None:  # marks of a message are no part of them
             first, question = encode_parts(tok, (document.context, document.question))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import assert_close
 
 import synth_task
 from baselines import BASELINES, make_selector
-from butler import Butler, ButlerConfig
+from butler import Butler, ButlerConfig, load_for
 from common import cli
 from common.errors import UsageError
 from loading import tokenizer
@@ -345,8 +346,8 @@ def test_a_mean_of_tasks_weighs_them_alike():
 def test_the_sixteen_tasks_run_and_go_on_from_a_file(folder, tmp_path, monkeypatch, capsys):
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join([*map(line, LINES), line("hotpotqa", STORY * 3)]))
-    for summary in "gov_report", "qmsum", "multi_news":
-        monkeypatch.setitem(published()[summary], "new_tokens", 48)
+    for rules in published().values():
+        monkeypatch.setitem(rules, "new_tokens", min(rules["new_tokens"], 40))
     flags = ["--data", str(path), "--model", str(folder), "--selectors", "dense,oracle,snapkv",
              "--budgets", "0.2", "--out", str(tmp_path / "s.jsonl")]
 
@@ -398,3 +399,22 @@ def test_a_text_is_cut_into_what_goes_on(tok, tmp_path, tok_in_memory, capsys):
     assert again["tokens"] != report["tokens"]
     with pytest.raises(UsageError, match="no held-out file"):
         continuation.main(continuation.Config(tokens=10**6))
+
+
+@pytest.mark.slow
+def test_the_default_model_answers_and_a_selection_costs_little(llama, tok, tmp_path):
+    """Two questions, one as a message, one behind examples; the context is cut to 1,000 tokens."""
+    text = " ".join(topics["assignment"].split())[:9000]
+    context = f"{STORY}\n{text}"
+    examples = ("Passage: The cup is red.\nQuestion: What colour is the cup?\nAnswer: red\n\n"
+                f"Passage: {text}\nQuestion: What is it about?\nAnswer: assignment\n")
+    field, trivia = (documents(tmp_path, name, context=told)[0]
+                     for name, told in (("multifieldqa_en", context), ("triviaqa", examples)))
+    for d, least in ((field, 0.6), (trivia, 0.9)):
+        short, losses = cut(tok, d, 1000), {}
+        assert len(short.context) < len(d.context)
+        scores = evaluate(llama, tok, [short], ("dense", "oracle", "butler"), ("0.3",),
+                          [load_for(llama)], losses=losses)
+        assert scores["dense"]["1.0"][0][0] >= least
+        for by in above_dense(losses).values():
+            assert abs(by["0.3"][0][0]) < 0.3

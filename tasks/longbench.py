@@ -72,14 +72,16 @@ def ours(entry: dict) -> tuple[str, Document]:
 
 def longbench(entry: dict) -> tuple[str, Document]:
     asked, context, name = texts(entry, "input", "context", "dataset")
-    answers, classes = references(entry, "answers"), entry.get("all_classes") or ()
+    answers, classes = references(entry, "answers"), ()
     rules = dict(published().get(name.removesuffix("_e"), {}))
     if not rules:
         raise UsageError(f"data set {name!r} is none of LongBench's English: "
                          f"{', '.join(published())}")
-    if rules["scoring"] == "class" and not (isinstance(classes, list) and all(
-            isinstance(c, str) and c for c in classes) and set(answers) <= set(classes)):
-        raise UsageError("all_classes is a list of texts, the answers among them")
+    if rules["scoring"] == "class":
+        classes = entry.get("all_classes")
+        if not (isinstance(classes, list) and all(isinstance(c, str) and c for c in classes)
+                and set(answers) <= set(classes)):
+            raise UsageError("all_classes is a list of texts, the answers among them")
     if rules["scoring"] == "retrieval" and not all(re.search(r"Paragraph \d", a) for a in answers):
         raise UsageError('answers are like "Paragraph 1"')
     before, behind = rules.pop("prompt").split("{context}")

@@ -291,12 +291,14 @@ def use_lines(path):
     """Asks a tiny model."""
     llama, tok = asked(path.parent.parent)
     found = longbench.read_data(path).values()
-    documents = [replace(d, new_tokens=2) for d in chain(*found)]
+    documents = [longbench.cut(tok, replace(d, new_tokens=2), llama.config.context)
+                 for d in chain(*found)]
     evaluation.fits(llama, {"data": documents}, lambda text: len(tok.encode(text)))
     with torch.no_grad():
         for question in ("sparse", "prefill"):
             prompts = evaluation.Prompts(llama, tok, documents, question)
             assert all(0 <= score <= 1 for score in prompts.answer(None))
+            assert all(0 < loss < 100 for loss in prompts.loss(None))
 
 
 def use_scores(path):
@@ -334,6 +336,7 @@ KINDS = {
     "butler": (["butler.safetensors"], "butler.safetensors", use_butler),
     "state": (["run.state"], "run.state", use_state),
     "lines": (["data.jsonl"], "data.jsonl", use_lines),
+    "longbench": (["data.jsonl"], "data.jsonl", use_lines),
     "scores": (["scores.jsonl"], "scores.jsonl", use_scores),
     "text": (["text.txt"], "text.txt", use_text),
 }

@@ -70,6 +70,11 @@ def write_others(folder):
     lines = [{"context": "a lake " * 5, "question": "what? ", "answer": answer}
              for answer in ("lake", ["lake", "sea"])]
     (folder / "lines" / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [{"input": "what? ", "context": "a lake " * 5, "answers": ["Paragraph 1"], "length": 5,
+              "dataset": name, "all_classes": ["Paragraph 1"]}
+             for name in ("trec", "samsum", "lcc", "passage_retrieval_en")]
+    lines += [{"input": "a lake\nspecial magic", "outputs": ["lake"], "answer_prefix": " is"}]
+    (folder / "longbench" / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     scores = ["a run", ["copy 0 butler 0.1 0", 0.5], ["copy 1 butler 0.1 0", 1.0]]
     (folder / "scores" / "scores.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in scores))

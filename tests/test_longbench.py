@@ -183,6 +183,7 @@ def test_prompts_are_the_published_ones(tmp_path):
     ({"answers": []}, "answers is a text"), ({"answers": [1]}, "answers is a text"),
     ({"context": None}, "context is not"), ({"dataset": "trec"}, "all_classes"),
     ({"dataset": "trec", "all_classes": ["Date"]}, "all_classes"),
+    ({"dataset": "trec", "all_classes": 3}, "all_classes"),
     ({"dataset": "passage_retrieval_en"}, "Paragraph 1"),
     ({"outputs": ["x"], "dataset": "new"}, "none of LongBench's")])
 def test_broken_lines_of_longbench_are_named(tmp_path, change, complaint):

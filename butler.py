@@ -65,7 +65,7 @@ class ButlerConfig:
     width: int
     kv_heads: int
     head_dim: int
-    rope: tuple  # radians a token of each pair of the base model's channels, D/2
+    rope: tuple  # radians a token of each pair of the base model's channels: D/2, or (L-1) D/2
     stride: int = 5  # R: layers served by one producer
     size: int = 32  # E: channels of importance space, of which half turn with the position
     slowest: float = 4e-4  # radians a token of the last pair; half a turn in the whole context
@@ -75,8 +75,8 @@ class ButlerConfig:
 
     @classmethod
     def for_model(cls, model, **sizes) -> "ButlerConfig":
-        c = model.config
-        return cls(c.layers, c.width, c.kv_heads, c.head_dim, tuple(model.frequencies.tolist()),
+        c, rope = model.config, tuple(model.frequencies.flatten().tolist())
+        return cls(c.layers, c.width, c.kv_heads, c.head_dim, rope,
                    slowest=math.pi / c.context, fingerprint=fingerprint(model), **sizes)
 
     def __post_init__(self):
@@ -90,17 +90,19 @@ class ButlerConfig:
         if self.size % 4:
             raise ButlerError(f"importance space has channels in fours, not {self.size}")
         numbers = (*self.rope, self.slowest)
-        if 2 * len(self.rope) != self.head_dim or not all(
+        if 2 * len(self.rope) not in (self.head_dim, (self.layers - 1) * self.head_dim) or not all(
                 type(f) is float and 0 <= f < 10 for f in numbers):
             raise ButlerError(f"frequencies {self.rope} for heads of {self.head_dim}")
 
     def frequencies(self) -> dict:
-        """Radians a token of each pair of channels: `rope` of the base model, `frequencies` of
-        importance space, of which half stand still."""
+        """Radians a token of each pair of channels: `rope` of the base model, [L-1, 1, 1, 1, D/2],
+        `frequencies` of importance space, of which half stand still."""
         turning = torch.logspace(math.log10(FASTEST), math.log10(self.slowest), self.size // 4)
         still = torch.zeros(self.size // 2 - len(turning))
         frequencies = torch.cat([turning * (not self.rotated_keys), still])
-        return {"rope": torch.tensor(self.rope), "frequencies": frequencies}
+        rope = torch.tensor(self.rope).view(-1, 1, 1, 1, self.head_dim // 2)
+        rope = rope.repeat((self.layers - 1) // len(rope), 1, 1, 1, 1)
+        return {"rope": rope, "frequencies": frequencies}
 
 
 def fingerprint(model) -> str:
@@ -108,12 +110,15 @@ def fingerprint(model) -> str:
     quantised files hold exactly too, and which every fine-tuning changes: the GGUF and the original
     of a model agree, two models do not. An untrained model's are all one; there k_proj's tell."""
     c = model.config
-    weights = torch.cat([block.input_layernorm.weight for block in model.layers])
-    if (weights == 1).all():
-        weights = model.layers[0].self_attn.qkv_proj.weight[c.heads * c.head_dim :]
-        weights = weights[: c.kv_heads * c.head_dim].flatten()
+    norms = [getattr(block, "input_layernorm", block.post_attention_layernorm).weight
+             for block in model.layers]  # beyond/attach.py knows models without the first
+    if all((norm == norms[0][0]).all() for norm in norms):
+        attention, start = model.layers[0].self_attn, c.heads * c.head_dim
+        norms = ([attention.k_proj.weight] if hasattr(attention, "k_proj") else
+                 [attention.qkv_proj.weight[start : start + c.kv_heads * c.head_dim]])
+    weights = torch.cat([w.detach().to("cpu", torch.bfloat16).flatten() for w in norms])
     shape = f"{c.layers} {c.width} {c.heads} {c.kv_heads} {c.head_dim}".encode()
-    data = weights.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+    data = weights.view(torch.int16).numpy().tobytes()
     return hashlib.sha256(shape + data).hexdigest()[:16]
 
 
@@ -156,7 +161,7 @@ class Butler(nn.Module):
 
     def predict(self, layer: int, x, rope):
         """The same for a layer that has a producer, in one: [R, B, G, T, E]"""
-        producer, x = self.producers[str(layer)], x.float()
+        producer, x = self.producers[str(layer)], x.to(self.key_projection)  # from any device
         if x.shape[1] == 1 and loops.serves(x) and not torch.is_grad_enabled():
             return loops.predict(producer, x, *rope)
         return rotate(producer(x).permute(2, 0, 3, 1, 4), *rope)
@@ -165,21 +170,20 @@ class Butler(nn.Module):
         """Cached keys [B, G, S, D] of a layer >= 1, at positions [S] (or [B, 1, S]) -> importance
         keys [B, G, S, E]; those of several layers in a row, `layer` being the first,
         [R, B, G, S, D] -> [R, B, G, S, E]."""
-        weight = self.key_projection[layer - 1]
-        if keys.dim() > 4:
-            weight = self.key_projection[layer - 1 : layer - 1 + len(keys), None]
+        some = slice(layer - 1, layer - 1 + len(keys)) if keys.dim() > 4 else layer - 1
+        weight = self.key_projection[:, None][some]
         if self.config.rotated_keys:
             return keys.float() @ weight
         positions = positions[..., None]
-        projected = turned_back(keys, positions * self.rope) @ weight
+        projected = turned_back(keys, positions * self.rope[some]) @ weight
         return rotate(projected, *turns(positions * self.frequencies))
 
     def importance_keys(self, first: int, keys, positions) -> "ImportanceKeys":
         """Importance keys of layers in a row, [R, B, G, S, D] -> [R, B, G, S, E], in 8 bits."""
         if keys.shape[3] == 1 and loops.serves(keys) and not self.config.rotated_keys:
-            return ImportanceKeys(*loops.project(
-                keys, self.key_projection[first - 1 : first - 1 + len(keys)], positions,
-                self.rope, self.frequencies))
+            some = slice(first - 1, first - 1 + len(keys))
+            return ImportanceKeys(*loops.project(keys, self.key_projection[some], positions,
+                                                 self.rope[some], self.frequencies))
         return ImportanceKeys.of(self.project(first, keys, positions))
 
     def scores(self, queries, projected):
@@ -193,11 +197,11 @@ class Butler(nn.Module):
 
     def check(self, model) -> "Butler":
         """Returns self when trained for this base model, else raises ButlerError."""
-        rope = model.frequencies.to(self.rope.device)
+        rope, own = torch.tensor(self.config.rope), model.frequencies.flatten().cpu()
         if (actual := fingerprint(model)) != self.config.fingerprint:
             raise ButlerError(f"this butler was trained for another base model (fingerprint "
                               f"{self.config.fingerprint}, the model's is {actual})")
-        if rope.shape != self.rope.shape or not rope.allclose(self.rope, rtol=1e-5, atol=0):
+        if own.shape != rope.shape or not own.allclose(rope, rtol=1e-5, atol=0):
             raise ButlerError("this butler was trained for this model at other rotary frequencies")
         return self
 
@@ -321,11 +325,12 @@ class ImportanceCache:
             return
         self.grow(S)
         numbers, scales = self.of(first, stop)
-        keys = stacked([self.seen[layer] for layer in range(first, stop)])
+        seen = [self.seen[layer] for layer in range(first, stop)]
         for at in range(start, S, 1024):
             some = slice(at, min(at + 1024, S))
             here = torch.arange(some.start, some.stop, device=scales.device)
-            new = self.butler.importance_keys(first, keys[:, :, :, some].to(scales.device), here)
+            keys = stacked(seen, some, scales.device)
+            new = self.butler.importance_keys(first, keys, here)
             numbers[..., here // LINE, :, here % LINE] = new.numbers.movedim(3, 0)
             scales[..., some] = new.scales
         self.filled.update(dict.fromkeys(range(first, stop), S))
@@ -358,15 +363,16 @@ class ImportanceCache:
         self.numbers, self.scales = numbers, scales
 
 
-def stacked(tensors: list):
-    """torch.stack, without a copy where they lie evenly in one piece of memory, as the layers of a
-    cache do."""
+def stacked(tensors: list, some: slice, device):
+    """Some tokens of keys [B, G, S, D] of several layers, in one tensor on a device; without a copy
+    where the layers lie evenly in one piece of memory, as those of our cache do."""
     at = [t.data_ptr() for t in tensors]
     step = at[1] - at[0] if len(at) > 1 else 0
     one, together = tensors[0], {t.untyped_storage().data_ptr() for t in tensors}
     if step < 0 or len(together) > 1 or any(b - a != step for a, b in pairwise(at)):
-        return torch.stack(tensors)
-    return one.as_strided((len(at), *one.shape), (step // one.element_size(), *one.stride()))
+        return torch.stack([t[:, :, some].to(device) for t in tensors])
+    layers = one.as_strided((len(at), *one.shape), (step // one.element_size(), *one.stride()))
+    return layers[:, :, :, some].to(device)
 
 
 class Reuse:

@@ -124,7 +124,8 @@ class Selector:
     @torch.inference_mode()
     def selected(self, layer, q, keys, positions):
         """-> sinks, window and what is picked, [B, G, T, K] int32"""
-        return torch.cat([self.granted, self.pick(layer, q, keys, positions)], dim=-1).int()
+        chosen = self.pick(layer, q, keys, positions)
+        return torch.cat([self.granted.to(chosen.device), chosen], dim=-1).int()
 
     def always(self, positions):
         """Sinks and window of queries at `positions` [B, T] -> [B, T, sinks + window]."""
@@ -142,6 +143,7 @@ class Selector:
     def choose(self, scores, positions):
         """The best between sinks and window: scores [B, G, T, S] -> [B, G, T, K'], -1 = empty. Each
         once; K' is what the longest row's budget leaves."""
+        positions = positions.to(scores.device)
         stops = (positions - self.window + 1).clamp(min=self.sinks)
         wants = self.wanted(positions).clamp(min=0)
         return top(scores, self.sinks, stops[:, None], wants[:, None])

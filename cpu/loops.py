@@ -166,15 +166,16 @@ def predicted(x, weight, bias, eps, up, down, cos, sin, out):
 
 @compiled
 def projected(keys, weight, positions, rope, turning, numbers, scales):
-    """A butler's importance keys of one token a row: keys [R, B, G, D], rotated by `rope` radians
-    for each of their `positions` [B], weight [R, G, D, E] -> int8 [R, B, G, E], scales [R, B, G]"""
+    """A butler's importance keys of one token a row: keys [R, B, G, D], rotated by `rope` [R, D/2]
+    radians for each of their `positions` [B], weight [R, G, D, E] -> int8 [R, B, G, E], scales
+    [R, B, G]"""
     R, B, G, D = keys.shape
     E, half = weight.shape[3], D // 2
     for n in prange(R * B * G):
         r, b, g = n // (B * G), n // G % B, n % G
         key, new, turned = keys[r, b, g], np.zeros(E, np.float32), np.empty(E, np.float32)
         for i in range(half):
-            angle = np.float32(positions[b]) * rope[i]
+            angle = np.float32(positions[b]) * rope[r, i]
             c, s, first, last = np.cos(angle), np.sin(angle), key[i], key[i + half]
             before, behind = first * c + last * s, last * c - first * s
             row, other = weight[r, g, i], weight[r, g, i + half]
@@ -366,12 +367,12 @@ def predict(producer, x, cos, sin):
 
 def project(keys, weight, positions, rope, turning):
     """Butler.importance_keys of one token a row, compiled: keys [R, B, G, 1, D], positions [1] or
-    [B, 1, 1] -> int8 [R, B, G, 1, E], scales [R, B, G, 1]"""
+    [B, 1, 1], rope [R, 1, 1, 1, D/2] -> int8 [R, B, G, 1, E], scales [R, B, G, 1]"""
     R, B, G, _, D = keys.shape
     numbers = torch.empty(R, B, G, 1, weight.shape[3], dtype=torch.int8)
     scales = torch.empty(R, B, G, 1)
     run(projected, keys[:, :, :, 0].float().numpy(), weight.detach().numpy(),
-        positions.flatten().expand(B).numpy(), rope.numpy(), turning.numpy(),
+        positions.flatten().expand(B).numpy(), rope.view(R, -1).numpy(), turning.numpy(),
         numbers[:, :, :, 0].numpy(), scales[..., 0].numpy())
     return numbers, scales
 

@@ -1,0 +1,355 @@
+"""beyond/attach.py - any transformers decoder behind the selectors of this repository.
+
+    model.generate -> decoder --hook--> begin: how many tokens are cached, how many are padding
+                      layer   --hook--> x, what a producer reads
+                      attention function "tokenbutler": q, all keys -> selector -> idx -> attention
+
+Only what transformers offers for it is used: a function registered with its AttentionInterface,
+forward pre-hooks, `set_attn_implementation`, and whatever cache the model is given. A prompt (more
+than one token at a time) is read densely, by transformers' own `sdpa`, and watched; a single token
+goes through the selector. A text that begins at position 0, or another cache, gets a fresh one.
+
+Layers with full attention are selected. Those with a sliding window stay as they are: they read
+few tokens anyway. So a selector's layer 0 is the decoder's, dense as always, and its layers 1, 2
+and so on are those with full attention behind it; a butler's strides count these. Soft caps
+(Gemma 2) are applied to what was selected; the oracle and the butler's teacher rank without them,
+which is the same order for each query head.
+
+Which channels turn with the position, and how fast, is asked of the model's own rotary module and
+then measured: the same tokens at two places must have the same keys once these are turned back. A
+layer whose keys are the same unturned has no positions (SmolLM3). What is neither is refused.
+
+On a GPU, `generate` compiles its steps when it is given a static cache: disable_compile=True. Beam
+search moves rows of the cache that a selector knows nothing of: one beam.
+
+    with attached(model, lambda: butler.selector(0.05)):     butler = butler_for(model, FILE)
+        model.generate(**inputs)
+
+    python -m beyond.attach        a tiny random Qwen3 behind the oracle
+"""
+
+import weakref
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+
+from butler import Butler, load_for, turned_back
+from common.errors import ModelError
+from kernel import fetch, mark, sparse_attention
+from loading.weights import Config
+
+NAME = "tokenbutler"
+HELD = weakref.WeakKeyDictionary()  # attention module -> (who attends in its place, its number)
+CHANGING = "dynamic", "longrope"  # rotary frequencies that depend on the text's length
+
+
+@cache
+def transformers():
+    """The optional package, our attention function registered with it."""
+    try:
+        import transformers as package
+    except ImportError:
+        raise ModelError("this needs the optional package: pip install transformers") from None
+    package.AttentionInterface.register(NAME, attention)
+    package.AttentionMaskInterface.register(NAME, package.AttentionMaskInterface()["sdpa"])
+    return package
+
+
+def attention(module, query, key, value, mask, **rules):
+    """What transformers calls: q [B, H, T, D], k and v [B, G, S, D] -> [B, T, H, D], None"""
+    if rules.get("s_aux") is not None or rules.get("position_bias") is not None:
+        raise ModelError("attention with sinks or biases of its own cannot be selected from")
+    holder, number = HELD.get(module, (None, None))
+    if holder is None:  # another model of the same configuration, or a part that reads images
+        return own(module, query, key, value, mask, rules).transpose(1, 2), None
+    return holder.attend(number, module, query, key, value, mask, rules).transpose(1, 2), None
+
+
+def own(module, q, k, v, mask, rules):
+    """transformers' own attention -> [B, H, T, D]; with a soft cap, which its sdpa lacks, ours."""
+    if rules.get("softcap") is None:
+        return transformers().AttentionInterface()["sdpa"](
+            module, q, k, v, mask, **rules)[0].transpose(1, 2)
+    if mask is None:
+        T, S = q.shape[2], k.shape[2]
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return masked(scaled(q, rules), k, v, mask, rules)
+
+
+def scaled(q, rules):
+    """Queries such that q . k / sqrt(D) is the model's own score."""
+    factor = (rules.get("scaling") or q.shape[-1] ** -0.5) * q.shape[-1] ** 0.5
+    return q if abs(factor - 1) < 1e-6 else q * factor
+
+
+def masked(q, k, v, keep, rules):
+    """q [B, H, T, D], k, v [B, G, S, D], keep [B, 1 or G, T, S] -> [B, H, T, D], soft cap included.
+    A query that may see nothing sees everything: it is padding, and must not become NaN."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if keep.dim() == 4 and keep.shape[1] > 1:
+        keep = keep.repeat_interleave(q.shape[1] // keep.shape[1], dim=1)
+    scores, cap = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, rules.get("softcap")
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.float().masked_fill(~keep, torch.finfo(torch.float32).min)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def selected(q, k, v, idx, rules):
+    """Attention to the tokens that idx [B, G, T, K] names -> [B, H, T, D]; q as `scaled` made it"""
+    idx = idx.to(k.device)
+    if rules.get("softcap") is None:
+        return sparse_attention(q, k, v, idx)
+    if q.shape[2] > 1:
+        return masked(q, k, v, mark(idx, k.shape[2]), rules)
+    return masked(q, *fetch(k, v, idx[:, :, 0].clamp(min=0)), idx >= 0, rules)
+
+
+# ---------------------------------------------------------------------------- what a decoder is
+
+
+class Hold:
+    """Attends in place of all layers of a decoder until `release`: subclasses say how, `attend`.
+    `x` holds the input of the layer that runs."""
+
+    def __init__(self, model):
+        self.model, self.decoder, self.x, self.hooks = model, model.get_decoder(), None, []
+        attentions = [layer.self_attn for layer in self.decoder.layers]
+        if any(module in HELD for module in attentions):
+            raise ModelError("this model is attached already")
+        self.before = model.config._attn_implementation
+        transformers()
+        HELD.update((module, (self, i)) for i, module in enumerate(attentions))
+        for layer in self.decoder.layers:
+            self.hooks.append(layer.register_forward_pre_hook(self.see, with_kwargs=True))
+        model.set_attn_implementation(NAME)
+
+    def see(self, layer, args, kwargs):
+        self.x = args[0] if args else kwargs["hidden_states"]
+
+    def release(self) -> None:
+        self.model.set_attn_implementation(self.before)
+        for hook in self.hooks:
+            hook.remove()
+        for layer in self.decoder.layers:
+            HELD.pop(layer.self_attn, None)
+
+
+class Listener(Hold):
+    """Dense attention; keeps the keys of every layer."""
+
+    def attend(self, i, module, q, k, v, mask, rules):
+        self.keys[i] = k
+        return own(module, q, k, v, mask, rules)
+
+    @torch.no_grad()
+    def hear(self, start: int) -> dict:
+        """The keys of some tokens that stand at `start` and behind."""
+        self.keys, device = {}, self.model.get_input_embeddings().weight.device
+        tokens = torch.arange(1, 9, device=device)[None] * 7 % self.model.vocab_size
+        places = torch.arange(start, start + 8, device=device)[None]
+        self.model(input_ids=tokens, position_ids=places, use_cache=False)
+        return self.keys
+
+
+class Anatomy:
+    """What a butler asks of a model: `config`, `layers`, `frequencies` [D/2], or [L - 1, D/2] where
+    layers differ, and `device`. `numbers` {layer: its number for a selector}; `windows` [of each
+    layer: tokens, or None]. Raises ModelError, one line, for what cannot be selected from."""
+
+    def __init__(self, model):
+        self.model, self.c = model, model.config.get_text_config()
+        self.refuse()
+        self.layers, c = model.get_decoder().layers, self.c
+        window = getattr(c, "sliding_window", None) or getattr(c, "attention_chunk_size", None)
+        windows = [None if kind == "full_attention" or window >= c.max_position_embeddings
+                   else window for kind in self.kinds]
+        full = [i for i, window in enumerate(windows) if i and window is None]
+        if not full:
+            self.no(f"every layer has a window of {window} tokens, none attends to all")
+        self.windows, self.numbers = windows, {i: n for n, i in enumerate([0, *full])}
+        heads = c.num_attention_heads
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        self.config = Config(
+            c.vocab_size, c.hidden_size, len(self.numbers), heads,
+            getattr(c, "num_key_value_heads", None) or heads, head_dim,
+            getattr(c, "intermediate_size", 1), c.max_position_embeddings)
+        self.frequencies = self.measured(full)
+
+    @property
+    def device(self):
+        return self.model.get_input_embeddings().weight.device
+
+    def no(self, reason: str):
+        raise ModelError(f"{type(self.model).__name__} cannot be selected from: {reason}")
+
+    def refuse(self) -> None:
+        model, c = self.model, self.c
+        if c.is_encoder_decoder:
+            self.no("it has an encoder, whose keys are not the text's")
+        if hasattr(c, "kv_lora_rank"):
+            self.no("its cache holds keys of all heads in one compressed form (MLA)")
+        layers = getattr(model.get_decoder(), "layers", None)
+        self.kinds = list(getattr(c, "layer_types", None) or [
+            "sliding_attention" if getattr(c, "sliding_window", None) else "full_attention"
+        ] * len(layers or ()))
+        if odd := set(self.kinds) - {"full_attention", "sliding_attention", "chunked_attention"}:
+            self.no(f"it has layers of {min(odd)}, which keep no keys")
+        if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
+            self.no("its layers have no keys and values to choose from")
+        if not getattr(model, "_supports_attention_backend", False):
+            self.no("its attention is no AttentionInterface's")
+        if getattr(c, "num_kv_shared_layers", 0):
+            self.no("some of its layers read other layers' keys")
+
+    def measured(self, full: list):
+        """Radians a token of each pair of channels, as the model's rotary module has them, or zeros
+        for a layer whose keys do not turn; checked by the keys of the same tokens at two places."""
+        D, rotary = self.config.head_dim, getattr(self.model.get_decoder(), "rotary_emb", None)
+        if rotary is None:
+            self.no("it has no rotary module to ask for its frequencies")
+        there, found = min(1000, self.config.context // 2), []
+        listener = Listener(self.model)
+        try:
+            near, far = listener.hear(0), listener.hear(there)
+        finally:
+            listener.release()
+        for i in full:
+            rope, kind = rotary.rope_type, self.kinds[i]
+            rope = rope[kind] if isinstance(rope, dict) else rope
+            if rope in CHANGING:
+                self.no(f"its rotary frequencies ({rope}) change with the length of the text")
+            turning = getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None))
+            pairs = [(keys[i].float(), torch.arange(8.0, device=keys[i].device)[:, None] + start)
+                     for keys, start in ((near, 0), (far, there))]
+            if 2 * len(turning) == D and agree(*(
+                    turned_back(k, at * turning.to(k.device)) for k, at in pairs)):
+                found.append(turning.float().cpu())
+            elif agree(*(k for k, _ in pairs)):
+                found.append(torch.zeros(D // 2))
+            elif 2 * len(turning) != D:
+                self.no(f"only {2 * len(turning)} of a head's {D} channels turn")
+            else:
+                self.no(f"the keys of layer {i} do not turn in pairs of channels i and i + {D // 2}"
+                        " at the frequencies of its rotary module")
+        same = all(torch.equal(f, found[0]) for f in found)
+        return found[0] if same else torch.stack(found)
+
+
+def agree(a, b) -> bool:
+    """Are these keys [..., D] the same, but for rounding?"""
+    return bool(((a - b).norm(dim=-1) / a.norm(dim=-1)).median() < 0.1)
+
+
+def butler_for(model, path=None) -> Butler:
+    """The butler at `path` (None: the shipped one), if it was trained for this model's weights."""
+    return load_for(Anatomy(model), path)
+
+
+# ---------------------------------------------------------------------------- attached
+
+
+class Attachment(Hold):
+    """See `attached`. `rows` of the text at hand: (slice of the batch, its padding, its selector);
+    one for all where all have as much padding."""
+
+    def __init__(self, model, make):
+        self.make, self.anatomy = make, Anatomy(model)
+        self.rows, self.cache, self.batch, self.start, self.end = [], None, 0, 0, 0
+        super().__init__(model)
+        self.hooks.append(self.decoder.register_forward_pre_hook(self.begin, with_kwargs=True))
+
+    def see(self, layer, args, kwargs):
+        super().see(layer, args, kwargs)
+        known = kwargs.get("cache", kwargs.get("past_key_values"))
+        self.cache = known if known is None else weakref.ref(known)
+
+    def begin(self, decoder, args, kwargs) -> None:
+        """A forward of T tokens begins."""
+        tokens = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+                      if x is not None)
+        known = kwargs.get("cache", kwargs.get("past_key_values"))
+        (batch, T), start = tokens.shape[:2], 0 if known is None else int(known.get_seq_length())
+        goes_on = start and self.cache and self.cache() is known and batch == self.batch
+        self.batch, self.start, self.end = batch, start, start + T
+        if not goes_on or T > 1:
+            pads = padding(kwargs.get("attention_mask"), batch, self.end)
+            places = kwargs.get("position_ids")
+            if any(pads) and (places is None or places[:, -1].tolist() != [
+                    self.end - 1 - pad for pad in pads]):
+                raise ModelError("position_ids must count from each row's first real token, as "
+                                 "those of `generate` do")
+            if not goes_on or pads != [pad for some, pad, _ in self.rows
+                                       for _ in range(batch)[some]]:
+                self.rows = [(slice(None), pads[0], self.make())] if len(set(pads)) == 1 else [
+                    (slice(b, b + 1), pad, self.make()) for b, pad in enumerate(pads)]
+
+    def attend(self, i, module, q, k, v, mask, rules):
+        number, T = self.anatomy.numbers.get(i), q.shape[2]
+        if number is None:
+            return own(module, q, k, v, mask, rules)
+        S, asked = self.end, scaled(q, rules)
+        if self.anatomy.windows[i]:  # layer 0: a selector hears of it, and reads no keys there
+            keys, values = k[:, :, :1].expand(-1, -1, S, -1), None
+        else:  # a static cache has room behind
+            keys, values = k[:, :, :S], v[:, :, :S]
+            mask = mask if mask is None else mask[..., :S]
+        outs = []
+        for some, pad, selector in self.rows:
+            first = max(pad - self.start, 0)  # of the new tokens, that is none of the padding
+            here = torch.arange(self.start + first - pad, S - pad, device=q.device)
+            seen = (number, self.x[some, first:], asked[some, :, first:], keys[some, :, pad:],
+                    here.expand(len(q[some]), -1))
+            if T > 1:
+                if selector and len(here):
+                    selector.watch(*seen)
+                continue
+            idx = selector(*seen) if selector else None
+            if values is not None:
+                near = keys[some, :, pad:], values[some, :, pad:]
+                outs.append(own(module, q[some], *near, None, rules) if idx is None
+                            else selected(asked[some], *near, idx, rules))
+        return torch.cat(outs) if outs else own(
+            module, q, *((k, v) if values is None else (keys, values)), mask, rules)
+
+
+def padding(mask, batch: int, end: int) -> list[int]:
+    """How many of the first tokens of each row are padding, from any mask that transformers has
+    [B, S], or [B, 1, T, S] of booleans or numbers to add, or one for each kind of layer."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if mask is None:
+        return [0] * batch
+    if mask.dim() == 4:
+        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > -1
+    real = mask[:, :end].bool().expand(batch, -1)
+    if (real.int().diff(dim=-1) < 0).any() or not real[:, -1].all():
+        raise ModelError("padding stands on the left of a text, nowhere else: padding_side='left'")
+    return (~real).sum(-1).tolist()
+
+
+@contextmanager
+def attached(model, make):
+    """Within it, `model`, a decoder of transformers, decodes through selectors of this repository:
+    make() -> a fresh one (baselines.make_selector), or None for dense attention. Yields what is
+    attached: its `rows` hold the selectors of the latest text. Raises ModelError, one line."""
+    attachment = Attachment(model, make)
+    try:
+        yield attachment
+    finally:
+        attachment.release()
+
+
+if __name__ == "__main__":
+    from baselines import make_selector
+
+    torch.manual_seed(0)
+    model = transformers().Qwen3ForCausalLM(transformers().Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2)).eval()
+    prompt = torch.randint(512, (1, 200))
+    with attached(model, partial(make_selector, "oracle", 20)) as held:
+        written = model.generate(prompt, max_new_tokens=8, do_sample=False)
+        print("prompt [1, 200] ->", written[0, 200:].tolist())
+        print("kept by the last step:", held.rows[0][2].index[1][0, 0, 0].tolist())

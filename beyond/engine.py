@@ -1,0 +1,210 @@
+"""beyond/engine.py - the model of a script: ours, or one of transformers that looks like ours.
+
+    --model, --engine --opened--> the model, its tokenizer, its path
+    tokens [B, T] -> Engine: transformers' forward, at whose attention stand our cache, our selector
+                     and our kernels (beyond/attach.py) -> logits [B, T, V]
+
+An `Engine` has what train.py, sample.py, synth_task.py and the quality suites of bench.py ask of
+model.Llama: the same cache of this repository, so that rows may differ in length and a text can be
+rewound, the same hook, the same fingerprint. What it computes between two attentions is the
+model's own code, whatever its family. Its windows hold here as well; layers that have one come last
+in the cache, where a selector does not look.
+
+    python -m beyond.engine        the default model through both engines, float32
+"""
+
+import inspect
+from dataclasses import replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from beyond import survive
+from beyond.attach import Anatomy, Hold, masked, scaled, selected, transformers
+from common.cli import known
+from common.errors import ModelError
+from loading import tokenizer
+from loading.fetch import resolve
+from model import Cache, Llama, check_device, dense_attention, fast_dtype
+
+ENGINES = "own", "transformers"
+
+
+@cache
+def bridge():
+    """A cache of transformers whose keys and values are those of one of ours."""
+    class Bridge(transformers().Cache):
+        def __init__(self, ours, slots):
+            super().__init__(layers=[])
+            self.ours, self.slots = ours, slots
+
+        def update(self, keys, values, layer, *args, **kwargs):
+            return self.ours.append(self.slots[layer], keys, values)
+
+        def get_seq_length(self, layer=0):
+            return self.ours.size
+
+    return Bridge
+
+
+class Engine(Hold, nn.Module):
+    """model.Llama's interface around a frozen decoder of transformers, which is its own from then
+    on. Raises ModelError, one line, for what cannot be selected from."""
+
+    prefill, decode = Llama.prefill, Llama.decode
+
+    def __init__(self, model):
+        nn.Module.__init__(self)
+        self.anatomy = a = Anatomy(model)
+        self.config, self.frequencies = a.config, a.frequencies
+        windowed = [i for i in range(len(a.windows)) if i not in a.numbers]
+        self.slots = a.numbers | {i: n for n, i in enumerate(windowed, len(a.numbers))}
+        self.cache, self.selector, self.positions = None, None, None
+        named = inspect.signature(model.forward).parameters
+        self.cached = "cache" if "cache" in named else "past_key_values"  # before 5.24
+        Hold.__init__(self, model.eval().requires_grad_(False))
+
+    @property
+    def device(self):
+        return self.anatomy.device
+
+    @property
+    def layers(self):
+        return self.anatomy.layers
+
+    @property
+    def embed_tokens(self):
+        return self.model.get_input_embeddings()
+
+    def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
+        """As model.Llama's; steps are no CUDA graphs."""
+        default = torch.float32 if self.device.type == "cpu" else self.embed_tokens.weight.dtype
+        shape = replace(self.config, layers=len(self.slots))
+        made = kind(shape, batch, capacity, dtype or default, self.device)
+        made.capturable = False
+        return made
+
+    def attend(self, i, module, q, keys, values, mask, rules):
+        cache, slot, window = self.cache, self.slots[i], self.anatomy.windows[i]
+        q, dtype, index = scaled(q, rules).to(keys.dtype), q.dtype, None
+        if self.selector and i in self.anatomy.numbers:
+            index = self.selector(slot, self.x, q, keys, self.positions)
+        if index is not None:
+            out = selected(q, *cache.at_hand(slot, keys, values, index), rules)
+        else:
+            keys, values = cache.whole(slot, keys, values)
+            if window is None and rules.get("softcap") is None:
+                out = dense_attention(q, keys, values, self.positions, cache.ragged)
+            else:
+                T, S = q.shape[2], keys.shape[2]
+                at = (cache.lengths[:, None] + torch.arange(T, device=q.device))[:, None, :, None]
+                here = torch.arange(S, device=q.device)
+                keep = (here <= at) & (here > at - (window or S + 1))
+                out = (masked(q, keys, values, keep, rules) if rules.get("softcap") is not None
+                       else F.scaled_dot_product_attention(q, keys, values, attn_mask=keep,
+                                                           enable_gqa=True))
+        return out.to(dtype)
+
+    def forward(self, tokens, cache=None, selector=None, lengths=None, last=False,
+                positions=None):
+        """As model.Llama's: tokens [B, T] -> logits [B, T, V]"""
+        B, T = tokens.shape
+        cache = cache or self.new_cache(B, T)
+        end = real = cache.size + T
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=tokens.device)
+            real = int((cache.lengths + lengths).max())
+        if end > cache.capacity or real > self.config.context:
+            raise ModelError(f"{end} tokens do not fit: the cache holds {cache.capacity}, "
+                             f"the model's context is {self.config.context}")
+        if positions is None:
+            positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
+        at = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
+        wanted = at.unique() if last else torch.arange(T, device=tokens.device)
+        self.cache, self.selector, self.positions = cache, selector, positions
+        try:
+            logits = self.model(  # with a mask as it is when it is ready: none is made, none used
+                input_ids=tokens, position_ids=positions, use_cache=True, logits_to_keep=wanted,
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),
+                **{self.cached: bridge()(cache, self.slots)}).logits
+        finally:
+            self.cache = self.selector = self.positions = None
+        cache.advance(T, lengths)
+        if last:
+            logits = logits[torch.arange(B, device=at.device), torch.searchsorted(wanted, at)]
+            logits = logits[:, None]
+        return logits
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Engine":
+        """A Hugging Face folder or a GGUF file. Raises ModelError in one line."""
+        check_device(device)
+        folder, rules = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+        try:
+            return cls(transformers().AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, **rules).to(device))
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as e:
+            if isinstance(e, ModelError):
+                raise
+            raise ModelError(f"{path}: transformers cannot load it ({e})") from None
+
+
+# ---------------------------------------------------------------------------- for the scripts
+
+
+class Foreign(tokenizer.Tokenizer):
+    """transformers' own tokenizer, for files that ours does not read."""
+
+    def __init__(self, path):
+        self.auto = auto = transformers().AutoTokenizer.from_pretrained(path)
+        self.vocab_size, self.bos_id, self.chat_format = len(auto), auto.bos_token_id, None
+        self.special = dict(zip(auto.all_special_tokens, auto.all_special_ids, strict=True))
+        self.eos_ids = frozenset({auto.eos_token_id} - {None})
+        self.add_bos = self.bos_id is not None and auto("a").input_ids[:1] == [self.bos_id]
+
+    def check(self, model):
+        return self
+
+    def encode(self, text, special=False):
+        return self.auto(text, add_special_tokens=False,
+                         split_special_tokens=not special).input_ids
+
+    def decode(self, ids):
+        return self.auto.decode(list(map(int, ids)))
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
+
+    def chat(self, messages):
+        return self.auto.apply_chat_template(messages, add_generation_prompt=True,
+                                             return_dict=False)
+
+
+def opened(config, device=None, dtype=None):
+    """What the flags --model, --engine and --device of a script ask for: the frozen model, its
+    tokenizer, and where they lie."""
+    known("engine", [config.engine], ENGINES)
+    path = survive.host_first(lambda: resolve(config.model))
+    ours, device = config.engine == "own", device or config.device
+    dtype = dtype or fast_dtype(device)
+    model = (Llama if ours else Engine).from_pretrained(path, dtype, device)
+    try:
+        tok = tokenizer.load(path)
+    except tokenizer.TokenizerError:
+        if ours or not path.is_dir():
+            raise
+        tok = Foreign(path)
+    return model, tok.check(model), path
+
+
+if __name__ == "__main__":
+    path, tokens = resolve(), torch.arange(7)[None]
+    for made in Llama, Engine:
+        llama = made.from_pretrained(path)
+        kv = llama.new_cache(batch=1, capacity=8)
+        llama.prefill(tokens, kv)
+        logits = llama.decode(torch.tensor([[7]]), kv)
+        print(f"{made.__name__}: logits {list(logits.shape)}, best {int(logits.argmax())}, "
+              f"{float(logits.max()):.4f}")

@@ -30,15 +30,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from baselines import NAMES, make_selector
+from beyond.engine import opened
 from beyond.offload import cache_kind
 from butler import Butler, load_for
 from common.cli import DEVICE, flag, known, names, numbers, processor, provenance, run
 from common.errors import UsageError
-from loading import tokenizer
+from loading.tokenizer import Tokenizer
 from measure import speed, speed_offload, tables, tradeoff
 from measure.intervals import accuracy, bootstrap, of_oracle, through
 from measure.probe import Probe, at_lengths, mean
-from model import Llama, check_device, fast_dtype, resolve
+from model import Llama, check_device
 from tasks.corpus import evenly, text_of
 from tasks.evaluation import EVICTING, TASKS, Prompts, at_contexts, check_budgets
 
@@ -51,6 +52,7 @@ class Config:
                       "perplexity, recall, length, drift, generation, tradeoff, attention, speed "
                       "or offload")
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
+    engine: str = flag("own", "what runs the model: own, for a Llama, or transformers")
     butler: tuple = flag((), "comma-separated files or Hub ids (default: the shipped one)", names)
     selectors: tuple = flag(("dense", "oracle", "butler"),
                             f"comma-separated, of {', '.join(NAMES)}", names)
@@ -85,7 +87,7 @@ class Bench:
     """What every suite needs: the model, its tokenizer, the butlers, the flags."""
 
     llama: Llama
-    tok: tokenizer.Tokenizer
+    tok: Tokenizer
     butlers: list
     config: Config
 
@@ -261,14 +263,13 @@ def main(config: Config) -> dict:
 
 
 def measured(config: Config) -> dict:
-    path = resolve(config.model)
-    llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
+    llama, tok = opened(config)
     named = (config.butler or (None,)) if "butler" in config.selectors else ()
     butlers = [load_for(llama, name) for name in named]
     if config.suite == "generation" and 64 + config.length > llama.config.context:
         raise UsageError(f"a prompt of 64 and --length {config.length} exceed the model's context "
                          f"of {llama.config.context}")
-    bench = Bench(llama, tokenizer.load(path).check(llama), butlers, config)
+    bench = Bench(llama, tok, butlers, config)
     report = SUITES[config.suite](bench)
     for what, table in report["results"].items():
         for selector, by in table.items():
@@ -298,6 +299,8 @@ def check(config: Config) -> None:
             raise UsageError("--shape has random weights, --model its own: one of the two")
         if config.suite not in TIMED:
             raise UsageError(f"--shape has random weights: no --suite {config.suite}")
+    if config.suite in TIMED and config.engine != "own":
+        raise UsageError(f"--suite {config.suite} times this repository's own engine")
     check_budgets(config.budgets)
     text_of(config.text)
     check_device(config.device)

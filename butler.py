@@ -100,9 +100,8 @@ class ButlerConfig:
         turning = torch.logspace(math.log10(FASTEST), math.log10(self.slowest), self.size // 4)
         still = torch.zeros(self.size // 2 - len(turning))
         frequencies = torch.cat([turning * (not self.rotated_keys), still])
-        rope = torch.tensor(self.rope).view(-1, 1, 1, 1, self.head_dim // 2)
-        rope = rope.repeat((self.layers - 1) // len(rope), 1, 1, 1, 1)
-        return {"rope": rope, "frequencies": frequencies}
+        rope = torch.tensor(self.rope).view(-1, self.head_dim // 2).expand(self.layers - 1, -1)
+        return {"rope": rope[:, None, None, None], "frequencies": frequencies}
 
 
 def fingerprint(model) -> str:

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from baselines import NAMES, make_selector
+from beyond.engine import opened
 from beyond.graph import stepper
 from beyond.offload import STORES, cache_kind
 from beyond.page import Beside, texts
@@ -29,8 +30,7 @@ from butler import Butler, load_for
 from common.cli import DEVICE, flag, known, provenance, run
 from common.errors import ModelError, UsageError
 from common.files import read_text, writable
-from loading import tokenizer
-from model import Cache, Llama, check_device, fast_dtype, resolve
+from model import Cache, check_device
 from selection import Selector, allowance
 from tasks.coreference import coreference, pools
 
@@ -42,6 +42,7 @@ class Config:
     """Writes text from a selected part of the KV cache and reports what it attended to."""
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
+    engine: str = flag("own", "what runs the model: own, for a Llama, or transformers")
     butler: str = flag(None, "butler, file or Hub id (default: the shipped one)")
     selector: str = flag("butler", f"what chooses the tokens: {', '.join(NAMES)}")
     budget: float = flag(0.1, "tokens attended: a fraction of the cache (<= 1) or a count (> 1)")
@@ -145,15 +146,11 @@ def marked(tok, ids, tally) -> str:
 
 def load(config, text: str):
     """-> the model, its tokenizer, and the ids of the prompt, which the model can hold"""
-    path = resolve(config.model)
-    dtype = getattr(torch, config.dtype) if config.dtype else fast_dtype(config.device)
-    tok = tokenizer.load(path)
+    llama, tok = opened(config, dtype=config.dtype and getattr(torch, config.dtype))
     if config.chat:
         ids = tok.chat([{"role": "user", "content": text}])
     else:
         ids = [tok.bos_id] * tok.add_bos + tok.encode(text)
-    llama = Llama.from_pretrained(path, dtype, config.device)
-    tok.check(llama)
     if not 0 < len(ids) <= llama.config.context:
         raise UsageError(f"the prompt has {len(ids)} tokens, the model's context "
                          f"is {llama.config.context}")

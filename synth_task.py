@@ -24,15 +24,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from baselines import NAMES
+from beyond.engine import found, opened
 from beyond.offload import STORES, cache_kind
 from butler import SHIPPED, Butler, fingerprint, load_for
 from common.cli import DEVICE, flag, known, names, numbers, provenance, run
 from common.errors import UsageError
 from common.files import writable
-from loading import tokenizer
-from loading.fetch import butler_file, digest, resolve
+from loading.fetch import butler_file, digest
 from measure.intervals import above_dense, accuracy, bootstrap, each, of_oracle
-from model import Llama, check_device, fast_dtype
+from model import check_device
 from tasks.evaluation import TASKS, Scores, check_budgets, evaluate, fits, task_documents
 from tasks.longbench import cut, read_data
 
@@ -42,6 +42,7 @@ class Config:
     """Answers questions about a context through selectors at equal budgets."""
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
+    engine: str = flag("own", "what runs the model: own, for a Llama, or transformers")
     butler: tuple = flag((), "files or Hub ids, comma-separated: their seeds are resampled "
                              "(default: the shipped one)", names)
     task: tuple = flag(("coreference",), f"comma-separated, of {', '.join(TASKS)}", names)
@@ -67,14 +68,12 @@ class Config:
 
 def main(config: Config) -> dict:
     tasks = check(config)
-    path = resolve(config.model)
-    tok = tokenizer.load(path)
+    path, tok = found(config)
     try:
         tasks = {name: make(count=tok.count) for name, make in tasks.items()}
     except ValueError as e:  # a dial out of range
         raise UsageError(str(e)) from None
-    llama = Llama.from_pretrained(path, fast_dtype(config.device), config.device)
-    tok.check(llama)
+    llama, tok = opened(config, place=(path, tok))
     butlers, dtype = [], str(llama.embed_tokens.weight.dtype)
     if "butler" in config.selectors:
         butlers = [load_for(llama, p) for p in config.butler or (SHIPPED,)]

@@ -34,17 +34,16 @@ from tqdm import tqdm
 
 from baselines import make_selector
 from beyond import survive
+from beyond.engine import opened
 from butler import Butler, ButlerConfig
 from common.cli import DEVICE, flag, peak_memory, provenance, run
 from common.errors import UsageError
 from common.files import writable
 from kernel import true_attention
-from loading import tokenizer
-from loading.fetch import resolve
 from measure import card, tables
 from measure.intervals import accuracy, bootstrap
 from measure.probe import at_lengths
-from model import Llama, check_device, fast_dtype
+from model import check_device
 from selection import Selector
 from tasks.coreference import pools
 from tasks.corpus import Mixture, default_texts, hold_out, read_texts, spread
@@ -53,9 +52,10 @@ from tasks.evaluation import evaluate, fitting
 
 @dataclass
 class Config:
-    """Distils a butler from a frozen Llama and compares it with the oracle."""
+    """Distils a butler from a frozen model and compares it with the oracle."""
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
+    engine: str = flag("own", "what runs the model: own, for a Llama, or transformers")
     data: list = flag([], "text files or folders to train on (default: this Python's own text)")
     out: str = flag("out/butler.safetensors", "where the butler goes, its model card beside it")
     report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
@@ -297,11 +297,9 @@ def main(config: Config) -> dict | None:
     sources = [read_texts(config.data)] if config.data else default_texts()
     kept, held = zip(*map(hold_out, sources), strict=True)
     device = survive.join(config.device)
-    path = survive.host_first(lambda: resolve(config.model))
-    llama = Llama.from_pretrained(path, fast_dtype(device), device)
+    llama, tok = opened(config, device)
     if config.length > llama.config.context:
         raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
-    tok = tokenizer.load(path).check(llama)
     documents = fitting(llama, tok, config.documents, config.seed)
     sizes = {name: getattr(config, name)
              for name in ("stride", "size", "rotated_keys", "hidden")}

@@ -40,7 +40,7 @@ from kernel import fetch, mark, sparse_attention
 from loading.weights import Config
 
 NAME = "tokenbutler"
-HELD = weakref.WeakKeyDictionary()  # attention module -> (who attends in its place, its number)
+HELD = weakref.WeakKeyDictionary()  # attention module -> weak (who attends instead), its layer
 CHANGING = "dynamic", "longrope"  # rotary frequencies that depend on the text's length
 
 
@@ -60,10 +60,10 @@ def attention(module, query, key, value, mask, **rules):
     """What transformers calls: q [B, H, T, D], k and v [B, G, S, D] -> [B, T, H, D], None"""
     if rules.get("s_aux") is not None or rules.get("position_bias") is not None:
         raise ModelError("attention with sinks or biases of its own cannot be selected from")
-    holder, number = HELD.get(module, (None, None))
+    holder, layer = HELD.get(module, (None, None))
     if holder is None:  # another model of the same configuration, or a part that reads images
         return own(module, query, key, value, mask, rules).transpose(1, 2), None
-    return holder.attend(number, module, query, key, value, mask, rules).transpose(1, 2), None
+    return holder().attend(layer, module, query, key, value, mask, rules).transpose(1, 2), None
 
 
 def own(module, q, k, v, mask, rules):
@@ -86,13 +86,12 @@ def scaled(q, rules):
 def masked(q, k, v, keep, rules):
     """q [B, H, T, D], k, v [B, G, S, D], keep [B, 1 or G, T, S] -> [B, H, T, D], soft cap included.
     A query that may see nothing sees everything: it is padding, and must not become NaN."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if keep.dim() == 4 and keep.shape[1] > 1:
-        keep = keep.repeat_interleave(q.shape[1] // keep.shape[1], dim=1)
-    scores, cap = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, rules.get("softcap")
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
-    scores = scores.float().masked_fill(~keep, torch.finfo(torch.float32).min)
+    rows, cap = q.shape[1] // k.shape[1], rules.get("softcap")
+    k, v = (x.repeat_interleave(rows, dim=1) for x in (k, v))
+    keep = keep.repeat_interleave(rows, dim=1) if keep.dim() > 3 and keep.shape[1] > 1 else keep
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    scores = scores.masked_fill(~keep, torch.finfo(torch.float32).min)
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
@@ -120,7 +119,7 @@ class Hold:
             raise ModelError("this model is attached already")
         self.before = model.config._attn_implementation
         transformers()
-        HELD.update((module, (self, i)) for i, module in enumerate(attentions))
+        HELD.update((module, (weakref.ref(self), i)) for i, module in enumerate(attentions))
         for layer in self.decoder.layers:
             self.hooks.append(layer.register_forward_pre_hook(self.see, with_kwargs=True))
         model.set_attn_implementation(NAME)
@@ -146,8 +145,9 @@ class Listener(Hold):
     @torch.no_grad()
     def hear(self, start: int) -> dict:
         """The keys of some tokens that stand at `start` and behind."""
-        self.keys, device = {}, self.model.get_input_embeddings().weight.device
-        tokens = torch.arange(1, 9, device=device)[None] * 7 % self.model.vocab_size
+        self.keys, table = {}, self.model.get_input_embeddings().weight
+        device = "cpu" if table.is_meta else table.device  # it is offloaded: accelerate's hooks
+        tokens = torch.arange(1, 9, device=device)[None] * 7 % len(table)
         places = torch.arange(start, start + 8, device=device)[None]
         self.model(input_ids=tokens, position_ids=places, use_cache=False)
         return self.keys
@@ -162,7 +162,7 @@ class Anatomy:
         self.model, self.c = model, model.config.get_text_config()
         self.refuse()
         self.layers, c = model.get_decoder().layers, self.c
-        window = getattr(c, "sliding_window", None) or getattr(c, "attention_chunk_size", None)
+        window = getattr(c, "sliding_window", 0) or getattr(c, "attention_chunk_size", 0) or 1
         windows = [None if kind == "full_attention" or window >= c.max_position_embeddings
                    else window for kind in self.kinds]
         full = [i for i, window in enumerate(windows) if i and window is None]
@@ -195,11 +195,9 @@ class Anatomy:
             "sliding_attention" if getattr(c, "sliding_window", None) else "full_attention"
         ] * len(layers or ()))
         if odd := set(self.kinds) - {"full_attention", "sliding_attention", "chunked_attention"}:
-            self.no(f"it has layers of {min(odd)}, which keep no keys")
+            self.no(f"it has layers of {min(odd)}, neither full nor windowed attention")
         if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
-            self.no("its layers have no keys and values to choose from")
-        if not getattr(model, "_supports_attention_backend", False):
-            self.no("its attention is no AttentionInterface's")
+            self.no("its layers have no self_attn with keys and values")
         if getattr(c, "num_kv_shared_layers", 0):
             self.no("some of its layers read other layers' keys")
 
@@ -215,12 +213,14 @@ class Anatomy:
             near, far = listener.hear(0), listener.hear(there)
         finally:
             listener.release()
+        if not set(full) <= near.keys():
+            self.no("its attention does not go through the AttentionInterface")
         for i in full:
-            rope, kind = rotary.rope_type, self.kinds[i]
+            rope, kind = getattr(rotary, "rope_type", None), self.kinds[i]
             rope = rope[kind] if isinstance(rope, dict) else rope
             if rope in CHANGING:
                 self.no(f"its rotary frequencies ({rope}) change with the length of the text")
-            turning = getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None))
+            turning = getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", ()))
             pairs = [(keys[i].float(), torch.arange(8.0, device=keys[i].device)[:, None] + start)
                      for keys, start in ((near, 0), (far, there))]
             if 2 * len(turning) == D and agree(*(
@@ -244,6 +244,8 @@ def agree(a, b) -> bool:
 
 def butler_for(model, path=None) -> Butler:
     """The butler at `path` (None: the shipped one), if it was trained for this model's weights."""
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ModelError("a butler's model is known by its weights: some are not in memory here")
     return load_for(Anatomy(model), path)
 
 

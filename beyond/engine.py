@@ -1,6 +1,6 @@
 """beyond/engine.py - the model of a script: ours, or one of transformers that looks like ours.
 
-    --model, --engine --opened--> the model, its tokenizer, its path
+    --model, --engine --opened--> the model, its tokenizer
     tokens [B, T] -> Engine: transformers' forward, at whose attention stand our cache, our selector
                      and our kernels (beyond/attach.py) -> logits [B, T, V]
 
@@ -8,7 +8,8 @@ An `Engine` has what train.py, sample.py, synth_task.py and the quality suites o
 model.Llama: the same cache of this repository, so that rows may differ in length and a text can be
 rewound, the same hook, the same fingerprint. What it computes between two attentions is the
 model's own code, whatever its family. Its windows hold here as well; layers that have one come last
-in the cache, where a selector does not look.
+in the cache, where a selector does not look. The model lies on one device; a model that is spread
+over several can be attached to.
 
     python -m beyond.engine        the default model through both engines, float32
 """
@@ -18,7 +19,6 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from beyond import survive
@@ -102,9 +102,7 @@ class Engine(Hold, nn.Module):
                 at = (cache.lengths[:, None] + torch.arange(T, device=q.device))[:, None, :, None]
                 here = torch.arange(S, device=q.device)
                 keep = (here <= at) & (here > at - (window or S + 1))
-                out = (masked(q, keys, values, keep, rules) if rules.get("softcap") is not None
-                       else F.scaled_dot_product_attention(q, keys, values, attn_mask=keep,
-                                                           enable_gqa=True))
+                out = masked(q, keys, values, keep, rules)
         return out.to(dtype)
 
     def forward(self, tokens, cache=None, selector=None, lengths=None, last=False,
@@ -182,21 +180,24 @@ class Foreign(tokenizer.Tokenizer):
                                              return_dict=False)
 
 
-def opened(config, device=None, dtype=None):
-    """What the flags --model, --engine and --device of a script ask for: the frozen model, its
-    tokenizer, and where they lie."""
+def found(config):
+    """What the flags --model and --engine of a script name -> its path, its tokenizer"""
     known("engine", [config.engine], ENGINES)
     path = survive.host_first(lambda: resolve(config.model))
-    ours, device = config.engine == "own", device or config.device
-    dtype = dtype or fast_dtype(device)
-    model = (Llama if ours else Engine).from_pretrained(path, dtype, device)
     try:
-        tok = tokenizer.load(path)
+        return path, tokenizer.load(path)
     except tokenizer.TokenizerError:
-        if ours or not path.is_dir():
+        if config.engine == "own" or not path.is_dir():
             raise
-        tok = Foreign(path)
-    return model, tok.check(model), path
+        return path, Foreign(path)
+
+
+def opened(config, device=None, dtype=None, place=None):
+    """-> the frozen model, on --device, and its tokenizer; place: what was `found`"""
+    (path, tok), device = place or found(config), device or config.device
+    made = Llama if config.engine == "own" else Engine
+    model = made.from_pretrained(path, dtype or fast_dtype(device), device)
+    return model, tok.check(model)
 
 
 if __name__ == "__main__":

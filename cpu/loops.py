@@ -372,8 +372,8 @@ def project(keys, weight, positions, rope, turning):
     numbers = torch.empty(R, B, G, 1, weight.shape[3], dtype=torch.int8)
     scales = torch.empty(R, B, G, 1)
     run(projected, keys[:, :, :, 0].float().numpy(), weight.detach().numpy(),
-        positions.flatten().expand(B).numpy(), rope.view(R, -1).numpy(), turning.numpy(),
-        numbers[:, :, :, 0].numpy(), scales[..., 0].numpy())
+        positions.flatten().expand(B).numpy(), rope.reshape(R, -1).contiguous().numpy(),
+        turning.numpy(), numbers[:, :, :, 0].numpy(), scales[..., 0].numpy())
     return numbers, scales
 
 

@@ -1,6 +1,9 @@
 """beyond/attach.py and beyond/engine.py against transformers itself: families, contracts."""
 
 import copy
+import gc
+import inspect
+import weakref
 from functools import partial
 
 import pytest
@@ -10,12 +13,15 @@ from conftest import assert_close, randomise
 
 import train
 from baselines import make_selector
-from beyond.attach import HELD, Anatomy, attached
+from beyond.attach import HELD, Anatomy, attached, butler_for
 from beyond.engine import Engine
-from butler import Butler, ButlerConfig, fingerprint, turned_back
+from butler import Butler, ButlerConfig, ButlerError, ButlerSelector, fingerprint, turned_back
 from common.errors import ModelError
 from model import Llama
+from tasks.coreference import coreference_documents
 
+CACHE = ("cache" if "cache" in inspect.signature(hf.LlamaForCausalLM.forward).parameters
+         else "past_key_values")  # before 5.24
 SMALL = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -44,6 +50,10 @@ def built(family, **more):
 def models():
     made = {}
     return lambda family: made.setdefault(family, built(family))
+
+
+def held(model):
+    return any(module in HELD for module in model.modules())
 
 
 def prompt(length, seed=0):
@@ -106,19 +116,37 @@ def test_keys_turned_back_are_what_the_projection_made(family, models):
     butler = Butler(ButlerConfig.for_model(engine))
     record = train.record(engine, tokens)
     numbers = engine.anatomy.numbers
+    rows = engine.frequencies if engine.frequencies.dim() > 1 else ()
+    still = [n for n, row in enumerate(rows) if not row.any()]
+    assert still == [1] * (family == "SmolLM3")  # its layer 2, the second that is selected
     assert len(numbers) >= 4 and list(numbers.values()) == list(range(len(numbers)))
     for i, n in list(numbers.items())[1:]:
         angles = record.positions[:, None] * butler.rope[n - 1]
         assert_close(f"layer {i}", turned_back(record.keys[n], angles), expected[i], 1e-4)
 
 
+def test_yarn_is_taken_from_the_rotary_module():
+    """It changes the frequencies, not with the length, and makes keys longer."""
+    model, tokens = built("Llama", rope_parameters={
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 128}), prompt(40)
+    expected, scaling = projected_keys(model, tokens), model.model.rotary_emb.attention_scaling
+    engine = Engine(model)
+    record = train.record(engine, tokens)
+    plain = 1e4 ** -(torch.arange(0, 16, 2) / 16)
+    assert scaling > 1.1 and not torch.allclose(engine.frequencies, plain, rtol=0.1)
+    angles = record.positions[:, None] * engine.frequencies
+    for i in range(1, 5):
+        assert_close(f"layer {i}", turned_back(record.keys[i], angles), expected[i] * scaling, 1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_budget_of_all_is_the_models_own_attention(family, models):
     model, ids = models(family), prompt(40)
     tokens, logits = written(model, ids, 64)
-    with attached(model, partial(make_selector, "oracle", 1.0)) as held:
+    with attached(model, partial(make_selector, "oracle", 1.0)) as at:
         again, ours = written(model, ids, 64)
-        assert len(held.rows[0][2].index) == len(held.anatomy.numbers) - 1
+        assert len(at.rows[0][2].index) == len(at.anatomy.numbers) - 1
     assert_close("logits", ours, logits, 1e-3)
     assert again.tolist() == tokens.tolist()
 
@@ -130,9 +158,9 @@ def test_left_padding_changes_nothing_and_static_caches_neither(family, models):
     texts = [prompt(n, n) for n in (31, 60, 47)]
     batch = torch.cat([torch.nn.functional.pad(t, (60 - t.shape[1], 0)) for t in texts])
     mask = torch.arange(60) >= torch.tensor([[60 - t.shape[1]] for t in texts])
-    with attached(model, lambda: butler.selector(20)) as held:
+    with attached(model, lambda: butler.selector(20)) as at:
         single = [written(model, t) for t in texts]
-        assert len(held.rows[0][2].index[1][0, 0, 0]) == 20
+        assert len(at.rows[0][2].index[1][0, 0, 0]) == 20
         for rules in {}, {"cache_implementation": "static"}:
             tokens, logits = written(model, batch, attention_mask=mask.long(), **rules)
             assert tokens.tolist() == [t[0].tolist() for t, _ in single], rules
@@ -192,7 +220,7 @@ def test_detaching_restores_the_model(models):
         with pytest.raises(ModelError, match="attached already"), attached(model, None):
             pass
         _ = 1 / 0
-    assert torch.equal(model(ids).logits, before) and not HELD
+    assert torch.equal(model(ids).logits, before) and not held(model)
     assert model.config.to_dict() == state
     assert model.config._attn_implementation == implementation
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -203,18 +231,18 @@ def test_a_second_text_starts_clean_and_a_cached_prompt_goes_on(models):
     for name in "butler", "h2o":  # h2o remembers what it saw
         butler = random_butler(model)
         make = partial(make_selector, name, 20, butler)
-        with attached(model, make) as held:
+        with attached(model, make) as at:
             tokens, logits = written(model, ids)
-            first = held.rows[0][2]
+            first = at.rows[0][2]
             written(model, prompt(90, 5))
             again, same = written(model, ids)
-            assert held.rows[0][2] is not first and torch.equal(logits, same)
+            assert at.rows[0][2] is not first and torch.equal(logits, same)
             cache = hf.DynamicCache(config=model.config)
             with torch.no_grad():
-                model(ids[:, :33], cache=cache)
-            reader = held.rows[0][2]
-            on, close = written(model, ids, cache=cache)
-            assert held.rows[0][2] is reader
+                model(ids[:, :33], **{CACHE: cache})
+            reader = at.rows[0][2]
+            on, close = written(model, ids, **{CACHE: cache})
+            assert at.rows[0][2] is reader
         assert again.tolist() == on.tolist() == tokens.tolist(), name
         assert_close(name, close, logits, 1e-4)
 
@@ -227,8 +255,8 @@ def test_a_copy_of_a_cached_prompt_gets_a_selector_of_its_own(models):
         expected = [written(model, text)[0].tolist() for text in texts]
         prefix = hf.DynamicCache(config=model.config)
         with torch.no_grad():
-            model(ids, past_key_values=prefix)
-        assert expected == [written(model, text, cache=copy.deepcopy(prefix))[0].tolist()
+            model(ids, **{CACHE: prefix})
+        assert expected == [written(model, text, **{CACHE: copy.deepcopy(prefix)})[0].tolist()
                             for text in texts]
 
 
@@ -264,12 +292,12 @@ def test_nothing_attends_to_padding(models):
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[1, :13] = 0
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    with attached(model, partial(make_selector, "oracle", 20)) as held, torch.no_grad():
-        model(batch, attention_mask=mask, position_ids=places, cache=cache)
-        assert [(pad, len(range(2)[some])) for some, pad, _ in held.rows] == [(0, 1), (13, 1)]
+    with attached(model, partial(make_selector, "oracle", 20)) as at, torch.no_grad():
+        model(batch, attention_mask=mask, position_ids=places, **{CACHE: cache})
+        assert [(pad, len(range(2)[some])) for some, pad, _ in at.rows] == [(0, 1), (13, 1)]
         for layer in cache.layers:
             layer.keys[1, :, :13] = layer.values[1, :, :13] = torch.nan
-        out = model(batch[:, :1], attention_mask=torch.ones(2, 41), cache=cache,
+        out = model(batch[:, :1], attention_mask=torch.ones(2, 41), **{CACHE: cache},
                     position_ids=torch.tensor([[40], [27]]))
     assert out.logits.isfinite().all()
 
@@ -287,9 +315,9 @@ def test_padding_elsewhere_is_refused(models):
 @pytest.mark.parametrize("name", ["quest", "h2o", "snapkv", "keynorm", "recency", "random"])
 def test_every_rival_chooses_for_a_transformers_model(name, models):
     model = models("Gemma2")
-    with attached(model, partial(make_selector, name, 20)) as held:
+    with attached(model, partial(make_selector, name, 20)) as at:
         tokens, _ = written(model, prompt(70))
-        index = held.rows[0][2].index
+        index = at.rows[0][2].index
     assert tokens.shape == (1, 24) and sorted(index) == [1, 2, 3]
     assert all(len(i[i >= 0].unique()) <= 93 and i.shape[-1] <= 20 for i in index.values())
 
@@ -315,9 +343,9 @@ REFUSED = {
     "sinks or biases": ("GptOss", HEADS | {
         "num_local_experts": 4, "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
-    "no keys and values to choose from": ("Bloom", {}),
+    "no self_attn with keys": ("Bloom", {}),
     "it has layers of linear_attention": ("Mamba", {}),
-    "layers of linear_attention, which": ("Qwen3Next", {
+    "layers of linear_attention, neither full": ("Qwen3Next", {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32, "linear_num_key_heads": 2,
         "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8})}
@@ -330,7 +358,7 @@ def test_what_cannot_work_is_refused_by_name(reason):
     with pytest.raises(ModelError, match=reason) as refusal, \
             attached(model, None):
         pass
-    assert "\n" not in str(refusal.value) and not HELD
+    assert "\n" not in str(refusal.value) and not held(model)
     assert model.config._attn_implementation != "tokenbutler"
 
 
@@ -370,3 +398,107 @@ def test_both_engines_have_one_fingerprint_and_choose_the_same(twins):
             steps[name].append((token.item(), {n: i.sort().values.tolist()
                                                for n, i in select.index.items()}))
     assert steps["own"] == steps["engine"] and len(steps["own"][0][1]) == 4
+
+
+def test_an_engine_that_nobody_has_is_gone():
+    engine = Engine(built("Qwen3"))
+    engine(prompt(8))
+    gone, attention = weakref.ref(engine), weakref.ref(engine.layers[0].self_attn)
+    assert attention() in HELD
+    del engine
+    gc.collect()
+    assert gone() is None and attention() is None
+
+
+@pytest.fixture(scope="module")
+def stranger(folder, tmp_path_factory):
+    """A folder with a model that model.py does not implement, and a tokenizer."""
+    path = tmp_path_factory.mktemp("qwen3")
+    built("Qwen3", vocab_size=512, num_hidden_layers=3, max_position_embeddings=1024
+          ).save_pretrained(path)
+    (path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    return path
+
+
+def test_all_scripts_take_a_model_of_transformers(stranger, main, tmp_path):
+    text, data, butler = tmp_path / "t.txt", tmp_path / "q.jsonl", tmp_path / "butler.safetensors"
+    text.write_text("One cup of tea, two cups of tea, and a spoon for every cup. " * 200)
+    data.write_text('{"context": "Tea is hot. Ice is cold.", "question": " Ice is", '
+                    '"answer": "cold"}\n')
+    flags = "--model", stranger, "--engine", "transformers"
+    report = main("train.py", *flags, "--data", text, "--out", butler, "--steps", 4, "--length",
+                  128, "--long", 192, "--rows", 4, "--hidden", 8, "--size", 8, "--documents", 1,
+                  "--windows", 1, "--longest", 128)
+    assert len(report["loss"]) == 4 and report["table"]["butler"]["kept"]["128"]["n"] == 1
+    flags += "--butler", butler
+    report = main("sample.py", *flags, "--prompt", "Tea is " * 30, "--max-new-tokens", 6,
+                  "--temperature", 0)
+    assert report["new_tokens"] and report["attended_per_step"] < report["cached_tokens"]
+    report = main("synth_task.py", *flags, "--data", data, "--selectors", "dense,butler,oracle",
+                  "--budgets", "0.5")
+    assert report["results"]["data"]["butler"]["0.5"]["n"] == 1
+    for suite in "perplexity", "recall", "length":
+        report = main("bench.py", *flags, "--suite", suite, "--text", text, "--n", 2, "--length",
+                      96, "--contexts", "64,128")
+        assert report["results"], suite
+    model = hf.AutoModelForCausalLM.from_pretrained(stranger)  # what was trained serves generate
+    learned = butler_for(model, butler)
+    with attached(model, lambda: learned.selector(20)) as at:
+        written(model, prompt(60))
+    assert at.rows[0][2].index[2].shape == (1, 2, 1, 20)
+    with pytest.raises(ButlerError, match="another base model"):
+        butler_for(built("Qwen3"), butler)
+
+
+def test_timed_suites_and_other_engines_are_refused(stranger, main):
+    with pytest.raises(SystemExit):
+        main("bench.py", "--suite", "speed", "--engine", "transformers")
+    with pytest.raises(SystemExit):
+        main("sample.py", "--engine", "mlx")
+
+
+def test_the_engine_refuses_in_one_line(stranger, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(ModelError, match="transformers cannot load it"):
+        Engine.from_pretrained(tmp_path)
+    engine = Engine.from_pretrained(stranger)
+    with pytest.raises(ModelError, match="do not fit"):
+        engine(torch.zeros(1, 4, dtype=torch.long), engine.new_cache(1, 3))
+
+
+@pytest.fixture(scope="module")
+def smollm(model_path):
+    """The default model as transformers reads it."""
+    return hf.AutoModelForCausalLM.from_pretrained(
+        model_path.parent, gguf_file=model_path.name, dtype=torch.float32)
+
+
+@pytest.mark.slow
+def test_the_default_model_chooses_the_same_tokens_through_transformers(smollm, llama, tok):
+    """float32, 50 steps, all layers, the shipped butler; what `generate` does is what model.py
+    does."""
+    document = coreference_documents("test", 1, 0)[0]
+    ids = torch.tensor([tok.encode(document.context + document.question)])
+    butler, chosen = butler_for(smollm), []
+
+    class Noted(ButlerSelector):
+        def __call__(self, layer, *seen):
+            index = super().__call__(layer, *seen)
+            if layer == 29:
+                chosen.append({n: i.sort().values for n, i in self.index.items()})
+            return index
+
+    with attached(smollm, lambda: Noted(butler, 0.1)):
+        smollm.generate(ids[:, :-1], max_new_tokens=1, do_sample=False)  # a text before this one
+        tokens, _ = written(smollm, ids, 51, eos_token_id=None)
+    cache, select, token = llama.new_cache(1, 500), butler.selector(0.1), tokens[:, :1]
+    llama.prefill(ids, cache, select.watch)
+    same = []
+    for step in range(50):
+        logits = llama.decode(token, cache, select)
+        assert logits.argmax() == tokens[0, step + 1]
+        token = tokens[:, step + 1 : step + 2]
+        same.append(all(torch.equal(select.index[n].sort().values, i)
+                        for n, i in chosen[step].items()))
+    assert len(chosen) == 50 and len(chosen[0]) == 29
+    assert all(same), same

@@ -40,7 +40,7 @@ def beneath(name: str) -> set[str]:
 
 def test_imports_are_found():
     assert {"kernel", "cpu.loops", "loading.weights", "common.errors"} <= IMPORTS["model"]
-    assert "loading.tokenizer" in IMPORTS["sample"] and not IMPORTS["common.errors"]
+    assert "loading.tokenizer" in IMPORTS["bench"] and not IMPORTS["common.errors"]
 
 
 def test_imports_run_one_way():

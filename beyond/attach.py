@@ -30,7 +30,7 @@ search moves rows of the cache that a selector knows nothing of: one beam.
 
 import weakref
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 
 import torch
 
@@ -44,7 +44,6 @@ HELD = weakref.WeakKeyDictionary()  # attention module -> weak (who attends inst
 CHANGING = "dynamic", "longrope"  # rotary frequencies that depend on the text's length
 
 
-@cache
 def transformers():
     """The optional package, our attention function registered with it."""
     try:

@@ -11,7 +11,7 @@ model's own code, whatever its family. Its windows hold here as well; layers tha
 in the cache, where a selector does not look. The model lies on one device; a model that is spread
 over several can be attached to.
 
-    python -m beyond.engine        the default model through both engines, float32
+    python -m beyond.engine        a tiny random Llama through both engines
 """
 
 import inspect
@@ -201,11 +201,19 @@ def opened(config, device=None, dtype=None, place=None):
 
 
 if __name__ == "__main__":
-    path, tokens = resolve(), torch.arange(7)[None]
-    for made in Llama, Engine:
-        llama = made.from_pretrained(path)
-        kv = llama.new_cache(batch=1, capacity=8)
-        llama.prefill(tokens, kv)
-        logits = llama.decode(torch.tensor([[7]]), kv)
-        print(f"{made.__name__}: logits {list(logits.shape)}, best {int(logits.argmax())}, "
-              f"{float(logits.max()):.4f}")
+    import tempfile
+    from pathlib import Path
+
+    torch.manual_seed(0)
+    random = transformers().LlamaForCausalLM(transformers().LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2))
+    with tempfile.TemporaryDirectory() as folder:
+        random.save_pretrained(folder)
+        for made in Llama, Engine:
+            llama = made.from_pretrained(Path(folder))
+            kv = llama.new_cache(batch=1, capacity=8)
+            llama.prefill(torch.arange(7)[None], kv)
+            logits = llama.decode(torch.tensor([[7]]), kv)
+            print(f"{made.__name__}: logits {list(logits.shape)}, best {int(logits.argmax())}, "
+                  f"{float(logits.max()):.4f}")

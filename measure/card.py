@@ -51,7 +51,8 @@ def card(report: dict) -> str:
     model = f" --model {shlex.quote(c['model'])}" if c["model"] else ""
     use = USE.format(model=model, out=shlex.quote(c["out"]))
     longer = f", every {c['long_every']}th of up to {c['long']:,}, no more than the model holds"
-    longer += f", spread over {c['span']:,} positions" * bool(c.get("span"))
+    if span := c.get("span"):
+        longer += f", spread over {span:,} positions"
     return "\n".join([
         "---", named, "base_model_relation: adapter",
         "tags:", *(f"- {tag}" for tag in ("tokenbutler", "sparse-attention", "kv-cache")),

@@ -131,6 +131,20 @@ def drift(report: dict) -> str:
     return "\n".join([*grid(rows, "choices kept"), source(report)])
 
 
+def answers(report: dict) -> str:
+    """Of forced answers: their loss, and how far it is above dense's."""
+    rows, above = {}, report["loss above dense"]["data"]
+    for name, by in report["loss"]["data"].items():
+        for budget, m in by.items():
+            row = rows.setdefault(name if name == "dense" else f"{name} {percent(budget)}", {})
+            row["loss, nats a token"] = cell(m, ".3f")
+            if name in above:
+                dense = report["loss"]["data"]["dense"]["1.0"]["mean"]
+                row["above dense"] = cell(above[name][budget], "+.4f")
+                row["of dense"] = f"{above[name][budget]['mean'] / dense:+.2%}"
+    return "\n".join([*grid(rows, "selector"), source(report)])
+
+
 def tradeoff(report: dict) -> str:
     """A table for each task: score, time of a step, and how that compares with dense's."""
     tables = {}
@@ -209,7 +223,8 @@ def compare(report: dict) -> str:
 TABLES = {"train": training, "train_default": training, "ablations": ablations,
           "perplexity": perplexity, "recall": recall, "length": length,
           "length_25": length, "length_default": length, "drift": drift, "drift_coreference": drift,
-          "ruler": tasks, "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks}
+          "ruler": tasks, "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks,
+          "long_answers": answers}
 TIMED = {"compare": compare, "attention": timed, "speed": timed, "offload": timed,
          "tradeoff": tradeoff}
 

@@ -5,13 +5,16 @@
 Every candidate reads the same random tokens (once: seconds to the first token), then all decode
 behind them by turns; a row holds the median step. All use as many threads as PyTorch would.
 
-transformers   LlamaForCausalLM in float32 and in bfloat16, attention by SDPA, its growing cache
+transformers   LlamaForCausalLM in float32 and in bfloat16, attention by SDPA, with a growing cache
+               and with a static one; the latter with our butler attached too (beyond/attach.py)
 llama.cpp      on the GGUF file itself, 4-bit weights; measured if `pip install --no-deps
                cyllama==0.2.18`, a wheel that carries a build of it, is there
 """
 
 import sys
 import time
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -22,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from beyond.attach import attached, butler_for
 from butler import load_for
 from common.cli import flag, numbers, processor, provenance, run
 from common.errors import UsageError
@@ -48,7 +52,7 @@ class Config:
 
 
 class Transformers:
-    def __init__(self, path, dtype):
+    def __init__(self, path, dtype, room):
         from transformers import LlamaConfig, LlamaForCausalLM
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -57,19 +61,30 @@ class Transformers:
         loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=shapes)
         self.model = LlamaForCausalLM(LlamaConfig(**loaded["config"]))
         self.model.load_state_dict(loaded["tensors"], strict=False)
-        self.model.to(dtype).eval()
+        self.model.to(dtype).eval().requires_grad_(False)
+        self.room = room
+        # the same weights once more: what is attached to stays attached
+        self.second = deepcopy(self.model, {id(p): p for p in self.model.parameters()})
 
     @torch.inference_mode()
     def read(self, ids):
-        from transformers import DynamicCache
+        from transformers import DynamicCache, StaticCache
 
-        self.cache = DynamicCache()
-        self.model(ids, past_key_values=self.cache, logits_to_keep=1)
+        self.growing = DynamicCache()
+        self.static = StaticCache(self.model.config, max_cache_len=self.room)
+        self.model(ids, past_key_values=self.growing, logits_to_keep=1)
+        for i, layer in enumerate(self.growing.layers):
+            self.static.update(layer.keys, layer.values, i)
 
     @torch.inference_mode()
-    def step(self):
-        self.model(torch.tensor([[5]]), past_key_values=self.cache)
-        self.cache.crop(-1)
+    def step(self, model, cache):
+        model(torch.tensor([[5]]), past_key_values=cache)
+        cache.crop(-1)
+
+    def candidates(self, name: str) -> dict:
+        return {f"{name}, growing cache": partial(self.step, self.model, self.growing),
+                f"{name}, static cache": partial(self.step, self.model, self.static),
+                f"{name}, butler": partial(self.step, self.second, self.static)}
 
 
 class LlamaCpp:
@@ -101,12 +116,15 @@ class LlamaCpp:
         self.decode([5], self.length, True)
         self.context.memory_seq_rm(0, self.length, -1)
 
+    def candidates(self, name: str) -> dict:
+        return {name: self.step}
+
 
 class Ours:
     """The model of this repository; its dense prompt is read once and shared by all selectors."""
 
-    def __init__(self, path, room):
-        self.llama = Llama.from_pretrained(path, fast_dtype())
+    def __init__(self, path, room, budget):
+        self.llama, self.budget = Llama.from_pretrained(path, fast_dtype()), budget
         self.butler = load_for(self.llama)
         self.cache = self.llama.new_cache(1, room)
 
@@ -119,16 +137,29 @@ class Ours:
         self.llama.decode(torch.tensor([[5]]), self.cache, selector)
         self.cache.truncate(self.length)
 
+    def candidates(self, name: str) -> dict:
+        return {name: self.step, f"butler {self.budget:g}": partial(
+            anew, self.step, self.butler.selector(self.budget))}
+
 
 def measure(config: Config) -> dict:
     path, contexts = resolve(None), sorted(map(int, config.contexts))
-    room, rows = contexts[-1] + 1, []
-    models = {"dense": Ours(path, room),
-              "transformers, float32": Transformers(path, torch.float32),
-              "transformers, bfloat16": Transformers(path, torch.bfloat16)}
+    room = contexts[-1] + 1
+    models = {"dense": Ours(path, room, config.budget),
+              "transformers, float32": Transformers(path, torch.float32, room),
+              "transformers, bfloat16": Transformers(path, torch.bfloat16, room)}
     if llama_cpp:
         models["llama.cpp, 4-bit weights"] = LlamaCpp(path, room)
-    ours = models["dense"]
+    with ExitStack() as stack:
+        for model in models.values():
+            if isinstance(model, Transformers):
+                butler = butler_for(model.second)
+                stack.enter_context(attached(model.second, partial(butler.selector, config.budget)))
+        return {"rows": timed(models, contexts, config.n)}
+
+
+def timed(models: dict, contexts: list[int], rounds: int) -> list[dict]:
+    rows = []
     for context in contexts:
         generator = torch.Generator().manual_seed(context)
         ids = torch.randint(100, 40000, (1, context), generator=generator)
@@ -136,14 +167,13 @@ def measure(config: Config) -> dict:
         for name, model in models.items():
             began = time.perf_counter()
             model.read(ids)
-            reading[name] = time.perf_counter() - began
-            candidates[name] = model.step
-        candidates[f"butler {config.budget:g}"] = partial(
-            anew, ours.step, ours.butler.selector(config.budget))
-        seconds = by_turns(candidates, config.n, "cpu")
+            own = model.candidates(name)
+            reading[next(iter(own))] = time.perf_counter() - began
+            candidates |= own
+        seconds = by_turns(candidates, rounds, "cpu")
         rows += [{"context": context, "candidate": name, "ms": 1e3 * s,
                   "first_token_s": reading.get(name)} for name, s in seconds.items()]
-    return {"rows": rows}
+    return rows
 
 
 def main(config: Config) -> dict:

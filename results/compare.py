@@ -53,16 +53,11 @@ class Config:
 
 class Transformers:
     def __init__(self, path, dtype, room):
-        from transformers import LlamaConfig, LlamaForCausalLM
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+        from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            shapes = LlamaForCausalLM(LlamaConfig(num_hidden_layers=30))
-        loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=shapes)
-        self.model = LlamaForCausalLM(LlamaConfig(**loaded["config"]))
-        self.model.load_state_dict(loaded["tensors"], strict=False)
-        self.model.to(dtype).eval().requires_grad_(False)
         self.room = room
+        self.model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name,
+                                                          dtype=dtype).requires_grad_(False)
         # the same weights once more: what is attached to stays attached
         self.second = deepcopy(self.model, {id(p): p for p in self.model.parameters()})
 

@@ -212,8 +212,8 @@ def ablations(report: dict) -> str:
 
 def compare(report: dict) -> str:
     """A row for each candidate at each context."""
-    lines = [f"{'context':>8s}  {'':28s} {'ms a step':>10s} {'tokens/s':>9s} {'reading, s':>11s}"]
-    lines += [f"{r['context']:8,}  {r['candidate']:28s} {r['ms']:10.1f} {1e3 / r['ms']:9.1f}"
+    lines = [f"{'context':>8s}  {'':38s} {'ms a step':>10s} {'tokens/s':>9s} {'reading, s':>11s}"]
+    lines += [f"{r['context']:8,}  {r['candidate']:38s} {r['ms']:10.1f} {1e3 / r['ms']:9.1f}"
               + (f" {r['first_token_s']:11.1f}" if r["first_token_s"] else "")
               for r in report["rows"]]
     return "\n".join([*lines, "", f"{report['hardware']}; commit {report['commit']}",

@@ -3,7 +3,7 @@
 TokenButler (arXiv 2503.07518) keeps the whole KV cache and guesses, for every new token, which few
 cached tokens each layer is about to need. Two small learned maps do it:
 
-    x [B, T, C], input of layer p -Producer-> importance queries of R layers [B, G, T, R, E]
+    x [B, T, C], input of layer p -Producer-> importance queries of R layers [R, B, G, T, E]
     keys, turned back [B, G, S, D] ---W_K---> importance keys [B, G, S, E], cached beside K and V
 
     score(t, s) = turned(q_imp, t) . turned(k_imp, s) / sqrt(E)      one query per KV head
@@ -270,7 +270,8 @@ class ImportanceCache:
     numbers  [L - 1, B, G, capacity/64, E, 64] int8, None until there are any: channel by channel,
              as the product with a query runs along the tokens, but 64 tokens together
     scales   [L - 1, B, G, capacity] float32
-    seen     {layer: its cached keys [B, G, S, D], as they were when the selector last saw them}
+    seen     {layer: its cached keys [B, G, S, D]}: of those that the selector last saw, as many,
+             but with what the cache holds there now
     filled   {layer: how many tokens' importance keys are there}
     """
 
@@ -430,7 +431,7 @@ class ButlerSelector(Selector):
         every layer    `selected`: the choice that is there already
 
     The keys of this very token are not known then, and not needed, as it is in the window. In a
-    block of tokens, and behind a prompt that was read without the selector, each layer is scored
+    block of tokens, and after a prompt that was read without the selector, each layer is scored
     when it is reached.
 
     drift       how far a query may turn before its choice is made anew, see `Reuse`; 0: every step
@@ -513,7 +514,7 @@ class ButlerSelector(Selector):
         self.choices = self.in_use(self.granted.shape[:2], most)
         self.choices[..., : self.granted.shape[-1]] = self.granted
         self.every = torch.ones(self.choices.shape[:3], dtype=torch.bool, device=positions.device)
-        self.ahead = [None, *self.choices]
+        self.ahead = [None, *self.choices]  # by layer
         if self.bound:
             self.importance.latest(positions, self.bound)
         else:

@@ -151,10 +151,11 @@ def fetch_rows(table, tokens, held, places, missed):
 
 def in_order(scores):
     """Any scores [..., S] -> float32 numbers whose top-K is the same in every form of choosing, on
-    every device. Each is an integer key read as a float, as positive floats are in the order of
-    their bits. Its upper 15 bits are the score: rounded to fp16, its bits remapped so that they are
-    in the order of the number, the last one dropped. Its lower 15 bits are 32,767 minus the token's
-    index, so that of equal scores the earliest token is the first."""
+    every device (but for equal scores beyond 32,767 tokens, where `topk` decides). Each is an
+    integer key read as a float, as positive floats are in the order of their bits. Its upper 15
+    bits are the score: rounded to fp16, its bits remapped so that they are in the order of the
+    number, the last one dropped. Its lower 15 bits are 32,767 minus the token's index, so that of
+    equal scores the earliest token is the first."""
     bounded = scores.float().clamp(-HALF, HALF) + 0.0  # no -0.0
     bits = bounded.half().view(torch.int16).int()
     code = ((bits ^ (bits >> 31 & LOW)) + LOW + 1 >> 1).clamp(min=1)  # 0: not to be chosen

@@ -10,15 +10,17 @@ One forward serves prefill, chunked prefill, decoding and scoring a text; they d
 the cache. A *selector* is any callable: given the layer's input x [B, T, C], the rotated queries
 q [B, H, T, D], all cached keys [B, G, S, D] and the positions [B, T] of the new tokens, it returns
 the indices [B, G, T, K] (int32, -1 = empty) of the tokens that each query may attend to, or None
-for all of them. The model knows no selector by name; dense attention is `selector=None`.
+for all of them. The model knows no selector by name; dense attention is `selector=None`. One that
+can choose `early` may be asked before the layer computes q and k: q is None then, and the last row
+of the keys is still unwritten.
 
     o = softmax(q . k[idx] / sqrt(D)) . v[idx]        rotary position embedding: arXiv 2104.09864
 
 Weights come from a Hugging Face folder or a GGUF file, found by name and read in loading/.
 
 Dimensions, one letter each in the whole repository: B batch, T new tokens, S cached tokens,
-C width, H query heads, G KV heads, D head size, L layers, E butler size, K tokens kept,
-P producers, I prediction interval, R depth stride.
+C width, H query heads, G KV heads, D head size, L layers, E butler size, K tokens kept, R layers
+served by one producer.
 
     python model.py        prints a short trace of shapes
 """
@@ -63,7 +65,7 @@ class Cache:
     `k[layer]` and `v[layer]` [B, G, capacity, D] are apart: with a token's value next to its key,
     gathering a few tokens is no faster, and reading all of them much slower.
 
-    Rows may have different lengths: new tokens of row b are written behind its own `lengths[b]`.
+    Rows may have different lengths: new tokens of row b are written after its own `lengths[b]`.
     Layers `append`; only `Llama.forward` advances, once, when all layers have written.
     """
 
@@ -127,7 +129,7 @@ class Cache:
             self.ragged = bool((self.lengths != self.size).any())
 
     def truncate(self, length) -> None:
-        """Forget what is behind the first `length` tokens (a number, or one per row [B])."""
+        """Forget what comes after the first `length` tokens (a number, or one per row [B])."""
         self.lengths.clamp_(max=length)
         self.size = int(self.lengths.max())
         self.ragged = bool((self.lengths != self.size).any())
@@ -167,7 +169,7 @@ def dense_attention(q, k, v, positions, ragged: bool):
 
 
 def attention_behind(q, k, v):
-    """Causal attention of a block that stands behind others, without a mask, which would halve the
+    """Causal attention of a block that comes after others, without a mask, which would halve the
     speed: past tokens and the block's own are attended to apart, and merged by their shares of the
     softmax's denominator. (PyTorch's own kernel; only its private name gives the denominator.)"""
     B, H, T, D = q.shape
@@ -297,9 +299,9 @@ class Llama(nn.Module):
                 positions=None):
         """tokens [B, T] -> logits [B, T, V]; [B, 1, V] of each row's last real token if `last`.
 
-        cache: continues behind what it holds, and is advanced; None starts from nothing.
+        cache: continues after what it holds, and is advanced; None starts from nothing.
         lengths: real tokens per row (ints) where rows are padded on the right; None: all T.
-        positions: [B, T], rising, if there are gaps in a text that is read at once; None: none.
+        positions: [B, T], rising, if there are gaps in a text that is read at once; None: no gaps.
         On a CPU one token goes through cpu/packed.py's compiled form of all layers, which computes
         what the loop over `Block.forward` does, and is tested against it.
         Raises ModelError when the cache or the model's context is too short.

@@ -2,7 +2,7 @@
 
     scores [B, G, T, S], from anybody -Selector-> indices [B, G, T, K] int32, -1 = empty
 
-    | sinks |  .  .  chosen  .  chosen  .  .  . |  window  | t        K tokens in all, t included
+    | sinks |  .  .  chosen  .  chosen  .  .  . |  window, t its last |        K tokens in all
 
 A selection always holds the sinks (first tokens) and a recent window; what is left of the budget
 goes to the best scores, one choice per KV head. The butler (butler.py) and what one compares it
@@ -27,7 +27,7 @@ def allowance(budget: float, cached, least: int):
     (`least`) are always granted, so that a short prompt is dense."""
     cached = torch.as_tensor(cached)
     if budget <= 1:
-        total = (cached.double() * budget + 1e-4).long()
+        total = (cached.double() * budget + 1e-4).long()  # a tenth of 10 is 1, however rounded
     else:
         total = torch.full_like(cached, int(budget))
     return total.clamp(min=least).minimum(cached)
@@ -82,7 +82,7 @@ class Selector:
 
     def early(self, cached: int) -> bool:
         """May the caller ask for a layer's tokens before that layer's query and key are there (q
-        is None)? In a decode step, behind `cached` tokens."""
+        is None)? In a decode step, after `cached` tokens."""
         return False
 
     def look_ahead(self, layer: int, x, positions) -> None:
@@ -97,7 +97,7 @@ class Selector:
         return self.choose(self.scores(layer, q, keys, positions), positions)
 
     def arrive(self, T: int, start: int, end: int) -> None:
-        """T tokens a row have come, the first at `start` or behind it, the last before `end`: what
+        """T tokens a row have come, the first at `start` or later, the last before `end`: what
         is decided without the device."""
         self.start, self.end = start, end
         self.dense = end < self.dense_below

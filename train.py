@@ -1,6 +1,6 @@
 """train.py - distillation: the butler learns to guess where the frozen base model attends.
 
-    text -> base model (frozen, one forward) -> x of the producer layers, q and k of every layer
+    text -> base model (frozen, one forward) -> x, q and k of every layer
         teacher  p = mean over a KV head's query heads of softmax(q . k / sqrt(D))
         student  b = softmax(q_imp . k_imp / sqrt(E))      what the butler expects of the KV head
     loss = mean over layers, KV heads and sampled rows of mass * KL(p || b); only the butler learns.
@@ -119,7 +119,8 @@ def distillation(butler, record, some=slice(None), sinks=Selector.SINKS, window=
             continue
         with torch.no_grad():
             p = true_attention(record.q[layer][:, :, some], keys, rows[None]).mean(2) * free
-            entropy = entr(p).sum(-1) - entr(p.sum(-1))  # of the teacher, times its mass
+            # p sums to its mass m, and m KL(p / m || b) = - sum p log b - (sum entr p - entr m)
+            entropy = entr(p).sum(-1) - entr(p.sum(-1))
         scores = butler.scores(queries[layer], butler.project(layer, keys, record.positions))
         log_b = (scores + taken).log_softmax(dim=-1)
         losses.append((-torch.linalg.vecdot(p, log_b) - entropy).mean())
@@ -263,12 +264,12 @@ def sample_rows(rng: random.Random, count: int, length: int):
 # ---------------------------------------------------------------------------- the verdict
 
 
-def held_out_kl(llama, butler, windows):
-    """Mean KL per layer over windows [N, T] that were never trained on, every 4th row. -> [L-1]"""
-    rows = torch.arange(3, windows.shape[1], 4, device=windows.device)
+def held_out_kl(llama, butler, unseen):
+    """Mean KL per layer over texts [N, T] that were never trained on, every 4th row. -> [L-1]"""
+    rows = torch.arange(3, unseen.shape[1], 4, device=unseen.device)
     with torch.no_grad():
         return torch.stack([distillation(butler, record(llama, w[None], rows))
-                            for w in windows]).mean(0)
+                            for w in unseen]).mean(0)
 
 
 def verdict(llama, tok, butler, windows, documents) -> dict:
@@ -312,14 +313,14 @@ def main(config: Config) -> dict | None:
         distil(llama, butler, mixture, config, log)
         return survive.leave()
     unseen = Mixture(tok, held, pools("test"), synthetic=0.0)
-    windows = texts(unseen, "held out", 16, config.length).to(device)
+    short = texts(unseen, "held out", 16, config.length).to(device)
     longest = min(config.longest, llama.config.context)
-    ends = texts(unseen, "held out, long", config.windows, longest).to(device)
-    before = held_out_kl(llama, butler, windows).mean().item()
+    long = texts(unseen, "held out, long", config.windows, longest).to(device)
+    before = held_out_kl(llama, butler, short).mean().item()
     survive.note(f"held-out KL before: {before:.3f} a layer")
     distil(llama, butler, mixture, config, log)
     survive.leave()
-    layers = held_out_kl(llama, butler, windows)
+    layers = held_out_kl(llama, butler, short)
     kl = layers.mean().item()
     survive.check_loss(log, kl)
     trained = time.perf_counter() - began
@@ -327,7 +328,7 @@ def main(config: Config) -> dict | None:
     report = {
         "config": asdict(config), "parameters": parameters(butler), "share": share,
         "kl_before": before, "kl": kl, "kl_layers": layers.tolist(),
-        "table": verdict(llama, tok, butler, ends, documents), "loss": log,
+        "table": verdict(llama, tok, butler, long, documents), "loss": log,
         "processes": survive.world(), "training_s": round(trained, 1),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_gb": peak_memory(), "fingerprint": butler.config.fingerprint,

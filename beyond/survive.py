@@ -271,7 +271,7 @@ if __name__ == "__main__":
     butler = Butler.load(SHIPPED).requires_grad_(True)
     matrices = [p for p in butler.parameters() if p.ndim == 2]
     others = [p for p in butler.parameters() if p.ndim != 2]
-    optimizers = [torch.optim.AdamW(matrices), torch.optim.AdamW(others)]
+    optimizers = [torch.optim.SGD(matrices, momentum=0.95), torch.optim.AdamW(others)]
     sum(p.sum() for p in butler.parameters()).backward()
     for optimizer in optimizers:
         optimizer.step()

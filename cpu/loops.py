@@ -10,9 +10,9 @@ tokens are scored at a time, coded as `in_order` codes them, and counted; the co
 where the least code that is kept lies, and only codes from there on are looked at again. Importance
 keys are read from the first byte to the last: of 64 tokens, a cache line for each channel. (With a
 channel's numbers of all tokens in a row, scoring took three times as long.) In attending, 64 rows
-of keys and values are fetched at a time, and all heads of their group attend to them. Plain loops,
-compiled by Numba when they are first called, which kernel.py does where there is a Numba; what they
-compute is defined there.
+of keys and values are fetched at a time, and all heads of their group attend to them. What a butler
+predicts and projects in a step is computed here too. Plain loops, compiled by Numba when they are
+first called, where there is a Numba; what they compute is defined in kernel.py and butler.py.
 
     python -m cpu.loops        microseconds of attending to all tokens, and to some
 """
@@ -40,7 +40,7 @@ HALF = np.float32(65504)  # the largest number of fp16
 LOG2E = math.log2(math.e)
 NOTHING, NOWHERE = np.empty(0, np.float32), np.empty(0, np.int64)
 NO_HALVES = np.empty(0, np.int16), np.empty(0, np.int16)
-called, here = set(), threading.local()  # functions that are compiled
+called, here = set(), threading.local()  # compiled functions; how many threads this one has set
 
 
 def serves(*tensors) -> bool:

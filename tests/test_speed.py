@@ -50,7 +50,7 @@ def test_on_a_gpu_steps_are_replayed_too(monkeypatch):
 
 @pytest.mark.parametrize("store", ["disk", "pinned"])
 def test_rows_of_an_offloaded_cache(monkeypatch, store):
-    settings = config(monkeypatch, suite="offload", contexts=("300",), n=5)
+    settings = config(monkeypatch, suite="offload", contexts=("300",), n=2)
     bench.check(settings)
     if store == "pinned":  # one that a CPU can have, see test_offload.py
         monkeypatch.setattr(speed_offload, "store_of", lambda device: store)

@@ -20,7 +20,7 @@ then measured: the same tokens at two places must have the same keys once these 
 layer whose keys are the same unturned has no positions (SmolLM3). What is neither is refused.
 
 On a GPU, `generate` compiles its steps when it is given a static cache: disable_compile=True. Beam
-search moves rows of the cache that a selector knows nothing of: one beam.
+search moves rows of the cache that a selector knows nothing of, and is refused.
 
     with attached(model, lambda: butler.selector(0.05)):     butler = butler_for(model, FILE)
         model.generate(**inputs)
@@ -56,14 +56,17 @@ def transformers():
     return package
 
 
-def attention(module, query, key, value, mask, **rules):
+def attention(module, query, key, value, attention_mask, **rules):
     """What transformers calls: q [B, H, T, D], k and v [B, G, S, D] -> [B, T, H, D], None"""
+    mask = attention_mask
     if rules.get("s_aux") is not None or rules.get("position_bias") is not None:
         raise ModelError("attention with sinks or biases of its own cannot be selected from")
     holder, layer = HELD.get(module, (None, None))
     if holder is None:  # another model of the same configuration, or a part that reads images
-        return own(module, query, key, value, mask, rules).transpose(1, 2), None
-    return holder().attend(layer, module, query, key, value, mask, rules).transpose(1, 2), None
+        out = own(module, query, key, value, mask, rules)
+    else:
+        out = holder().attend(layer, module, query, key, value, mask, rules)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def own(module, q, k, v, mask, rules):
@@ -74,6 +77,8 @@ def own(module, q, k, v, mask, rules):
     if mask is None:
         T, S = q.shape[2], k.shape[2]
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask.dtype != torch.bool:  # numbers to add
+        mask = mask > -1
     return masked(scaled(q, rules), k, v, mask, rules)
 
 
@@ -160,9 +165,18 @@ class Anatomy:
 
     def __init__(self, model):
         self.model, self.c = model, model.config.get_text_config()
+        try:
+            self.understand()
+        except ModelError:
+            raise
+        except Exception as e:  # families differ in whatever they can
+            self.no(f"{type(e).__name__}: {e}")
+
+    def understand(self) -> None:
         self.refuse()
+        model = self.model
         self.layers, c = model.get_decoder().layers, self.c
-        window = getattr(c, "sliding_window", 0) or getattr(c, "attention_chunk_size", 0) or 1
+        window = getattr(c, "sliding_window", 0) or 1
         windows = [None if kind == "full_attention" or window >= c.max_position_embeddings
                    else window for kind in self.kinds]
         full = [i for i, window in enumerate(windows) if i and window is None]
@@ -194,8 +208,10 @@ class Anatomy:
         self.kinds = list(getattr(c, "layer_types", None) or [
             "sliding_attention" if getattr(c, "sliding_window", None) else "full_attention"
         ] * len(layers or ()))
-        if odd := set(self.kinds) - {"full_attention", "sliding_attention", "chunked_attention"}:
+        if odd := set(self.kinds) - {"full_attention", "sliding_attention"}:
             self.no(f"it has layers of {min(odd)}, neither full nor windowed attention")
+        if c.model_type == "doge":
+            self.no("each of its layers masks tokens by a rule of its own")
         if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
             self.no("its layers have no self_attn with keys and values")
         if getattr(c, "num_kv_shared_layers", 0):
@@ -266,6 +282,8 @@ class Attachment(Hold):
         super().see(layer, args, kwargs)
         known = kwargs.get("cache", kwargs.get("past_key_values"))
         self.cache = known if known is None else weakref.ref(known)
+        if known is not None:
+            known.reorder_cache = one_beam
 
     def begin(self, decoder, args, kwargs) -> None:
         """A forward of T tokens begins."""
@@ -278,10 +296,12 @@ class Attachment(Hold):
         if not goes_on or T > 1:
             pads = padding(kwargs.get("attention_mask"), batch, self.end)
             places = kwargs.get("position_ids")
-            if any(pads) and (places is None or places[:, -1].tolist() != [
-                    self.end - 1 - pad for pad in pads]):
-                raise ModelError("position_ids must count from each row's first real token, as "
-                                 "those of `generate` do")
+            if places is not None and places.dim() > 2:  # of height and width too: as the text's
+                places = places[-1]
+            ends = torch.tensor([max(self.end - 1 - pad, 0) for pad in pads])
+            if any(pads) if places is None else (places[:, -1].cpu() != ends).any():
+                raise ModelError("position_ids must count from each row's first real token, one "
+                                 "by one, as those of `generate` do for text")
             if not goes_on or pads != [pad for some, pad, _ in self.rows
                                        for _ in range(batch)[some]]:
                 self.rows = [(slice(None), pads[0], self.make())] if len(set(pads)) == 1 else [
@@ -331,9 +351,13 @@ def padding(mask, batch: int, end: int) -> list[int]:
     if mask.dim() == 4:
         mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > -1
     real = mask[:, :end].bool().expand(batch, -1)
-    if (real.int().diff(dim=-1) < 0).any() or not real[:, -1].all():
+    if (real.int().diff(dim=-1) < 0).any():
         raise ModelError("padding stands on the left of a text, nowhere else: padding_side='left'")
     return (~real).sum(-1).tolist()
+
+
+def one_beam(order):
+    raise ModelError("beam search cannot go through a selector: num_beams=1")
 
 
 @contextmanager

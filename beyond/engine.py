@@ -15,8 +15,10 @@ over several can be attached to.
 """
 
 import inspect
+import shutil
 from dataclasses import replace
 from functools import cache
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -141,43 +143,29 @@ class Engine(Hold, nn.Module):
         check_device(device)
         folder, rules = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
         try:
-            return cls(transformers().AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, **rules).to(device))
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as e:
-            if isinstance(e, ModelError):
-                raise
+            model, told = transformers().AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, **rules)
+            if missing := sorted(told["missing_keys"]):
+                raise ModelError(f"{path}: {len(missing)} tensors are missing, {missing[0]} first")
+            return cls(model.to(device))
+        except ModelError:
+            raise
+        except Exception as e:  # a damaged file can end in any
             raise ModelError(f"{path}: transformers cannot load it ({e})") from None
 
 
 # ---------------------------------------------------------------------------- for the scripts
 
 
-class Foreign(tokenizer.Tokenizer):
-    """transformers' own tokenizer, for files that ours does not read."""
-
-    def __init__(self, path):
-        self.auto = auto = transformers().AutoTokenizer.from_pretrained(path)
-        self.vocab_size, self.bos_id, self.chat_format = len(auto), auto.bos_token_id, None
-        self.special = dict(zip(auto.all_special_tokens, auto.all_special_ids, strict=True))
-        self.eos_ids = frozenset({auto.eos_token_id} - {None})
-        self.add_bos = self.bos_id is not None and auto("a").input_ids[:1] == [self.bos_id]
-
-    def check(self, model):
-        return self
-
-    def encode(self, text, special=False):
-        return self.auto(text, add_special_tokens=False,
-                         split_special_tokens=not special).input_ids
-
-    def decode(self, ids):
-        return self.auto.decode(list(map(int, ids)))
-
-    def decode_bytes(self, ids):
-        return self.decode(ids).encode()
-
-    def chat(self, messages):
-        return self.auto.apply_chat_template(messages, add_generation_prompt=True,
-                                             return_dict=False)
+def translated(path):
+    """The tokenizer of a folder whose files transformers alone reads, which writes them as ours
+    does."""
+    with TemporaryDirectory() as folder:
+        transformers().AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+        for name in ("config.json", "generation_config.json"):
+            if (path / name).exists():
+                shutil.copy(path / name, folder)
+        return tokenizer.load(folder)
 
 
 def found(config):
@@ -186,10 +174,15 @@ def found(config):
     path = survive.host_first(lambda: resolve(config.model))
     try:
         return path, tokenizer.load(path)
-    except tokenizer.TokenizerError:
+    except tokenizer.TokenizerError as problem:
         if config.engine == "own" or not path.is_dir():
             raise
-        return path, Foreign(path)
+        try:
+            if (tok := translated(path)).encode("a"):
+                return path, tok
+        except Exception:  # neither can: the first problem is the one to tell
+            pass
+        raise problem from None
 
 
 def opened(config, device=None, dtype=None, place=None):
@@ -201,14 +194,13 @@ def opened(config, device=None, dtype=None, place=None):
 
 
 if __name__ == "__main__":
-    import tempfile
     from pathlib import Path
 
     torch.manual_seed(0)
     random = transformers().LlamaForCausalLM(transformers().LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2))
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         random.save_pretrained(folder)
         for made in Llama, Engine:
             llama = made.from_pretrained(Path(folder))

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -138,8 +139,10 @@ def provenance() -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
+    others = {name: version(name) for name in ("transformers", "rouge") if name in sys.modules}
     return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware,
-            "python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+            "python": platform.python_version(), "torch": torch.__version__, "commit": commit
+            } | others
 
 
 def complain(problem) -> None:

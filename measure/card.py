@@ -49,6 +49,7 @@ def card(report: dict) -> str:
         named = f"# base_model: org/name of {json.dumps(base)}, a file or folder here"
     texts = ", ".join(c["data"]) or TEXTS.format(**report)
     model = f" --model {shlex.quote(c['model'])}" if c["model"] else ""
+    model += " --engine transformers" * (c.get("engine") == "transformers")
     use = USE.format(model=model, out=shlex.quote(c["out"]))
     longer = f", every {c['long_every']}th of up to {c['long']:,}, no more than the model holds"
     if span := c.get("span"):

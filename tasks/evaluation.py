@@ -168,14 +168,14 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
     for group in tqdm(groups, desc=task or "answering", unit="batch", file=sys.stderr):
         prompts = Prompts(llama, tok, [documents[d] for d in group], question, evicting, kind)
         for key in dict.fromkeys(key for d in group for key in todo[d]):
-            if losses is not None:  # before its score, by which a run that goes on looks
+            if losses is not None:
                 for d, loss in zip(group, prompts.loss(makers[key]()), strict=True):
                     scores.add(entry(d, ("loss", *key)), loss)
             given = prompts.answer(makers[key](), kept is not None)
-            for d, score in zip(group, given, strict=True):
-                scores.add(entry(d, key), score)
             for d, share in zip(group, prompts.kept, strict=False):
                 scores.add(entry(d, ("kept", *key)), share)
+            for d, score in zip(group, given, strict=True):  # last: by it a run that goes on looks
+                scores.add(entry(d, key), score)
 
     def table(*what):
         found = {}

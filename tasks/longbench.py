@@ -33,6 +33,7 @@ from tasks.scores import SCORES, rouge_package
 RULER = {  # what a question says -> its task, whose references count, tokens to write
     "special magic": ("niah", "all", 128),
     "variables are assigned": ("variable_tracking", "all", 30),
+    "variables that are assigned": ("variable_tracking", "all", 30),
     "words that appear most often": ("common_words_extraction", "all", 120),
     "frequently appeared words": ("freq_words_extraction", "all", 50),
     "Question:": ("qa", "any", 32),

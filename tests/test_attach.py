@@ -3,8 +3,10 @@
 import copy
 import gc
 import inspect
+import json
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from conftest import assert_close, randomise
 import train
 from baselines import make_selector
 from beyond.attach import HELD, Anatomy, attached, butler_for
-from beyond.engine import Engine
+from beyond.engine import Engine, found
 from butler import Butler, ButlerConfig, ButlerError, ButlerSelector, fingerprint, turned_back
 from common.errors import ModelError
+from loading import tokenizer
 from model import Llama
 from tasks.coreference import coreference_documents
 
@@ -310,6 +313,47 @@ def test_padding_elsewhere_is_refused(models):
             model(ids, attention_mask=mask)
         with pytest.raises(ModelError, match="position_ids"):
             model(ids, attention_mask=mask.flip(-1))
+        with pytest.raises(ModelError, match="position_ids"):  # gaps
+            model(ids, position_ids=torch.arange(ids.shape[1])[None] * 5)
+
+
+def test_beams_are_refused(models):
+    model = models("Llama")
+    with attached(model, partial(make_selector, "recency", 0.5)), pytest.raises(
+            ModelError, match="num_beams=1"):
+        model.generate(prompt(20), num_beams=2, max_new_tokens=8)
+
+
+def test_a_folder_without_some_weights_is_refused(tmp_path):
+    model = built("Qwen3")
+    left = {n: t for n, t in model.state_dict().items() if "layers.1.mlp" not in n}
+    model.save_pretrained(tmp_path, state_dict=left)
+    with pytest.raises(ModelError, match="3 tensors are missing"):
+        Engine.from_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="transformers cannot load it"):
+        Engine.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_in_another_form_is_translated(folder, tmp_path):
+    """vocab.json and merges.txt, which ours does not read: the same ids, whole characters."""
+    built("Qwen3", vocab_size=512).save_pretrained(tmp_path)
+    both = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(both["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(
+        f"{pair if isinstance(pair, str) else ' '.join(pair)}\n" for pair in both["merges"]))
+    config = SimpleNamespace(model=str(tmp_path), engine="own")
+    with pytest.raises(tokenizer.TokenizerError, match="no tokenizer.json"):
+        found(config)
+    config.engine = "transformers"
+    tok = found(config)[1]
+    ids = tok.encode("the harbour")
+    assert ids == tokenizer.load(folder).encode("the harbour") and len(ids) > 1
+    assert b"".join(tok.decode_bytes([i]) for i in tok.encode("café")).decode() == "café"
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(tokenizer.TokenizerError, match="no tokenizer.json"):
+        found(config)
 
 
 @pytest.mark.parametrize("name", ["quest", "h2o", "snapkv", "keynorm", "recency", "random"])

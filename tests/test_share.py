@@ -219,6 +219,8 @@ def test_a_model_in_a_folder_has_no_id_to_name(name, tmp_path):
     report["config"]["model"] = "org/llama"
     assert head(card.card(report)).base_model == "org/llama"
     assert "sample.py --model org/llama --butler" in card.card(report)
+    report["config"]["engine"] = "transformers"
+    assert "sample.py --model org/llama --engine transformers --butler" in card.card(report)
 
 
 def test_a_missing_card_is_made_from_the_report(trained):

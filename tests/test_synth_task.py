@@ -124,7 +124,7 @@ def test_interrupted_scores_go_on(llama, tok, tmp_path, monkeypatch):
 
     def scored(scores):
         return evaluate(llama, tok, documents, ("dense", "recency"), ("0.3",), batch=2,
-                        scores=scores, task="t")
+                        scores=scores, task="t", kept={})
 
     whole = scored(Scores())
     assert whole == {"dense": {"1.0": [[1, 0, 1, 0, 1]]}, "recency": {"0.3": [[0] * 5]}}
@@ -145,6 +145,11 @@ def test_interrupted_scores_go_on(llama, tok, tmp_path, monkeypatch):
     assert scored(Scores(path, run)) == whole
     left[0] = 0
     assert scored(Scores(path, run)) == whole
+    lines = path.read_text().splitlines(keepends=True)
+    for end in range(1, len(lines)):  # wherever it was stopped
+        path.write_text("".join(lines[:end]))
+        left[0] = 6
+        assert scored(Scores(path, run)) == whole
     with pytest.raises(synth_task.UsageError, match="other settings"):
         Scores(path, {"seed": 2})
     for notes in ("my notes\n", "my notes", '{"seed": 1}\nmine\n', '{"seed": 1}\n[3]\n'):

@@ -46,8 +46,7 @@ class Config:
     butler: tuple = flag((), "files or Hub ids, comma-separated: their seeds are resampled "
                              "(default: the shipped one)", names)
     task: tuple = flag(("coreference",), f"comma-separated, of {', '.join(TASKS)}", names)
-    data: str = flag(None, "instead of a task: JSONL file of context, question, answer, or of "
-                           "LongBench or RULER")
+    data: str = flag(None, "instead of a task: JSONL file, your own, LongBench's or RULER's")
     selectors: tuple = flag(NAMES, f"comma-separated, of {', '.join(NAMES)}", names)
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
     drift: float = flag(0.0, "a butler's choice is kept until its query has turned by more than "
@@ -153,8 +152,9 @@ def check(config: Config) -> dict:
         writable(config.out)
     contexts = [int(c) for c in config.context] or [None]
     if config.data is not None:
-        if config.context:
-            raise UsageError("--context is the length of a task, --data has its own")
+        for name in ("task", "context", "n", "seeds", "referents"):
+            if getattr(config, name) != getattr(Config, name):
+                raise UsageError(f"--{name} is for tasks by name, --data has its own documents")
         return {name: partial(lambda documents, count: documents, documents)
                 for name, documents in read_data(config.data).items()}
     return {task if len(contexts) == 1 else f"{task}@{context}":

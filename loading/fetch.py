@@ -48,7 +48,7 @@ def resolve(name_or_path=None) -> Path:
         exists = path.exists()
     except (OSError, RuntimeError):  # a name too long, a home of nobody
         exists = False
-    if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+    if exists or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name_or_path)):
         raise ModelError(f"no model at {name_or_path}: expected a folder with config.json, "
                          "a GGUF file or a Hub id (org/name)")
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -74,7 +74,7 @@ def hub(to: str):
 
 def hub_butler(name) -> tuple[str, str] | None:
     """org/name, or org/name/FILE.safetensors -> (org/name, file); None for what is no such id."""
-    word = r"[\w.-]{1,96}"
+    word = r"\w[\w.-]{0,95}"
     found = re.fullmatch(rf"({word}/{word})(?:/([\w./-]{{1,200}}\.safetensors))?", str(name))
     if not found or found[1].endswith(".safetensors"):
         return None

@@ -124,7 +124,8 @@ class Config:
 
 def refuse(condition, what: str) -> None:
     if condition:
-        raise ModelError(f"not a Llama that this project implements: {what}")
+        raise ModelError(f"not a Llama that this project implements: {what} (other families: "
+                         "--engine transformers)")
 
 
 def rope_scaling(rope: dict, context: int) -> dict | None:

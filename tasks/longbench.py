@@ -95,7 +95,9 @@ def ruler(entry: dict) -> tuple[str, Document]:
     at = text.rstrip().rfind("\n") if text.count("\n") else len(text)
     context, question = text[:at], text[at:] + prefix
     task = next((RULER[said] for said in RULER if said in question), None)
-    if not context.strip() or task is None:
+    if not context.strip():
+        raise UsageError("input has but one line: no context before its question")
+    if task is None:
         raise UsageError("the last line of input, with answer_prefix, is no question of RULER's")
     name, scoring, new_tokens = task
     return name, Document(context, question, references(entry, "outputs"), scoring, new_tokens)

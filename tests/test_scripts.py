@@ -108,6 +108,7 @@ synth_task.py --data /nowhere/at/all.jsonl
 synth_task.py --data README.md
 synth_task.py --data /dev/zero
 synth_task.py --data README.md --context 100
+synth_task.py --data README.md --n 5
 synth_task.py --out tests
 synth_task.py --out /dev/zero
 synth_task.py --out README.md/scores.jsonl

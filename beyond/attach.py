@@ -285,6 +285,11 @@ class Attachment(Hold):
         if known is not None:
             known.reorder_cache = one_beam
 
+    def release(self) -> None:
+        super().release()
+        if self.cache and (known := self.cache()):
+            vars(known).pop("reorder_cache", None)
+
     def begin(self, decoder, args, kwargs) -> None:
         """A forward of T tokens begins."""
         tokens = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

@@ -321,7 +321,9 @@ def test_beams_are_refused(models):
     model = models("Llama")
     with attached(model, partial(make_selector, "recency", 0.5)), pytest.raises(
             ModelError, match="num_beams=1"):
-        model.generate(prompt(20), num_beams=2, max_new_tokens=8)
+        cache = hf.DynamicCache()
+        model.generate(prompt(20), num_beams=2, max_new_tokens=8, **{CACHE: cache})
+    assert "reorder_cache" not in vars(cache)
 
 
 def test_a_folder_without_some_weights_is_refused(tmp_path):

@@ -73,7 +73,8 @@ def test_found_counts_references_in_any_case():
     assert found(document, "gamma") == 0
 
 
-@pytest.mark.parametrize("question", ["sparse", "prefill"])
+@pytest.mark.parametrize("question", [
+    "sparse", pytest.param("prefill", marks=pytest.mark.slow)])
 def test_a_batch_scores_as_its_documents_do_alone(llama, tok, butler, question):
     """Token hits of every selector, and the attention kept; all lengths differ."""
     documents = [coreference_documents("test", 1, seed=s, words=w)[0]
@@ -177,7 +178,7 @@ def test_wrong_data_lines_are_named(tmp_path, line, complaint):
 def test_own_questions_run(main, folder, tmp_path, capsys):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({
-        "context": "Anna keeps her red bicycle in the garden shed. " * 20,
+        "context": "Anna keeps her red bicycle in the garden shed. " * 10,
         "question": "Question: Where does Anna keep her bicycle?\nAnswer: In the",
         "answer": ["garden shed", "shed"]}) + "\n")
     results = main("synth_task.py", "--data", path, "--selectors", "dense,butler,snapkv",

@@ -175,8 +175,7 @@ def length(bench: Bench) -> dict:
             loss.setdefault((context, *key), []).append(nats)
     for (context, name, budget), masses in kept.items():
         losses, best = loss[context, name, budget], (context, "oracle", budget)
-        rows = {"kept": bootstrap([masses]),
-                "perplexity": through(math.exp, bootstrap([losses]))}
+        rows = {"kept": bootstrap([masses]), "perplexity": through(math.exp, bootstrap([losses]))}
         if name != "oracle" and best in kept:
             rows |= {"kept of oracle": bootstrap(of_oracle([masses], kept[best])),
                      "over oracle": excess([losses], loss[best])}

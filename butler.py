@@ -27,7 +27,6 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,12 +95,12 @@ class ButlerConfig:
 
     def frequencies(self) -> dict:
         """Radians a token of each pair of channels: `rope` of the base model, [L-1, 1, 1, 1, D/2],
-        `frequencies` of importance space, of which half stand still."""
+        `frequencies` of importance space, half of them 0; `rotated_keys`: nothing turns."""
         turning = torch.logspace(math.log10(FASTEST), math.log10(self.slowest), self.size // 4)
         still = torch.zeros(self.size // 2 - len(turning))
-        frequencies = torch.cat([turning * (not self.rotated_keys), still])
         rope = torch.tensor(self.rope).view(-1, self.head_dim // 2).expand(self.layers - 1, -1)
-        return {"rope": rope[:, None, None, None], "frequencies": frequencies}
+        both = {"rope": rope[:, None, None, None], "frequencies": torch.cat([turning, still])}
+        return {name: f * (not self.rotated_keys) for name, f in both.items()}
 
 
 def fingerprint(model) -> str:
@@ -155,35 +154,23 @@ class Butler(nn.Module):
         {} if no producer reads this layer."""
         if str(layer) not in self.producers:
             return {}
-        rope = turns(positions[:, None, :, None] * self.frequencies)
-        return dict(enumerate(self.predict(layer, x, rope), layer + 1))
+        return dict(enumerate(self.predict(layer, x, positions), layer + 1))
 
-    def predict(self, layer: int, x, rope):
+    def predict(self, layer: int, x, positions):
         """The same for a layer that has a producer, in one: [R, B, G, T, E]"""
-        producer, x = self.producers[str(layer)], x.to(self.key_projection)  # from any device
-        if x.shape[1] == 1 and loops.serves(x) and not torch.is_grad_enabled():
-            return loops.predict(producer, x, *rope)
-        return rotate(producer(x).permute(2, 0, 3, 1, 4), *rope)
+        queries = self.producers[str(layer)](x.to(self.key_projection))  # from any device
+        rope = turns(positions[:, None, :, None] * self.frequencies)
+        return rotate(queries.permute(2, 0, 3, 1, 4), *rope)
 
     def project(self, layer: int, keys, positions):
         """Cached keys [B, G, S, D] of a layer >= 1, at positions [S] (or [B, 1, S]) -> importance
         keys [B, G, S, E]; those of several layers in a row, `layer` being the first,
         [R, B, G, S, D] -> [R, B, G, S, E]."""
         some = slice(layer - 1, layer - 1 + len(keys)) if keys.dim() > 4 else layer - 1
-        weight = self.key_projection[:, None][some]
-        if self.config.rotated_keys:
-            return keys.float() @ weight
         positions = positions[..., None]
-        projected = turned_back(keys, positions * self.rope[some]) @ weight
+        before = turned_back(keys, positions * self.rope[some])
+        projected = before @ self.key_projection[:, None][some]
         return rotate(projected, *turns(positions * self.frequencies))
-
-    def importance_keys(self, first: int, keys, positions) -> "ImportanceKeys":
-        """Importance keys of layers in a row, [R, B, G, S, D] -> [R, B, G, S, E], in 8 bits."""
-        if keys.shape[3] == 1 and loops.serves(keys) and not self.config.rotated_keys:
-            some = slice(first - 1, first - 1 + len(keys))
-            return ImportanceKeys(*loops.project(keys, self.key_projection[some], positions,
-                                                 self.rope[some], self.frequencies))
-        return ImportanceKeys.of(self.project(first, keys, positions))
 
     def scores(self, queries, projected):
         """q_imp [..., G, T, E], k_imp [..., G, S, E] -> scores [..., G, T, S]"""
@@ -270,13 +257,15 @@ class ImportanceCache:
     numbers  [L - 1, B, G, capacity/64, E, 64] int8, None until there are any: channel by channel,
              as the product with a query runs along the tokens, but 64 tokens together
     scales   [L - 1, B, G, capacity] float32
+    witness  [B, capacity, D]: what the last layer's keys of the first head were when projected
     seen     {layer: its cached keys [B, G, S, D]}: of those that the selector last saw, as many,
              but with what the cache holds there now
     filled   {layer: how many tokens' importance keys are there}
     """
 
     def __init__(self, butler: Butler):
-        self.butler, self.numbers, self.scales, self.seen, self.filled = butler, None, None, {}, {}
+        self.butler, self.last = butler, butler.config.layers - 1
+        self.numbers, self.scales, self.witness, self.seen, self.filled = None, None, None, {}, {}
 
     def of(self, first: int, stop: int) -> tuple:
         """Numbers and scales of the layers from `first` to before `stop`."""
@@ -293,46 +282,41 @@ class ImportanceCache:
         self.seen[layer] = keys
         self.filled[layer] = min(self.filled.get(layer, 0), start)
 
-    def forget(self) -> None:
-        """All keys are to be projected anew."""
-        self.filled = dict.fromkeys(self.filled, 0)
-
     def reaches(self, S: int) -> bool:
         """Have the keys of S tokens been seen, of every layer?"""
-        layers = range(1, self.butler.config.layers)
-        return all(s in self.seen and self.seen[s].shape[2] >= S for s in layers)
+        return len(self.seen) == self.last and all(k.shape[2] >= S for k in self.seen.values())
 
     def rewritten(self, start: int, follows: bool) -> bool:
         """Has somebody truncated the cache and written other tokens before `start`, without this
-        selector? Projects the last key that is known once more, and compares. Not on a GPU where
-        the new token `follows` the last one, as the CPU would wait for it at every step."""
-        layer = self.butler.config.layers - 1
-        last = min(self.filled.get(layer, 0), start) - 1
-        if last < 0 or (follows and self.seen[layer].device.type != "cpu"):
+        selector? Compares the last key that is known with what it was. Not on a GPU where the new
+        token `follows` the last one, as the CPU would wait for it at every step."""
+        at = min(self.filled.get(self.last, 0), start) - 1
+        if at < 0 or (follows and self.witness.device.type != "cpu"):
             return False
-        numbers, scales = self.numbers[-1, ..., last // LINE, :, last % LINE], self.scales[-1]
-        key = self.seen[layer][None, :, :, last : last + 1].to(scales.device)
-        now = self.butler.importance_keys(layer, key, torch.tensor([last], device=scales.device))
-        now = now.floats()[0, :, :, 0]  # [B, G, E]
-        was = ImportanceKeys(numbers, scales[..., last]).floats()
-        return bool((now - was).abs().max() > 0.01 * now.abs().max())
+        now = self.seen[self.last][:, 0, at].to(self.witness.device)
+        return not torch.equal(now, self.witness[:, at])
 
     def complete(self, first: int, stop: int, S: int) -> None:
         """Sees to it that importance keys of the first S tokens are there, of layers from `first`
         to before `stop`."""
-        start = min(self.filled[layer] for layer in range(first, stop))
+        start = min(self.filled.get(layer, 0) for layer in range(first, stop))
         if start >= S:
             return
         self.grow(S)
         numbers, scales = self.of(first, stop)
-        seen = [self.seen[layer] for layer in range(first, stop)]
+        seen, some = [self.seen[layer] for layer in range(first, stop)], slice(first - 1, stop - 1)
         for at in range(start, S, 1024):
-            some = slice(at, min(at + 1024, S))
-            here = torch.arange(some.start, some.stop, device=scales.device)
-            keys = stacked(seen, some, scales.device)
-            new = self.butler.importance_keys(first, keys, here)
-            numbers[..., here // LINE, :, here % LINE] = new.numbers.movedim(3, 0)
-            scales[..., some] = new.scales
+            tokens = slice(at, min(at + 1024, S))
+            keys = stacked(seen, tokens, scales.device)
+            if keys.shape[3] <= loops.FEW and loops.serves(keys):
+                loops.project(keys, self.butler, some, at, numbers, scales)
+            else:
+                here = torch.arange(at, tokens.stop, device=scales.device)
+                new = ImportanceKeys.of(self.butler.project(first, keys, here))
+                numbers[..., here // LINE, :, here % LINE] = new.numbers.movedim(3, 0)
+                scales[..., tokens] = new.scales
+        if stop > self.last:
+            self.witness[:, start:S] = self.seen[self.last][:, 0, start:S]
         self.filled.update(dict.fromkeys(range(first, stop), S))
 
     def latest(self, positions, bound: int) -> None:
@@ -341,11 +325,12 @@ class ImportanceCache:
         self.grow(bound)
         at = (positions - 1).clamp(min=0)  # [B, 1]
         rows = torch.arange(len(at), device=at.device)[:, None]
-        new = torch.stack([self.seen[layer + 1][rows, :, at].transpose(1, 2)
-                           for layer in range(len(self.scales))])
-        new = self.butler.importance_keys(1, new, at[:, None])  # of one token
+        keys = torch.stack([self.seen[layer + 1][rows, :, at].transpose(1, 2)
+                            for layer in range(self.last)])
+        new = ImportanceKeys.of(self.butler.project(1, keys, at[:, None]))  # of one token
         self.numbers[:, rows, :, at // LINE, :, at % LINE] = new.numbers.permute(1, 3, 0, 2, 4)
         self.scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
+        self.witness[rows, at] = keys[-1, :, 0]
 
     def grow(self, S: int) -> None:
         """Makes room for S tokens at least."""
@@ -358,18 +343,20 @@ class ImportanceCache:
         shape = c.layers - 1, *keys.shape[:2]
         scales = self.butler.key_projection.new_empty(*shape, capacity)
         numbers = scales.new_empty(*shape, capacity // LINE, c.size, LINE, dtype=torch.int8)
+        witness = scales.new_empty(len(keys), capacity, c.head_dim, dtype=keys.dtype)
         if old:
             numbers[:, :, :, : old // LINE], scales[..., :old] = self.numbers, self.scales
-        self.numbers, self.scales = numbers, scales
+            witness[:, :old] = self.witness
+        self.numbers, self.scales, self.witness = numbers, scales, witness
 
 
 def stacked(tensors: list, some: slice, device):
     """Some tokens of keys [B, G, S, D] of several layers, in one tensor on a device; without a copy
     where the layers lie evenly in one piece of memory, as those of our cache do."""
-    at = [t.data_ptr() for t in tensors]
+    one, at = tensors[0], [t.data_ptr() for t in tensors]
     step = at[1] - at[0] if len(at) > 1 else 0
-    one, together = tensors[0], {t.untyped_storage().data_ptr() for t in tensors}
-    if step < 0 or len(together) > 1 or any(b - a != step for a, b in pairwise(at)):
+    ends = {t.untyped_storage().data_ptr() for t in (one, tensors[-1])}
+    if step < 0 or len(ends) > 1 or at != [at[0] + step * n for n in range(len(at))]:
         return torch.stack([t[:, :, some].to(device) for t in tensors])
     layers = one.as_strided((len(at), *one.shape), (step // one.element_size(), *one.stride()))
     return layers[:, :, :, some].to(device)
@@ -443,15 +430,21 @@ class ButlerSelector(Selector):
         super().__init__(budget, **rules)
         self.butler, self.importance = butler, ImportanceCache(butler)
         self.reuse = Reuse(drift, butler.key_projection.device)
+        self.producers = {int(p): loops.weights(producer)  # by layer; None: not for the loops
+                          for p, producer in butler.producers.items()}
         self.next = 0  # where the text went on
-        self.queries = {}  # per layer, [B, G, T, E]
+        self.predicted = {}  # importance queries by the first layer served, [R, B, G, T, E]
         self.choices = None  # tokens in use, of all layers, [L - 1, B, G, 1, K]
         self.sources = {}  # of a block, by the first layer served: see Reuse.sources
-        # of a step, made by `plan`: turns of importance space; are choices made ahead; positions
-        # [B] and wants [B] of the queries; every row is due [L - 1, B, G]; choices of each layer
-        self.rope, self.in_time, self.here, self.wants, self.every, self.ahead = [None] * 6
+        # of a step, made by `plan`: are choices made ahead; positions [B] and wants [B] of the
+        # queries; choices of each layer, and their part beside sinks and window
+        self.in_time, self.step, self.here, self.wants, self.ahead, self.chosen = [None] * 6
 
-    # ---- before a layer runs
+    @property
+    def queries(self) -> dict:
+        """{layer: importance queries [B, G, T, E]}"""
+        return {layer: q for first, queries in self.predicted.items()
+                for layer, q in enumerate(torch.as_tensor(queries), first)}
 
     def __call__(self, layer, x, q, keys, positions):
         if layer:
@@ -463,7 +456,7 @@ class ButlerSelector(Selector):
 
     def arrive(self, T, start, end):
         if self.importance.rewritten(start, start == self.next):
-            self.importance.forget()
+            self.importance.filled.clear()  # all are projected anew
             self.reuse.forget()
         if not self.next - 1 <= start <= self.next:  # rewound, or tokens were read without it
             self.reuse.forget()
@@ -480,45 +473,49 @@ class ButlerSelector(Selector):
             self.importance.complete(layer, layer + 1, keys.shape[2])
 
     def look_ahead(self, layer, x, positions):
-        if layer % self.butler.config.stride == 0 and layer < self.butler.config.layers - 1:
+        if layer in self.producers:
             self.foresee(layer, x, positions)
 
     @torch.inference_mode()
     def foresee(self, layer, x, positions) -> None:
         if layer == 0:
             self.plan(x.shape[1], positions)
-        first, queries = layer + 1, self.butler.predict(layer, x, self.rope)  # [R, B, G, T, E]
-        served = range(first, first + len(queries))
-        self.queries.update(zip(served, queries, strict=True))
+        first, step = layer + 1, self.step
+        queries = (step.predict(self.producers[layer], x) if step else
+                   self.butler.predict(layer, x, positions))  # [R, B, G, T, E]
+        self.predicted[first], stop = queries, first + len(queries)
         if not self.in_time:  # each layer chooses when it is reached
             if self.reuse.drift:
                 self.sources[first] = self.reuse.sources(first, queries)
             return
-        queries = queries.squeeze(3) * queries.shape[-1] ** -0.5
-        chosen = self.choices[layer : served.stop - 1, :, :, 0, self.granted.shape[-1] :]
-        due = self.reuse.due(first, queries) if self.reuse.drift else self.every[: len(queries)]
-        choose(queries, *self.importance.of(first, served.stop), self.here, self.wants, chosen,
-               due, (self.bound or self.end) - 1, self.sinks, self.window)
+        asked = queries[:, :, :, 0]
+        due = self.reuse.due(first, torch.as_tensor(asked)) if self.reuse.drift else None
+        if step:
+            step.choose(layer, asked, due)
+        else:
+            choose(asked, *self.importance.of(first, stop), self.here, self.wants,
+                   self.chosen[layer : stop - 1], due, self.longest, self.sinks, self.window)
         if self.read_ahead:
-            self.read_ahead(list(served), chosen.unsqueeze(3))
+            self.read_ahead(list(range(first, stop)), self.chosen[layer : stop - 1].unsqueeze(3))
 
     def plan(self, T: int, positions) -> None:
         """What all producers of a step need to choose ahead."""
-        longest = (self.bound or self.end) - 1
-        self.rope = turns(positions[:, None, :, None] * self.butler.frequencies)
-        self.in_time = bool(self.bound) or T == 1 and self.early(longest)
+        self.longest = (self.bound or self.end) - 1
+        self.in_time, self.step = bool(self.bound) or T == 1 and self.early(self.longest), None
         if not self.in_time:
             return
-        self.here, most = positions[:, 0], max(int(self.wanted(longest)), 0)
-        self.wants = self.wanted(self.here).clamp(min=0)
+        self.here, always = positions[:, 0], self.granted.shape[-1]
+        self.wants, most = self.wanted(self.here).clamp(min=0), max(self.wanted(self.longest), 0)
         self.choices = self.in_use(self.granted.shape[:2], most)
-        self.choices[..., : self.granted.shape[-1]] = self.granted
-        self.every = torch.ones(self.choices.shape[:3], dtype=torch.bool, device=positions.device)
-        self.ahead = [None, *self.choices]  # by layer
+        self.choices[..., :always] = self.granted
+        self.ahead, self.chosen = [None, *self.choices], self.choices[:, :, :, 0, always:]
         if self.bound:
             self.importance.latest(positions, self.bound)
         else:
-            self.importance.complete(1, self.butler.config.layers, longest)
+            self.importance.complete(1, self.butler.config.layers, self.longest)
+        if all(self.producers.values()) and positions.is_cpu:
+            self.step = loops.Step(self.butler, self.importance, self.here, self.wants,
+                                   self.chosen, self.sinks, self.window)
 
     def in_use(self, rows, K: int):
         """`choices` with room for K tokens beside sinks and window, for `rows` [B, G]: a copy, as a
@@ -530,8 +527,6 @@ class ButlerSelector(Selector):
         if choices.shape[-1] != size:
             return F.pad(choices, (0, size - choices.shape[-1]), value=-1)
         return choices if self.bound else choices.clone()
-
-    # ---- when it is reached
 
     def selected(self, layer, q, keys, positions):
         if self.in_time:

@@ -166,8 +166,6 @@ def in_order(scores):
 def top(scores, first: int, stops, wants):
     """The best of scores [..., S] from token `first` to `stops` [...], as many as `wants` [...]
     -> tokens [..., K], -1 = empty; K is the largest want, and -inf never wanted."""
-    if loops.serves(scores):
-        return loops.top(scores, first, stops, wants)
     K = min(int(wants.max()), scores.shape[-1])
     s = torch.arange(scores.shape[-1], device=scores.device)
     between = (s >= first) & (s < stops[..., None])
@@ -177,22 +175,22 @@ def top(scores, first: int, stops, wants):
 
 
 def choose(q, keys, scales, positions, wants, idx, due, S: int, sinks: int, window: int) -> None:
-    """The best tokens between sinks and window, for all layers of one producer.
+    """The best tokens by q . k / sqrt(E), between sinks and window, for all layers of a producer.
 
     q_imp [R, B, G, E]; k_imp [R, B, G, capacity/64, E, 64], int8, and scales [R, B, G, capacity];
     positions [B] of the queries, behind which anything may stand; wants [B], how many tokens each
     chooses; no position is above S, no want above K. Writes idx [R, B, G, K], rows as far apart as
-    you like, -1 = empty, where `due` [R, B, G] says so.
+    you like, -1 = empty, where `due` [R, B, G] says so; None: everywhere. (CPU: see loops.Step)
     """
+    due = q.new_ones(q.shape[:3], dtype=torch.bool) if due is None else due
     if on_gpu(q):
         return triton_select(q, keys, scales, positions, wants, idx, due, S, sinks, window)
-    if loops.serves(q, keys):
-        return loops.choose(q, keys, scales, positions, wants, idx, due, sinks, window)
     idx.masked_fill_(due[..., None], -1)
     for r, b, g in due.nonzero().tolist():
         row, between = (r, b, g), slice(sinks, max(int(positions[b]) - window + 1, sinks))
         by_channel = keys[row].transpose(0, 1).flatten(1)  # [E, capacity]
-        scores = q[row] @ by_channel[:, between].float() * scales[row][between]
+        query = q[row] * q.shape[-1] ** -0.5
+        scores = query @ by_channel[:, between].float() * scales[row][between]
         best = in_order(scores).topk(min(int(wants[b]), len(scores))).indices
         idx[row][: len(best)] = best + sinks
 
@@ -316,8 +314,8 @@ def renew(tokens, had, places, table, old, new, missed, K, OLD, S,
 
 
 @jit
-def score(q, k, scales, codes, histogram, positions, due, BG, G, k_g, s_g, S, sinks, window,
-          E: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+def score(q, k, scales, codes, histogram, positions, due, scale, BG, G, k_g, s_g, S, sinks,
+          window, E: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
           HALF: tl.constexpr):
     """Codes of one block of tokens, as `in_order` makes them, and the histogram of their upper 11
     bits; 0 where a token may not be chosen. With keys channel by channel, [S/64, E, 64], a product
@@ -329,7 +327,7 @@ def score(q, k, scales, codes, histogram, positions, due, BG, G, k_g, s_g, S, si
     raw = tl.zeros([BLOCK], tl.float32)
     k += row.to(tl.int64) * k_g + s // LINE * (E * LINE) + s % LINE
     for e in tl.static_range(E):
-        raw += tl.load(q + row * E + e) * tl.load(k + e * LINE).to(tl.float32)
+        raw += tl.load(q + row * E + e) * scale * tl.load(k + e * LINE).to(tl.float32)
     raw *= tl.load(scales + row.to(tl.int64) * s_g + s)
     free = (s >= sinks) & (s <= tl.load(positions + row % BG // G) - window)
     raw = tl.minimum(tl.maximum(tl.where(free, raw, 0.0), -HALF), HALF)
@@ -393,9 +391,9 @@ def triton_select(q, k, scales, positions, wants, idx, due, S: int, sinks: int, 
     S, due = blocks * block, due.int()
     codes = torch.empty(rows, S, dtype=torch.int16, device=q.device)
     histogram = torch.zeros(rows, BINS, dtype=torch.int32, device=q.device)
-    score[rows, blocks](q.contiguous(), k, scales, codes, histogram, positions, due, B * G, G,
-                        k.stride(2), scales.stride(2), S, sinks, window, E=E, LINE=loops.LINE,
-                        BLOCK=block, BINS=BINS, HALF=HALF)
+    score[rows, blocks](q.contiguous(), k, scales, codes, histogram, positions, due, E**-0.5,
+                        B * G, G, k.stride(2), scales.stride(2), S, sinks, window, E=E,
+                        LINE=loops.LINE, BLOCK=block, BINS=BINS, HALF=HALF)
     select[(rows,)](codes, histogram, wants, idx, due, B * G, G, S, idx.shape[-1], idx.stride(2),
                     BLOCK=min(4096, triton.next_power_of_2(S)), BINS=BINS)
 

@@ -118,13 +118,24 @@ class Cache:
         end = self.size + T
         return self.k[layer].narrow(2, 0, end), self.v[layer].narrow(2, 0, end)
 
+    def positions(self, T: int, lengths, context: int):
+        """Of T new tokens a row, of which the first lengths[b] are real (None: all) -> [B, T].
+        Raises ModelError when the cache or the model's context is too short."""
+        end = real = self.size + T
+        if lengths is not None:  # padding may lie beyond the context
+            real = int((self.lengths + lengths).max())
+        if end > self.capacity or real > context:
+            raise ModelError(f"{end} tokens do not fit: the cache holds {self.capacity}, "
+                             f"the model's context is {context}")
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+
     def advance(self, T: int, lengths=None) -> None:
         """After a forward of T tokens a row, of which the first lengths[b] were real."""
         if lengths is None:
             self.lengths += T
             self.size += T
         else:
-            self.lengths += torch.as_tensor(lengths, device=self.lengths.device)
+            self.lengths += lengths
             self.size = int(self.lengths.max())
             self.ragged = bool((self.lengths != self.size).any())
 
@@ -150,14 +161,17 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def dense_attention(q, k, v, positions, ragged: bool):
-    """Causal attention of q [B, H, T, D] over all of k, v [B, G, S, D] -> [B, H, T, D]."""
+def dense_attention(q, k, v, positions, ragged: bool, dtype=None):
+    """Causal attention of q [B, H, T, D] over all of k, v [B, G, S, D] -> [B, H, T, D]. dtype: of
+    the numbers that a block's products may be made of."""
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     if T == 1 and ragged and on_gpu(q):
         return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
     if T == 1 and loops.serves(q, k, v):
         return loops.attend(q, k, v, positions=positions)
+    if dtype == torch.bfloat16 and T >= 32 and not ragged and loops.serves(q, k, v):
+        return loops.attend_block(q, k, v)
     if T == 1 and not ragged:  # one query sees everything: fold the group into the query axis
         return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).reshape(q.shape)
     if T == S and not ragged:  # is_causal aligns top-left: right when nothing is cached yet
@@ -242,7 +256,7 @@ class Block(nn.Module):
         index = selector(self.layer, x, q, keys, positions) if selector else None
         if index is None:
             whole = cache.whole(self.layer, keys, values)
-            out = dense_attention(q, *whole, positions, cache.ragged)
+            out = dense_attention(q, *whole, positions, cache.ragged, x.dtype)
         else:
             out = sparse_attention(q, *cache.at_hand(self.layer, keys, values, index))
         return form.after(x, out)
@@ -295,8 +309,7 @@ class Llama(nn.Module):
         default = torch.float32 if self.device.type == "cpu" else self.embed_tokens.weight.dtype
         return kind(self.config, batch, capacity, dtype or default, self.device)
 
-    def forward(self, tokens, cache=None, selector=None, lengths=None, last=False,
-                positions=None):
+    def forward(self, tokens, cache=None, selector=None, lengths=None, last=False, positions=None):
         """tokens [B, T] -> logits [B, T, V]; [B, 1, V] of each row's last real token if `last`.
 
         cache: continues after what it holds, and is advanced; None starts from nothing.
@@ -308,16 +321,10 @@ class Llama(nn.Module):
         """
         B, T = tokens.shape
         cache = cache or self.new_cache(B, T)
-        end = real = cache.size + T
-        if lengths is not None:  # padding may lie beyond the context
+        if lengths is not None:
             lengths = torch.as_tensor(lengths, device=tokens.device)
-            real = int((cache.lengths + lengths).max())
-        if end > cache.capacity or real > self.config.context:
-            raise ModelError(f"{end} tokens do not fit: the cache holds {cache.capacity}, "
-                             f"the model's context is {self.config.context}")
-        x = self.embed_tokens(tokens)
-        if positions is None:
-            positions = cache.lengths[:, None] + torch.arange(T, device=x.device)  # [B, T]
+        here = cache.positions(T, lengths, self.config.context)
+        positions, x = here if positions is None else positions, self.embed_tokens(tokens)
         self.frequencies = self.frequencies.to(x.device)  # moves once
         rope = turns(positions[:, None, :, None] * self.frequencies)  # [B, 1, T, D]
         if few(x) and self.packed and self.packed.serve(x, cache, selector):
@@ -327,8 +334,8 @@ class Llama(nn.Module):
                 x = block(x, rope, positions, cache, selector)
         cache.advance(T, lengths)
         if last:
-            at = torch.as_tensor([T] * B if lengths is None else lengths, device=x.device) - 1
-            x = x[torch.arange(B, device=x.device), at][:, None]
+            x = x[torch.arange(B, device=x.device), T - 1 if lengths is None else lengths - 1]
+            x = x[:, None]
         if few(x) and self.packed_head:
             return self.packed_head(x)
         return self.lm_head(self.norm(x.to(self.norm.weight.dtype)))

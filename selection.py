@@ -25,12 +25,10 @@ def allowance(budget: float, cached, least: int):
     """How many tokens a query that sees `cached` of them (int or tensor) may attend to, in all: a
     fraction of these for a budget up to 1, above it the count that it is. Sinks and window
     (`least`) are always granted, so that a short prompt is dense."""
-    cached = torch.as_tensor(cached)
-    if budget <= 1:
-        total = (cached.double() * budget + 1e-4).long()  # a tenth of 10 is 1, however rounded
-    else:
-        total = torch.full_like(cached, int(budget))
-    return total.clamp(min=least).minimum(cached)
+    if isinstance(cached, int):  # a tenth of 10 is 1, however rounded
+        return min(max(int(cached * budget + 1e-4 if budget <= 1 else budget), least), cached)
+    total = cached.double() * budget + 1e-4 if budget <= 1 else torch.full_like(cached, int(budget))
+    return total.long().clamp(min=least).minimum(cached)
 
 
 def first_position(keys, positions) -> int:

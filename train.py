@@ -302,8 +302,7 @@ def main(config: Config) -> dict | None:
     if config.length > llama.config.context:
         raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
     documents = fitting(llama, tok, config.documents, config.seed)
-    sizes = {name: getattr(config, name)
-             for name in ("stride", "size", "rotated_keys", "hidden")}
+    sizes = {name: getattr(config, name) for name in ("stride", "size", "rotated_keys", "hidden")}
     butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = parameters(butler) / parameters(llama)
     survive.note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")

@@ -82,9 +82,8 @@ class Engine(Hold, nn.Module):
 
     def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
         """As model.Llama's; steps are no CUDA graphs."""
-        default = torch.float32 if self.device.type == "cpu" else self.embed_tokens.weight.dtype
         shape = replace(self.config, layers=len(self.slots))
-        made = kind(shape, batch, capacity, dtype or default, self.device)
+        made = Llama.new_cache(self, batch, capacity, dtype, lambda _, *rest: kind(shape, *rest))
         made.capturable = False
         return made
 
@@ -98,7 +97,7 @@ class Engine(Hold, nn.Module):
         else:
             keys, values = cache.whole(slot, keys, values)
             if window is None and rules.get("softcap") is None:
-                out = dense_attention(q, keys, values, self.positions, cache.ragged)
+                out = dense_attention(q, keys, values, self.positions, cache.ragged, dtype)
             else:
                 T, S = q.shape[2], keys.shape[2]
                 at = (cache.lengths[:, None] + torch.arange(T, device=q.device))[:, None, :, None]
@@ -107,20 +106,14 @@ class Engine(Hold, nn.Module):
                 out = masked(q, keys, values, keep, rules)
         return out.to(dtype)
 
-    def forward(self, tokens, cache=None, selector=None, lengths=None, last=False,
-                positions=None):
+    def forward(self, tokens, cache=None, selector=None, lengths=None, last=False, positions=None):
         """As model.Llama's: tokens [B, T] -> logits [B, T, V]"""
         B, T = tokens.shape
         cache = cache or self.new_cache(B, T)
-        end = real = cache.size + T
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=tokens.device)
-            real = int((cache.lengths + lengths).max())
-        if end > cache.capacity or real > self.config.context:
-            raise ModelError(f"{end} tokens do not fit: the cache holds {cache.capacity}, "
-                             f"the model's context is {self.config.context}")
-        if positions is None:
-            positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
+        here = cache.positions(T, lengths, self.config.context)
+        positions = here if positions is None else positions
         at = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
         wanted = at.unique() if last else torch.arange(T, device=tokens.device)
         self.cache, self.selector, self.positions = cache, selector, positions

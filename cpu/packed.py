@@ -341,10 +341,11 @@ class PackedLayers:
         else:
             tables = np.empty((*tables.shape[:-1], 0), np.float32), tables.view(torch.int16).numpy()
         for layer, weights in enumerate(self.weights):
-            index, keys = None, cache.k[layer].narrow(2, 0, cache.size + 1)
+            tokens = all_of_them
             if selector:
+                keys = cache.k[layer].narrow(2, 0, cache.size + 1)
                 index = selector(layer, x, None, keys, positions)
-            tokens = all_of_them if index is None else index.flatten(0, 2).numpy()
+                tokens = all_of_them if index is None else index.flatten(0, 2).numpy()
             run(whole, rows, *turn, *tables, layer, at, tokens, *weights)
         return x
 
@@ -371,7 +372,7 @@ class PackedHead:
 
 
 if __name__ == "__main__":
-    import time
+    from timeit import repeat
 
     from model import Llama, resolve
 
@@ -380,11 +381,10 @@ if __name__ == "__main__":
     x, attended = torch.randn(1, 1, c.width), torch.randn(1, c.heads, 1, c.head_dim)
     turn = attended[:, :1, 0]
     for form in "float32, PyTorch", "packed, compiled":
-        times = []
-        for _ in range(8):  # the first one packs and compiles
-            began = time.perf_counter()
+        def layers(form=form):
             for block in llama.layers:
                 half = block.packed if form.startswith("packed") else block
                 half.before(x, turn, turn), half.after(x, attended)
-            times.append(time.perf_counter() - began)
-        print(f"{form}: {1e3 * min(times):.1f} ms, all layers of a step but their attention")
+
+        best = min(repeat(layers, number=1, repeat=8))  # the first one packs and compiles
+        print(f"{form}: {1e3 * best:.1f} ms, all layers of a step but their attention")

@@ -99,8 +99,7 @@ def speed(reports: dict) -> list[Panel]:
         lines = [Line(label, *zip(*sorted(by.items()), strict=True)) for label, by in lines.items()]
         if lines:
             title = f"{titles[name.split('_')[0]]}, {name.split('_')[-1]}"
-            panels.append(Panel(title, "tokens cached", "ms a step", lines, ticks,
-                                log_y=True))
+            panels.append(Panel(title, "tokens cached", "ms a step", lines, ticks, log_y=True))
     return panels
 
 

@@ -33,7 +33,6 @@ from common.errors import UsageError
 TEXT = "out/prose.txt"
 RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
 NEAR = "dense,oracle,butler"
-
 NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
 
 # step: (command, n of the full run, n of the quick run); the longest first

@@ -201,13 +201,15 @@ def test_a_producer_of_one_token(tiny_butler):
     """The compiled form against the modules."""
     torch.manual_seed(0)
     x, at = torch.randn(3, 1, tiny_butler.config.width), torch.tensor([[5], [900], [17]])
-    for layer in map(int, tiny_butler.producers):
-        expected = tiny_butler.queries(layer, x, at)  # with gradients
-        with torch.no_grad():
-            found = tiny_butler.queries(layer, x, at)
-        assert found.keys() == expected.keys()
-        for served, q in found.items():
-            assert (q - expected[served]).abs().max() < 1e-5
+    for layer, producer in tiny_butler.producers.items():
+        expected = tiny_butler.queries(int(layer), x, at)
+        (R, G, E), weights = loops.weights(producer)
+        found = torch.empty(R, 3, G, E)
+        loops.run(loops.predicted, x[:, 0].numpy(), *weights, at[:, 0].numpy(),
+                  tiny_butler.frequencies.numpy(), found.numpy())
+        for served, q in enumerate(found, int(layer) + 1):
+            assert (q - expected.pop(served)[:, :, 0]).abs().max() < 1e-5
+        assert not expected
 
 
 def assert_in_8_bits(stored, exact):
@@ -216,16 +218,27 @@ def assert_in_8_bits(stored, exact):
     assert ((stored - exact).abs() <= 0.51 * step).all()
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one position", "a position for each row"])
-def test_importance_keys_of_one_token_are_those_of_the_definition(tiny_butler, shared, monkeypatch):
-    keys = torch.randn(4, 3, 2, 1, 16, generator=torch.Generator().manual_seed(2))
-    positions = torch.tensor([4001]) if shared else torch.tensor([0, 17, 4001])[:, None, None]
-    compiled = tiny_butler.importance_keys(1, keys, positions)
-    monkeypatch.setattr(loops, "numba", None)
-    defined = tiny_butler.importance_keys(1, keys, positions)
-    assert compiled.numbers.shape == defined.numbers.shape == (4, 3, 2, 1, 8)
-    assert (compiled.numbers.int() - defined.numbers.int()).abs().max() <= 1
-    assert_close("scales", compiled.scales, defined.scales, 1e-5)
+@pytest.mark.parametrize("rotated_keys", [False, True])
+@pytest.mark.parametrize("known", [0, 62, 77], ids=lambda n: f"behind {n}")
+def test_importance_keys_of_a_few_tokens_are_those_of_the_definition(
+        tiny_butler, known, rotated_keys, monkeypatch):
+    """Over the border of a line of 64 tokens; what stands before them stays."""
+    butler = Butler(replace(tiny_butler.config, rotated_keys=rotated_keys))
+    keys = torch.randn(4, 3, 2, known + 5, 16, generator=torch.Generator().manual_seed(2))
+    found = []
+    for compiler in (loops.numba, None):
+        importance = butler.selector(0.3).importance
+        for layer, k in enumerate(keys, 1):
+            importance.see(layer, k, 0)
+        with torch.no_grad():
+            importance.complete(1, 5, known)
+            monkeypatch.setattr(loops, "numba", compiler)
+            importance.complete(1, 5, known + 5)
+        found.append([importance.layer(layer) for layer in range(1, 5)])
+    for one, other in zip(*found, strict=True):
+        here = slice(0, known + 5)
+        assert (one.numbers[:, :, here].int() - other.numbers[:, :, here]).abs().max() <= 1
+        assert_close("scales", one.scales[..., here], other.scales[..., here], 1e-5)
 
 
 def test_one_large_key_does_not_drown_the_others(tiny, tiny_butler):

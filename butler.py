@@ -140,9 +140,8 @@ class Butler(nn.Module):
     def __init__(self, config: ButlerConfig):
         super().__init__()
         self.config = c = config
-        self.producers = nn.ModuleDict({
-            str(p): Producer(c, min(c.stride, c.layers - 1 - p))
-            for p in range(0, c.layers - 1, c.stride)})
+        self.producers = nn.ModuleDict({str(p): Producer(c, min(c.stride, c.layers - 1 - p))
+                                        for p in range(0, c.layers - 1, c.stride)})
         # one projection per layer and KV head; layer 0 is never predicted
         self.key_projection = nn.Parameter(
             torch.randn(c.layers - 1, c.kv_heads, c.head_dim, c.size) * c.head_dim**-0.5)

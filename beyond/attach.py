@@ -185,10 +185,9 @@ class Anatomy:
         self.windows, self.numbers = windows, {i: n for n, i in enumerate([0, *full])}
         heads = c.num_attention_heads
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
-        self.config = Config(
-            c.vocab_size, c.hidden_size, len(self.numbers), heads,
-            getattr(c, "num_key_value_heads", None) or heads, head_dim,
-            getattr(c, "intermediate_size", 1), c.max_position_embeddings)
+        self.config = Config(c.vocab_size, c.hidden_size, len(self.numbers), heads,
+                             getattr(c, "num_key_value_heads", None) or heads, head_dim,
+                             getattr(c, "intermediate_size", 1), c.max_position_embeddings)
         self.frequencies = self.measured(full)
 
     @property

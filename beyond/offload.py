@@ -29,6 +29,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Lock
 from types import SimpleNamespace
 
 import torch
@@ -73,6 +74,7 @@ class DiskCache(Cache):
         self.folder, self.held, self.coming = folder, {}, {}
         self.unit, self.waited = mmap.PAGESIZE, 0.0  # bytes of a missed row; seconds waited
         self.reads, self.calm = 0, 0  # reads of this process; layers served since the last one
+        self.pieces, self.counting = [], Lock()  # of the layer that is attended to, being read
         super().__init__(*shape)
 
     def allocate(self, layers, shape, dtype, device):
@@ -105,7 +107,9 @@ class DiskCache(Cache):
             held.forget(int(self.lengths.min()))
 
     def advise(self, streams: bool) -> None:
-        """Tells the kernel whether to read more than it is asked for."""
+        """Tells the kernel whether to read more than asked for; what is still to be read is late"""
+        for piece in self.pieces:
+            piece.cancel()
         if streams != self.streams:
             self.map.madvise(mmap.MADV_NORMAL if streams else mmap.MADV_RANDOM)
             self.streams = streams
@@ -113,16 +117,14 @@ class DiskCache(Cache):
     def whole(self, layer, keys, values):
         if layer:
             self.advise(streams=True)
+            self.pieces = []
             for head in self.store[layer - 1].flatten(0, 1):  # [capacity, 2, D]
                 start = head.data_ptr() - self.store.data_ptr()
                 end = start + head[: self.size].nbytes
-                for at in range(start, end, PIECE):
-                    self.fetcher.submit(self.touch, min(PIECE, end - at), at)
+                self.pieces += [
+                    self.fetcher.submit(os.pread, self.file.fileno(), min(PIECE, end - at), at)
+                    for at in range(start, end, PIECE)]
         return keys, values
-
-    def touch(self, size: int, at: int) -> None:
-        if self.streams:
-            os.pread(self.file.fileno(), size, at)
 
     def read_ahead(self, layers, tokens):
         """Starts to fetch what these layers will need, in their order: tokens [R, B, G, 1, K]."""
@@ -166,7 +168,8 @@ class DiskCache(Cache):
 
     def read(self, table, rows):
         """table [N, 2 * D] in the file, rows [n] -> [n, 2 * D], many readers at once"""
-        self.missed += len(rows)
+        with self.counting:  # two threads come here
+            self.missed += len(rows)
         return torch.cat(list(self.readers.map(partial(table.index_select, 0), rows.split(ROWS))))
 
     @property

@@ -2,14 +2,15 @@
 
     q_imp [R, B, G, E], k_imp [R, B, G, S/64, E, 64] -choose-> tokens [R, B, G, K]
     q [B, H, D], k, v, tokens [B, G, K] or all       -attend-> [B, H, D]
+    q [B, H, T, D], k, v [B, G, S, D]          -attend_block-> [B, H, T, D]
 
 PyTorch passes over memory for every operation: product, rounding, code, top-K; fetched rows are
 written and read again. Here what is worked on stays in the processor's cache. In choosing, 512
 tokens are scored at a time, coded as `in_order` codes them, and counted; the counts tell about
 where the least code that is kept lies, and only codes from there on are looked at again. Importance
-keys are read from the first byte to the last: of 64 tokens, a cache line for each channel. (With a
-channel's numbers of all tokens in a row, scoring took three times as long.) In attending, 64 rows
-of keys and values are fetched at a time, and all heads of their group attend to them. What a butler
+keys are read from the first byte to the last: of 64 tokens, a cache line for each channel. In
+attending, 64 rows of keys and values are fetched at a time, and all heads of their group attend to
+them; a block of a prompt takes PyTorch's products, a few rows of scores at a time. What a butler
 predicts and projects in a step is computed here too. Plain loops, compiled by Numba when they are
 first called, where there is a Numba; what they compute is defined in kernel.py and butler.py.
 
@@ -308,8 +309,8 @@ def attended(queries, k, v, halves, G, batch, head, row, idx, newest, most, out)
 
 @partial(compiled, fastmath={"contract", "reassoc"})
 def weights_of(rows, ends, sums):
-    """Scores in units of log 2, rows [N, S] of bfloat16 -> in their place 2 ** (score - the row's
-    largest), 0 from its end in `ends` [N] on; sums [N] of these."""
+    """Scores as exponents of 2, rows [N, S] of bfloat16's bits -> in their place the powers, over
+    that of the row's largest, and 0 from the row's end on, of `ends` [N]; sums [N] of these."""
     for n in prange(len(rows)):
         row, total, largest = rows[n, : ends[n]], np.float32(0), np.int16(-(2**15))
         for s in range(len(row)):  # of bits that are in the order of the numbers

@@ -89,9 +89,8 @@ def perplexity(report: dict) -> str:
         elif name != "dense":
             rows[name][f"over oracle {percent(budget)}"] = cell(m, "+.2%")
     seen = torch.arange(1, report["config"]["length"] + 1)
-    shares = ", ".join(
-        f"{percent(b)}: {(allowance(float(b), seen, ALWAYS) / seen).mean():.0%}"
-        for b in report["config"]["budgets"])
+    shares = ", ".join(f"{percent(b)}: {(allowance(float(b), seen, ALWAYS) / seen).mean():.0%}"
+                       for b in report["config"]["budgets"])
     shares = f"\nattended on average, with the {ALWAYS} tokens that are always granted: {shares}"
     return "\n".join([*grid(rows, "selector"), shares, source(report)])
 
@@ -221,10 +220,9 @@ def compare(report: dict) -> str:
 
 
 TABLES = {"train": training, "train_default": training, "ablations": ablations,
-          "perplexity": perplexity, "recall": recall, "length": length,
-          "length_25": length, "length_default": length, "drift": drift, "drift_coreference": drift,
-          "ruler": tasks, "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks,
-          "long_answers": answers}
+          "perplexity": perplexity, "recall": recall, "length": length, "length_25": length,
+          "length_default": length, "drift": drift, "drift_coreference": drift, "ruler": tasks,
+          "ruler_4096": tasks, "ruler_8000": tasks, "ruler_rivals": tasks, "long_answers": answers}
 TIMED = {"compare": compare, "attention": timed, "speed": timed, "offload": timed,
          "tradeoff": tradeoff}
 

@@ -72,3 +72,16 @@ def test_the_lowest_rooms_know_nothing_above(room, below):
 def test_the_method_needs_nothing_that_a_first_reader_skips(name):
     rooms = {module.split(".")[0] for module in beneath(name) if "." in module}
     assert rooms <= {"common", "loading", "cpu"}
+
+
+@pytest.mark.parametrize("package, path, name, why", [
+    ("torch", "model.py", "aten._scaled_dot_product_flash_attention_for_cpu",
+     "no public form of attention gives the sum that two parts are merged by"),
+    ("torch", "model.py", "torch.cpu._is_avx512_bf16_supported",
+     "nothing public says whether bfloat16 is multiplied in hardware"),
+    ("gguf", "loading/weights.py", "def _get", "its reader takes whatever the header claims"),
+    ("tiktoken", "loading/tokenizer.py", "_encode_single_piece",
+     "public forms take text, and what is left of a damaged character is none")])
+def test_what_is_not_public_is_of_an_exact_version(package, path, name, why):
+    assert name in (ROOT / path).read_text(), f"not needed any more: {why}"
+    assert f"\n{package}==" in (ROOT / "requirements.txt").read_text()

@@ -234,7 +234,7 @@ class Block(nn.Module):
 
     @cached_property
     def packed(self):
-        """The same block for a token or two (cpu/packed.py), or None."""
+        """The same block for a few tokens (cpu/packed.py), or None."""
         return PackedBlock.of(self)
 
     def before(self, x, cos, sin):

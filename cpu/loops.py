@@ -276,7 +276,8 @@ def attended(queries, k, v, halves, G, batch, head, row, idx, newest, most, out)
         keys, values = k, v
         if len(halves[0]):
             keys, values = wide(halves[0], at[:m], D), wide(halves[1], at[:m], D)
-            at[:m] = np.arange(m) * D
+            for i in range(m):
+                at[i] = i * D
         elif not dense:  # scattered: all are asked for before the first is needed
             for i in range(m):
                 for d in range(0, D, 16):
@@ -386,8 +387,7 @@ def attend_block(q, k, v):
         torch.mm(rows, k[b, g, :seen].T, out=scores)
         ends = np.tile(np.arange(S - T + start + 1, seen + 1), N)
         run(weights_of, scores.view(torch.int16).numpy(), ends, sums[:, 0].numpy())
-        attended = (scores @ v[b, g, :seen]).float() / sums[: len(rows)]
-        out[b, g, :, start:stop] = attended.view(N, -1, D)
+        out[b, g, :, start:stop] = (scores @ v[b, g, :seen] / sums[: len(rows)]).view(N, -1, D)
     return out.view(B, H, T, D)
 
 

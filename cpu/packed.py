@@ -2,7 +2,7 @@
 
     x [R, C] -before-> q, k, v [R, H + 2 G, D] -> attention [R, H, D] -after-> x [R, C]
     x [R, C] ------------------------ whole: cache and attention too -------> x [R, C]
-    x [R, C] -head-> logits [R, V]                         R: a token or two, of one or many texts
+    x [R, C] -head-> logits [R, V]                         R: a few tokens, of one or many texts
 
 One token's product with a matrix takes as long as reading the matrix. Most files have it in fewer
 bits than PyTorch multiplies: GGUF's Q4_1 has 16 evenly spaced values for every 32 weights in a row,
@@ -26,7 +26,7 @@ import torch
 
 from cpu.loops import LOG2E, attended, compiled, powers, prange, run, serves
 
-ROWS = 2  # tokens up to which these loops are the faster ones
+ROWS = 8  # tokens up to which these loops are the faster ones
 TILE, GROUP = 64, 32  # rows of a matrix side by side; weights of a row with one scale
 
 
@@ -103,7 +103,8 @@ def encode(w, bits, exact, codes, scales, fits):
 @partial(compiled, parallel=False)
 def rows_4(x, codes, scales, out):
     """64 rows: x [C] by codes [C/2, 64] of 4 bits and scales [C/32, 2, 64] -> out [64]"""
-    part, total = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
+    part = np.empty(TILE, np.float32)
+    out[:] = 0.0
     for b in range(len(scales)):
         part[:], s = 0.0, np.float32(0)
         for c in range(b * GROUP, (b + 1) * GROUP, 4):
@@ -117,14 +118,14 @@ def rows_4(x, codes, scales, out):
                             + x3 * np.float32(np.int32(k1[j] >> 4)))
         step, low = scales[b, 0], scales[b, 1]
         for j in range(TILE):
-            total[j] += step[j] * part[j] + low[j] * s
-    out[:] = total
+            out[j] += step[j] * part[j] + low[j] * s
 
 
 @partial(compiled, parallel=False)
 def rows_8(x, codes, scales, out):
     """The same by codes [C, 64] of 8 bits; apart, as a loop for both has half the speed."""
-    part, total = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
+    part = np.empty(TILE, np.float32)
+    out[:] = 0.0
     for b in range(len(scales)):
         part[:], s = 0.0, np.float32(0)
         for c in range(b * GROUP, (b + 1) * GROUP, 4):
@@ -136,15 +137,15 @@ def rows_8(x, codes, scales, out):
                             + x2 * np.float32(k2[j]) + x3 * np.float32(k3[j]))
         step, low = scales[b, 0], scales[b, 1]
         for j in range(TILE):
-            total[j] += step[j] * part[j] + low[j] * s
-    out[:] = total
+            out[j] += step[j] * part[j] + low[j] * s
 
 
 @partial(compiled, parallel=False)
 def rows_16(x, codes, out):
     """The same by the upper halves of numbers, byte by byte [2 C, 64]."""
-    bits, total = np.empty((4, TILE), np.uint32), np.zeros(TILE, np.float32)
+    bits = np.empty((4, TILE), np.uint32)
     w = bits.view(np.float32)
+    out[:] = 0.0
     for c in range(0, len(x), 4):
         x0, x1, x2, x3 = x[c], x[c + 1], x[c + 2], x[c + 3]
         for i in range(4):
@@ -153,8 +154,7 @@ def rows_16(x, codes, out):
                 b[j] = np.uint32(high[j]) << 24 | np.uint32(low[j]) << 16
         w0, w1, w2, w3 = w[0], w[1], w[2], w[3]
         for j in range(TILE):
-            total[j] += x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j]
-    out[:] = total
+            out[j] += x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j]
 
 
 @compiled
@@ -243,16 +243,17 @@ def whole(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv, o, 
     heads, q = np.empty((R, (H + 2 * G) * D), np.float32), np.empty((R, H * D), np.float32)
     before(x, first, eps[0], qkv, cos, sin, H + G, heads)
     for r in range(R):
-        q[r] = heads[r, : H * D]
+        for i in range(H * D):  # (an array into an array takes Numba two seconds to compile)
+            q[r, i] = heads[r, i]
         for i in range(2 * G):
             new = heads[r, (H + i) * D : (H + i + 1) * D]
             place = i // G, layer, r, i % G, positions[r]
-            if halves.size:
-                bits = new.view(np.int32)
-                for d in range(D):  # to the upper half, the even neighbour in the middle
+            bits = new.view(np.int32)
+            for d in range(D):
+                if halves.size:  # to the upper half, the even neighbour in the middle
                     halves[place][d] = (bits[d] + 0x7FFF + (bits[d] >> 16 & 1)) >> 16
-            else:
-                tables[place][:] = new
+                else:
+                    tables[place][d] = new[d]
     head = tables.shape[4] * D
     newest = positions if tokens.shape[1] == 0 else positions[:0]
     most = positions.max() + 1 if len(newest) else tokens.shape[1]

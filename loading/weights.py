@@ -88,10 +88,9 @@ class Config:
                 kv_heads=c.get("num_key_value_heads", heads),
                 head_dim=c["head_dim"] if "head_dim" in c else width // heads,
                 mlp_width=c["intermediate_size"], context=c.get("max_position_embeddings", 2048),
-                norm_eps=c.get("rms_norm_eps", 1e-6),
                 rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
                 rope_scaling=rope_scaling(rope, c.get("max_position_embeddings", 2048)),
-                tied=c.get("tie_word_embeddings", False),
+                tied=c.get("tie_word_embeddings", False), norm_eps=c.get("rms_norm_eps", 1e-6),
                 attention_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False))
         except (KeyError, TypeError, ZeroDivisionError) as e:
             raise ModelError(f"config: missing or unusable entry ({e})") from None

@@ -3,12 +3,11 @@
     python results/compare.py [--contexts 512,2048,7900] [--write]
 
 Every candidate reads the same random tokens (once: seconds to the first token), then all decode
-behind them by turns; a row holds the median step. All use as many threads as PyTorch would.
+behind them by turns, as many threads as PyTorch would take; a row holds the median step.
 
 transformers   LlamaForCausalLM in float32 and in bfloat16, attention by SDPA, with a growing cache
                and with a static one; the latter with our butler attached too (beyond/attach.py)
-llama.cpp      on the GGUF file itself, 4-bit weights; measured if `pip install --no-deps
-               cyllama==0.2.18`, a wheel that carries a build of it, is there
+llama.cpp      on the GGUF file, 4-bit weights; if `pip install --no-deps cyllama==0.2.18` was done
 """
 
 import sys
@@ -155,9 +154,10 @@ def measure(config: Config) -> dict:
 
 def timed(models: dict, contexts: list[int], rounds: int) -> list[dict]:
     rows = []
+    for model in models.values():  # compiled and packed before anything is timed
+        model.read(torch.full((1, 64), 5))
     for context in contexts:
-        generator = torch.Generator().manual_seed(context)
-        ids = torch.randint(100, 40000, (1, context), generator=generator)
+        ids = torch.randint(100, 40000, (1, context), generator=torch.manual_seed(context))
         reading, candidates = {}, {}
         for name, model in models.items():
             began = time.perf_counter()

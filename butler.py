@@ -412,8 +412,8 @@ class ButlerSelector(Selector):
     """Scores by the butler. A decode step:
 
         layer 0        `begin` (selection.py) -> `arrive`: is what is known of the text still true?
-        layers 0, R .. `foresee`: the producer's queries; at layer 0 first `plan`: importance keys
-                       of the latest token, of all layers. Then `choose`, for all layers served
+        layers 0, R .. `look_ahead`: the producer's queries; at layer 0 first `plan`: importance
+                       keys of the latest token. Then `choose_ahead`, for all layers it serves
         every layer    `selected`: the choice that is there already
 
     The keys of this very token are not known then, and not needed, as it is in the window. In a
@@ -435,9 +435,9 @@ class ButlerSelector(Selector):
         self.predicted = {}  # importance queries by the first layer served, [R, B, G, T, E]
         self.choices = None  # tokens in use, of all layers, [L - 1, B, G, 1, K]
         self.sources = {}  # of a block, by the first layer served: see Reuse.sources
-        # of a step, made by `plan`: are choices made ahead; positions [B] and wants [B] of the
-        # queries; choices of each layer, and their part beside sinks and window
-        self.in_time, self.step, self.here, self.wants, self.ahead, self.chosen = [None] * 6
+        # of a step, made by `plan`: choices by layer, None if each is made when its layer is
+        # reached, and their part beside sinks and window; positions [B] and wants [B] of queries
+        self.ahead, self.chosen, self.here, self.wants, self.step = [None] * 5
 
     @property
     def queries(self) -> dict:
@@ -473,35 +473,35 @@ class ButlerSelector(Selector):
 
     def look_ahead(self, layer, x, positions):
         if layer in self.producers:
-            self.foresee(layer, x, positions)
+            with torch.inference_mode():
+                if layer == 0:
+                    self.plan(x.shape[1], positions)
+                queries = (self.step.predict(self.producers[layer], x) if self.step else
+                           self.butler.predict(layer, x, positions))  # [R, B, G, T, E]
+                self.predicted[layer + 1] = queries
+                if self.ahead:
+                    self.choose_ahead(layer, queries[:, :, :, 0])
+                elif self.reuse.drift:
+                    self.sources[layer + 1] = self.reuse.sources(layer + 1, queries)
 
-    @torch.inference_mode()
-    def foresee(self, layer, x, positions) -> None:
-        if layer == 0:
-            self.plan(x.shape[1], positions)
-        first, step = layer + 1, self.step
-        queries = (step.predict(self.producers[layer], x) if step else
-                   self.butler.predict(layer, x, positions))  # [R, B, G, T, E]
-        self.predicted[first], stop = queries, first + len(queries)
-        if not self.in_time:  # each layer chooses when it is reached
-            if self.reuse.drift:
-                self.sources[first] = self.reuse.sources(first, queries)
-            return
-        asked = queries[:, :, :, 0]
-        due = self.reuse.due(first, torch.as_tensor(asked)) if self.reuse.drift else None
-        if step:
-            step.choose(layer, asked, due)
+    def choose_ahead(self, layer: int, queries) -> None:
+        """For all layers of the producer at `layer`, by its queries [R, B, G, E]."""
+        first, stop = layer + 1, layer + 1 + len(queries)
+        chosen = self.chosen[layer : stop - 1]
+        due = self.reuse.due(first, torch.as_tensor(queries)) if self.reuse.drift else None
+        if self.step:
+            self.step.choose(layer, queries, due)
         else:
-            choose(asked, *self.importance.of(first, stop), self.here, self.wants,
-                   self.chosen[layer : stop - 1], due, self.longest, self.sinks, self.window)
+            choose(queries, *self.importance.of(first, stop), self.here, self.wants, chosen, due,
+                   self.longest, self.sinks, self.window)
         if self.read_ahead:
-            self.read_ahead(list(range(first, stop)), self.chosen[layer : stop - 1].unsqueeze(3))
+            self.read_ahead(list(range(first, stop)), chosen.unsqueeze(3))
 
     def plan(self, T: int, positions) -> None:
         """What all producers of a step need to choose ahead."""
         self.longest = (self.bound or self.end) - 1
-        self.in_time, self.step = bool(self.bound) or T == 1 and self.early(self.longest), None
-        if not self.in_time:
+        self.ahead = self.step = None
+        if not (self.bound or T == 1 and self.early(self.longest)):
             return
         self.here, always = positions[:, 0], self.granted.shape[-1]
         self.wants, most = self.wanted(self.here).clamp(min=0), max(self.wanted(self.longest), 0)
@@ -528,7 +528,7 @@ class ButlerSelector(Selector):
         return choices if self.bound else choices.clone()
 
     def selected(self, layer, q, keys, positions):
-        if self.in_time:
+        if self.ahead:
             return self.ahead[layer]
         index = super().selected(layer, q, keys, positions)
         return self.settled(layer, index) if self.reuse.drift else index

@@ -513,8 +513,7 @@ class ButlerSelector(Selector):
         else:
             self.importance.complete(1, self.butler.config.layers, self.longest)
         if all(self.producers.values()) and positions.is_cpu:
-            self.step = loops.Step(self.butler, self.importance, self.here, self.wants,
-                                   self.chosen, self.sinks, self.window)
+            self.step = loops.Step(self)
 
     def in_use(self, rows, K: int):
         """`choices` with room for K tokens beside sinks and window, for `rows` [B, G]: a copy, as a

@@ -412,10 +412,10 @@ class Step:
     """What all producers of a decode step share, as arrays: slicing a tensor and asking for its
     array, for every argument of every producer, would take as long as the work itself."""
 
-    def __init__(self, butler, importance, positions, wants, chosen, sinks: int, window: int):
-        self.frequencies, self.rules = butler.frequencies.numpy(), (sinks, window)
-        self.keys = importance.numbers.numpy(), importance.scales.numpy()
-        self.positions, self.wants, self.chosen = positions.numpy(), wants.numpy(), chosen.numpy()
+    def __init__(self, s):  # a butler.ButlerSelector, its plan made
+        self.frequencies, self.rules = s.butler.frequencies.numpy(), (s.sinks, s.window)
+        self.keys = s.importance.numbers.numpy(), s.importance.scales.numpy()
+        self.positions, self.wants, self.chosen = (x.numpy() for x in (s.here, s.wants, s.chosen))
 
     def predict(self, producer, x):
         """What `weights` gave, x [B, 1, C] -> importance queries [R, B, G, 1, E], turned"""

@@ -165,10 +165,11 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
     cache = filled(llama, batch, context)
     candidates |= butlers(butler, partial(step, cache), config)
     for kept in map(float, config.budgets):
-        kept_for_good = butler.selector(kept, drift=2.0)
-        kept_for_good.reuse.oldest = math.inf
-        candidates[f"choice for nothing, {kept:g}"] = (
-            partial(step, cache, kept_for_good), kept, False)
+        selector = butler.selector(kept)
+        step(cache, selector)
+        given = partial(lambda index, layer, *_: index.get(layer), dict(selector.index))
+        given.early = bool  # asked before a layer's query is there
+        candidates[f"choice for nothing, {kept:g}"] = partial(step, cache, given), kept, False
     if on_gpu(cache.lengths):
         graphs = {"dense": (replayed, None, False)} | butlers(butler, replayed, config)
         for function, *_ in graphs.values():  # plain steps; the round that warms up captures

@@ -27,14 +27,14 @@ from beyond.graph import stepper
 from beyond.offload import STORES, cache_kind
 from beyond.page import Beside, texts
 from butler import Butler, load_for
-from common.cli import DEVICE, flag, known, provenance, run
+from common.cli import DEVICE, flag, known, processor, provenance, run
 from common.errors import ModelError, UsageError
 from common.files import read_text, writable
 from model import Cache, check_device
 from selection import Selector, allowance
 from tasks.coreference import coreference, pools
 
-BREAK_EVEN = 2000  # tokens cached from which on a step at 5 % was faster: results/speed_avx2.json
+BREAK_EVEN = {"avx512-bf16": 850}.get(processor(), 2000)  # tokens: results/speed_PROCESSOR.json
 
 
 @dataclass

@@ -431,10 +431,9 @@ class ButlerSelector(Selector):
         self.reuse = Reuse(drift, butler.key_projection.device)
         self.producers = {int(p): loops.weights(producer)  # by layer; None: not for the loops
                           for p, producer in butler.producers.items()}
-        self.next = 0  # where the text went on
-        self.predicted = {}  # importance queries by the first layer served, [R, B, G, T, E]
-        self.choices = None  # tokens in use, of all layers, [L - 1, B, G, 1, K]
-        self.sources = {}  # of a block, by the first layer served: see Reuse.sources
+        self.next, self.choices = 0, None  # where the text went on; in use, [L - 1, B, G, 1, K]
+        # by the first layer served: importance queries [R, B, G, T, E]; of a block, Reuse.sources
+        self.predicted, self.sources = {}, {}
         # of a step, made by `plan`: choices by layer, None if each is made when its layer is
         # reached, and their part beside sinks and window; positions [B] and wants [B] of queries
         self.ahead, self.chosen, self.here, self.wants, self.step = [None] * 5

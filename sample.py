@@ -34,7 +34,8 @@ from model import Cache, check_device
 from selection import Selector, allowance
 from tasks.coreference import coreference, pools
 
-BREAK_EVEN = {"avx512-bf16": 850}.get(processor(), 2000)  # tokens: results/speed_PROCESSOR.json
+BREAK_EVEN = {"avx2": 2000, "avx512-bf16": 850}  # tokens cached: results/speed_PROCESSOR.json
+PAYS = BREAK_EVEN.get(processor(), max(BREAK_EVEN.values()))  # from here on a step at 5 % is faster
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Config:
     drift: float = flag(0.0, "a butler's choice is kept until its query has turned by more than "
                              "this (1 - cosine, 16 steps at most)", most=2)
     dense_below: int = flag(0, "tokens cached below which steps are dense; a selection begins to "
-                               f"pay at about {BREAK_EVEN:,} on a CPU")
+                               f"pay at about {PAYS:,} on a CPU")
     prompt: str = flag(None, "text to continue (default: a generated document and its question)")
     prompt_file: str = flag(None, "file with the text to continue, UTF-8")
     chat: bool = flag(False, "the prompt is a message to the model, in its own chat format")
@@ -210,9 +211,9 @@ def advise(config, cached: int, full: bool) -> None:
     if full:
         print(f"stopped: the model's context of {cached} tokens is full", file=sys.stderr)
     measured = config.model is None and config.device == "cpu"
-    if config.selector == "butler" and measured and config.dense_below < cached < BREAK_EVEN:
-        print(f"below about {BREAK_EVEN:,} tokens a dense step of this model is the faster one on "
-              f"a CPU: --dense-below {BREAK_EVEN}", file=sys.stderr)
+    if config.selector == "butler" and measured and config.dense_below < cached < PAYS:
+        print(f"below about {PAYS:,} tokens a dense step of this model is the faster one on "
+              f"a CPU: --dense-below {PAYS}", file=sys.stderr)
     least = Selector.SINKS + Selector.WINDOW
     chooses = config.selector != "dense" and cached >= max(config.dense_below, least + 1)
     if chooses and allowance(config.budget, cached, least) <= least:

@@ -164,7 +164,11 @@ def test_the_course_stays_short():
 
 def test_numbers_of_the_prose_are_those_of_the_code():
     c, rules = ButlerConfig(30, 576, 3, 64, (1.0,) * 32), Selector(0.1)
-    for text in (f"--dense-below {BREAK_EVEN}`", f"some {BREAK_EVEN:,} cached tokens",
+    for kind, pays in BREAK_EVEN.items():
+        report = json.loads((ROOT / "results" / f"speed_{kind}.json").read_text())
+        assert abs(report["break_even"]["butler 0.05, batch 1"] - pays) < 0.05 * pays
+    for text in (f"--dense-below {BREAK_EVEN['avx2']}`",
+                 "{avx512-bf16:,} tokens (AVX-512) or {avx2:,} (AVX2)".format(**BREAK_EVEN),
                  f"next R = {c.stride} layers", f"importance key, {c.size} numbers",
                  f"All keep {rules.sinks} first and {rules.window} recent tokens"):
         assert text in README

@@ -170,7 +170,7 @@ def dense_attention(q, k, v, positions, ragged: bool, dtype=None):
         return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
     if T == 1 and loops.serves(q, k, v):
         return loops.attend(q, k, v, positions=positions)
-    if dtype == torch.bfloat16 and T >= 32 and not ragged and loops.serves(q, k, v):
+    if dtype == fast_dtype() == torch.bfloat16 and T >= 32 and not ragged and loops.serves(q, k, v):
         return loops.attend_block(q, k, v)
     if T == 1 and not ragged:  # one query sees everything: fold the group into the query axis
         return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).reshape(q.shape)

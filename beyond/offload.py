@@ -121,10 +121,12 @@ class DiskCache(Cache):
             for head in self.store[layer - 1].flatten(0, 1):  # [capacity, 2, D]
                 start = head.data_ptr() - self.store.data_ptr()
                 end = start + head[: self.size].nbytes
-                self.pieces += [
-                    self.fetcher.submit(os.pread, self.file.fileno(), min(PIECE, end - at), at)
-                    for at in range(start, end, PIECE)]
+                self.pieces += [self.fetcher.submit(self.touch, min(PIECE, end - at), at)
+                                for at in range(start, end, PIECE)]
         return keys, values
+
+    def touch(self, size: int, at: int) -> None:
+        os.pread(self.file.fileno(), size, at)  # what it returns is not kept
 
     def read_ahead(self, layers, tokens):
         """Starts to fetch what these layers will need, in their order: tokens [R, B, G, 1, K]."""

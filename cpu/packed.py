@@ -335,6 +335,7 @@ class PackedLayers:
         """x [B, 1, C] -> [B, 1, C] float32"""
         B, _, C = x.shape
         x, tables = x.float().clone(), cache.tables
+        seen = tables[0].narrow(3, 0, cache.size + 1).unbind() if selector else ()
         rows, turn = x.view(B, C).numpy(), [t.view(B, -1).numpy() for t in rope]
         at, all_of_them = positions.view(B).numpy(), np.empty((B * tables.shape[3], 0), np.int32)
         if tables.dtype == torch.float32:
@@ -342,11 +343,8 @@ class PackedLayers:
         else:
             tables = np.empty((*tables.shape[:-1], 0), np.float32), tables.view(torch.int16).numpy()
         for layer, weights in enumerate(self.weights):
-            tokens = all_of_them
-            if selector:
-                keys = cache.k[layer].narrow(2, 0, cache.size + 1)
-                index = selector(layer, x, None, keys, positions)
-                tokens = all_of_them if index is None else index.flatten(0, 2).numpy()
+            index = selector(layer, x, None, seen[layer], positions) if selector else None
+            tokens = all_of_them if index is None else index.numpy().reshape(-1, index.shape[3])
             run(whole, rows, *turn, *tables, layer, at, tokens, *weights)
         return x
 

@@ -326,6 +326,20 @@ def test_a_fetch_on_its_way_ends_before_a_rewind(tiny, stores, monkeypatch):
     assert cache.held[1].used.numel() and not (cache.held[1].token >= 20).any()
 
 
+def test_what_a_layer_still_has_to_read_is_given_up_with_it(tiny, stores):
+    """And what was read is not kept beside the file: it may be larger than memory."""
+    cache = tiny[0].new_cache(1, 50, kind=stores["disk"])
+    cache.advance(40)
+    cache.fetcher.submit(time.sleep, 0.3)
+    pieces = []
+    for layer in (1, 2):
+        cache.whole(layer, cache.k[layer], cache.v[layer])
+        pieces.append(cache.pieces)
+    assert len(pieces[0]) == len(pieces[1]) == 2  # one for each KV head
+    assert all(piece.cancelled() for piece in pieces[0])
+    assert [piece.result() for piece in pieces[1]] == [None, None]
+
+
 def test_a_single_layer_stores_nothing(stores):
     model = Llama(replace(TINY, layers=1)).eval()
     compare(stores, model, None, "oracle", torch.arange(30)[None], 3)

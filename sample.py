@@ -34,7 +34,7 @@ from model import Cache, check_device
 from selection import Selector, allowance
 from tasks.coreference import coreference, pools
 
-BREAK_EVEN = {"avx2": 2000, "avx512-bf16": 850}  # tokens cached: results/speed_PROCESSOR.json
+BREAK_EVEN = {"avx2": 2000, "avx512-bf16": 700}  # tokens cached: results/speed_PROCESSOR.json
 PAYS = BREAK_EVEN.get(processor(), max(BREAK_EVEN.values()))  # from here on a step at 5 % is faster
 
 

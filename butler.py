@@ -339,7 +339,7 @@ class ImportanceCache:
             return
         head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room
         capacity = -(-max(head // row, S) // BLOCK) * BLOCK
-        shape = c.layers - 1, *keys.shape[:2]
+        shape = self.last, *keys.shape[:2]
         scales = self.butler.key_projection.new_empty(*shape, capacity)
         numbers = scales.new_empty(*shape, capacity // LINE, c.size, LINE, dtype=torch.int8)
         witness = scales.new_empty(len(keys), capacity, c.head_dim, dtype=keys.dtype)

@@ -158,24 +158,27 @@ def standard(x, weight, bias, eps):
     return out * scale * weight + bias
 
 
+@partial(compiled, parallel=False)
+def turns(position, frequencies):  # as model.turns
+    angles = np.float32(position) * frequencies
+    return np.cos(angles), np.sin(angles)
+
+
 @compiled
 def predicted(x, weight, bias, eps, up, down, positions, frequencies, out):
     """A butler's Producer, and its queries' turn: x [B, C] -> out [R, B, G, E]"""
-    R, B, G, E = out.shape
-    hidden = np.empty(len(up), np.float32)
+    (R, B, G, E), hidden = out.shape, np.empty(len(up), np.float32)
     for b in range(B):
-        rest = standard(x[b], weight, bias, eps)
+        rest, (cos, sin) = standard(x[b], weight, bias, eps), turns(positions[b], frequencies)
         for m in prange(len(up)):
             s = dot(up[m], rest)
             hidden[m] = s / (1 + np.exp(-s))
         for n in prange(R * G):
             to = out[n // G, b, n % G]
             for e in range(E // 2):
-                first, last = n * E + e, n * E + e + E // 2
-                angle = np.float32(positions[b]) * frequencies[e]
-                first, last = dot(down[first], hidden), dot(down[last], hidden)
-                to[e] = first * np.cos(angle) - last * np.sin(angle)
-                to[e + E // 2] = last * np.cos(angle) + first * np.sin(angle)
+                first, last = dot(down[n * E + e], hidden), dot(down[n * E + e + E // 2], hidden)
+                to[e] = first * cos[e] - last * sin[e]
+                to[e + E // 2] = last * cos[e] + first * sin[e]
 
 
 @compiled
@@ -187,10 +190,7 @@ def projected(keys, weight, start, rope, frequencies, numbers, scales):
     E, half = weight.shape[3], D // 2
     for program in prange(R * T):
         r, t = program // T, program % T
-        angles = np.float32(start + t) * rope[r]
-        cos, sin = np.cos(angles), np.sin(angles)
-        angles = np.float32(start + t) * frequencies
-        cos_e, sin_e = np.cos(angles), np.sin(angles)
+        (cos, sin), (cos_e, sin_e) = turns(start + t, rope[r]), turns(start + t, frequencies)
         line, place, turned = (start + t) // LINE, (start + t) % LINE, np.empty(E, np.float32)
         for n in range(B * G):
             b, g, new = n // G, n % G, np.zeros(E, np.float32)

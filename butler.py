@@ -93,13 +93,13 @@ class ButlerConfig:
                 type(f) is float and 0 <= f < 10 for f in numbers):
             raise ButlerError(f"frequencies {self.rope} for heads of {self.head_dim}")
 
-    def frequencies(self) -> dict:
+    def ropes(self) -> dict:
         """Radians a token of each pair of channels: `rope` of the base model, [L-1, 1, 1, 1, D/2],
-        `frequencies` of importance space, half of them 0; `rotated_keys`: nothing turns."""
+        `own_rope` of importance space, half of them 0; `rotated_keys`: nothing turns."""
         turning = torch.logspace(math.log10(FASTEST), math.log10(self.slowest), self.size // 4)
         still = torch.zeros(self.size // 2 - len(turning))
         rope = torch.tensor(self.rope).view(-1, self.head_dim // 2).expand(self.layers - 1, -1)
-        both = {"rope": rope[:, None, None, None], "frequencies": torch.cat([turning, still])}
+        both = {"rope": rope[:, None, None, None], "own_rope": torch.cat([turning, still])}
         return {name: f * (not self.rotated_keys) for name, f in both.items()}
 
 
@@ -145,7 +145,7 @@ class Butler(nn.Module):
         # one projection per layer and KV head; layer 0 is never predicted
         self.key_projection = nn.Parameter(
             torch.randn(c.layers - 1, c.kv_heads, c.head_dim, c.size) * c.head_dim**-0.5)
-        for name, values in c.frequencies().items():
+        for name, values in c.ropes().items():
             self.register_buffer(name, values, persistent=False)
 
     def queries(self, layer: int, x, positions) -> dict:
@@ -158,18 +158,17 @@ class Butler(nn.Module):
     def predict(self, layer: int, x, positions):
         """The same for a layer that has a producer, in one: [R, B, G, T, E]"""
         queries = self.producers[str(layer)](x.to(self.key_projection))  # from any device
-        rope = turns(positions[:, None, :, None] * self.frequencies)
-        return rotate(queries.permute(2, 0, 3, 1, 4), *rope)
+        angles = positions[:, None, :, None] * self.own_rope
+        return rotate(queries.permute(2, 0, 3, 1, 4), *turns(angles))
 
-    def project(self, layer: int, keys, positions):
+    def project(self, layer, keys, positions):
         """Cached keys [B, G, S, D] of a layer >= 1, at positions [S] (or [B, 1, S]) -> importance
-        keys [B, G, S, E]; those of several layers in a row, `layer` being the first,
-        [R, B, G, S, D] -> [R, B, G, S, E]."""
-        some = slice(layer - 1, layer - 1 + len(keys)) if keys.dim() > 4 else layer - 1
-        positions = positions[..., None]
+        keys [B, G, S, E]; of several, `layer` a slice of those behind the first, [R, B, G, S, D]
+        -> [R, B, G, S, E]."""
+        some, positions = layer if isinstance(layer, slice) else layer - 1, positions[..., None]
         before = turned_back(keys, positions * self.rope[some])
         projected = before @ self.key_projection[:, None][some]
-        return rotate(projected, *turns(positions * self.frequencies))
+        return rotate(projected, *turns(positions * self.own_rope))
 
     def scores(self, queries, projected):
         """q_imp [..., G, T, E], k_imp [..., G, S, E] -> scores [..., G, T, S]"""
@@ -208,7 +207,7 @@ class Butler(nn.Module):
                     butler = cls(config)
                 weights = {name: f.get_tensor(name).float() for name in f.keys()}
                 butler.load_state_dict(weights, assign=True)
-                for name, values in config.frequencies().items():
+                for name, values in config.ropes().items():
                     setattr(butler, name, values)
         except FileNotFoundError:
             raise ButlerError(f"no butler at {path}: train one with python train.py") from None
@@ -240,8 +239,8 @@ class ImportanceKeys(NamedTuple):
     scales: torch.Tensor  # [..., S] float32; a key is the product
 
     @classmethod
-    def of(cls, keys) -> "ImportanceKeys":
-        """Keys [..., S, E] -> the same in 8 bits."""
+    def quantised(cls, keys) -> "ImportanceKeys":
+        """Keys [..., S, E] -> the same in 8 bits. (cpu/loops.py's `projected` does so too.)"""
         scales = keys.abs().amax(-1).clamp(min=1e-30) / 127
         return cls((keys / scales[..., None]).round().to(torch.int8), scales)
 
@@ -251,24 +250,21 @@ class ImportanceKeys(NamedTuple):
 
 
 class ImportanceCache:
-    """The importance keys of all layers but the first, which follow the cached keys they are of.
+    """The importance keys of all layers but the first, which follow the cached keys they are of;
+    row n of each table and list is layer n + 1's.
 
     numbers  [L - 1, B, G, capacity/64, E, 64] int8, None until there are any: channel by channel,
              as the product with a query runs along the tokens, but 64 tokens together
     scales   [L - 1, B, G, capacity] float32
     witness  [B, capacity, D]: what the last layer's keys of the first head were when projected
-    seen     {layer: its cached keys [B, G, S, D]}: of those that the selector last saw, as many,
-             but with what the cache holds there now
-    filled   {layer: how many tokens' importance keys are there}
+    seen     cached keys [B, G, S, D]: views of the KV cache, which show what it holds by now
+    filled   how many tokens' importance keys are there, in the row that has fewest
     """
 
     def __init__(self, butler: Butler):
-        self.butler, self.last = butler, butler.config.layers - 1
-        self.numbers, self.scales, self.witness, self.seen, self.filled = None, None, None, {}, {}
-
-    def of(self, first: int, stop: int) -> tuple:
-        """Numbers and scales of the layers from `first` to before `stop`."""
-        return self.numbers[first - 1 : stop - 1], self.scales[first - 1 : stop - 1]
+        self.butler, layers = butler, butler.config.layers - 1
+        self.numbers, self.scales, self.witness = None, None, None
+        self.seen, self.filled = [None] * layers, [0] * layers
 
     def layer(self, layer: int) -> ImportanceKeys:
         """A copy, token by token: [B, G, capacity, E]"""
@@ -278,32 +274,30 @@ class ImportanceCache:
     def see(self, layer: int, keys, start: int) -> None:
         """Takes note of a layer's keys; those from `start` on are new, to be projected when they
         are needed, like any of a prompt that was read unseen."""
-        self.seen[layer] = keys
-        self.filled[layer] = min(self.filled.get(layer, 0), start)
+        self.seen[layer - 1] = keys
+        self.filled[layer - 1] = min(self.filled[layer - 1], start)
 
     def reaches(self, S: int) -> bool:
         """Have the keys of S tokens been seen, of every layer?"""
-        return len(self.seen) == self.last and all(k.shape[2] >= S for k in self.seen.values())
+        return all(keys is not None and keys.shape[2] >= S for keys in self.seen)
 
     def rewritten(self, start: int, follows: bool) -> bool:
         """Has somebody truncated the cache and written other tokens before `start`, without this
         selector? Compares the last key that is known with what it was. Not on a GPU where the new
         token `follows` the last one, as the CPU would wait for it at every step."""
-        at = min(self.filled.get(self.last, 0), start) - 1
+        at = min(self.filled[-1], start) - 1
         if at < 0 or (follows and self.witness.device.type != "cpu"):
             return False
-        now = self.seen[self.last][:, 0, at].to(self.witness.device)
+        now = self.seen[-1][:, 0, at].to(self.witness.device)
         return not torch.equal(now, self.witness[:, at])
 
-    def complete(self, first: int, stop: int, S: int) -> None:
-        """Sees to it that importance keys of the first S tokens are there, of layers from `first`
-        to before `stop`."""
-        start = min(self.filled.get(layer, 0) for layer in range(first, stop))
+    def complete(self, S: int, some=slice(None)) -> None:
+        """Sees to it that importance keys of the first S tokens are there, of some layers."""
+        seen, start = self.seen[some], min(self.filled[some])
         if start >= S:
             return
         self.grow(S)
-        numbers, scales = self.of(first, stop)
-        seen, some = [self.seen[layer] for layer in range(first, stop)], slice(first - 1, stop - 1)
+        numbers, scales = self.numbers[some], self.scales[some]
         for at in range(start, S, 1024):
             tokens = slice(at, min(at + 1024, S))
             keys = stacked(seen, tokens, scales.device)
@@ -311,35 +305,35 @@ class ImportanceCache:
                 loops.project(keys, self.butler, some, at, numbers, scales)
             else:
                 here = torch.arange(at, tokens.stop, device=scales.device)
-                new = ImportanceKeys.of(self.butler.project(first, keys, here))
+                new = ImportanceKeys.quantised(self.butler.project(some, keys, here))
                 numbers[..., here // LINE, :, here % LINE] = new.numbers.movedim(3, 0)
                 scales[..., tokens] = new.scales
-        if stop > self.last:
-            self.witness[:, start:S] = self.seen[self.last][:, 0, start:S]
-        self.filled.update(dict.fromkeys(range(first, stop), S))
+        if seen[-1] is self.seen[-1]:
+            self.witness[:, start:S] = seen[-1][:, 0, start:S]
+        self.filled[some] = [S] * len(seen)
 
-    def latest(self, positions, bound: int) -> None:
-        """The same for all layers, in a decode step whose `positions` [B, 1] only the device knows:
-        each row's latest key is projected."""
-        self.grow(bound)
+    def latest(self, positions, S: int) -> None:
+        """The same for all layers, where each row lacks but the key before its new token's, and
+        `positions` [B, 1] may be known to the device alone."""
+        self.grow(S)
         at = (positions - 1).clamp(min=0)  # [B, 1]
         rows = torch.arange(len(at), device=at.device)[:, None]
-        keys = torch.stack([self.seen[layer + 1][rows, :, at].transpose(1, 2)
-                            for layer in range(self.last)])
-        new = ImportanceKeys.of(self.butler.project(1, keys, at[:, None]))  # of one token
+        keys = torch.stack([k[rows, :, at].transpose(1, 2) for k in self.seen])
+        new = ImportanceKeys.quantised(self.butler.project(slice(None), keys, at[:, None]))
         self.numbers[:, rows, :, at // LINE, :, at % LINE] = new.numbers.permute(1, 3, 0, 2, 4)
         self.scales[:, rows, :, at] = new.scales.permute(1, 3, 0, 2)
         self.witness[rows, at] = keys[-1, :, 0]
+        self.filled = [S] * len(self.seen)
 
     def grow(self, S: int) -> None:
         """Makes room for S tokens at least."""
-        c, keys = self.butler.config, next(iter(self.seen.values()))
+        c, keys = self.butler.config, self.seen[0]
         old = 0 if self.scales is None else self.scales.shape[-1]
         if old >= S:
             return
         head, row = keys.stride()[1:3]  # the keys are the beginning of a buffer: as much room
         capacity = -(-max(head // row, S) // BLOCK) * BLOCK
-        shape = self.last, *keys.shape[:2]
+        shape = len(self.seen), *keys.shape[:2]
         scales = self.butler.key_projection.new_empty(*shape, capacity)
         numbers = scales.new_empty(*shape, capacity // LINE, c.size, LINE, dtype=torch.int8)
         witness = scales.new_empty(len(keys), capacity, c.head_dim, dtype=keys.dtype)
@@ -364,7 +358,7 @@ def stacked(tensors: list, some: slice, device):
 class Reuse:
     """Which choices are made anew: a KV head's stays in use until its importance query has turned
     away by more than `drift` (1 - cosine) from the one that it was made for, `oldest` steps at
-    most. Producers are told apart by the first layer that they serve."""
+    most. Producers are told apart by their layers."""
 
     def __init__(self, drift: float, device):
         if not 0 <= drift <= 2:
@@ -382,14 +376,14 @@ class Reuse:
         made, used = self.tally.tolist()
         return used / made if made else 1.0
 
-    def due(self, first: int, queries):
+    def due(self, producer: int, queries):
         """Queries of a step [R, B, G, E] -> true where a KV head must choose again, [R, B, G];
         there the query is remembered, to compare later ones with."""
         queries = F.normalize(queries, dim=-1)
-        if first not in self.asked:
-            self.asked[first] = queries
-            self.age[first] = torch.full_like(queries[..., 0], self.oldest)
-        asked, age = self.asked[first], self.age[first]
+        if producer not in self.asked:
+            self.asked[producer] = queries
+            self.age[producer] = torch.full_like(queries[..., 0], self.oldest)
+        asked, age = self.asked[producer], self.age[producer]
         age += 1
         due = ((queries * asked).sum(-1) < 1 - self.drift) | (age >= self.oldest)
         asked.copy_(torch.where(due[..., None], queries, asked))
@@ -398,13 +392,13 @@ class Reuse:
         self.tally[1] += due.numel()
         return due
 
-    def sources(self, first: int, queries):
+    def sources(self, producer: int, queries):
         """Queries of a block [R, B, G, T, E] -> for each of its tokens, 1 + the number of the token
         whose choice it uses, or 0 for a choice made before the block; [R, B, G, T]"""
         sources = torch.zeros(queries.shape[:-1], dtype=torch.long, device=queries.device)
         at = sources[..., 0]
         for t, q in enumerate(queries.unbind(3)):
-            sources[..., t] = at = at.where(~self.due(first, q), t + 1)
+            sources[..., t] = at = at.where(~self.due(producer, q), t + 1)
         return sources
 
 
@@ -429,20 +423,20 @@ class ButlerSelector(Selector):
         super().__init__(budget, **rules)
         self.butler, self.importance = butler, ImportanceCache(butler)
         self.reuse = Reuse(drift, butler.key_projection.device)
-        self.producers = {int(p): loops.weights(producer)  # by layer; None: not for the loops
-                          for p, producer in butler.producers.items()}
+        self.compiled = {int(p): loops.weights(producer)  # by layer; None: not for the loops
+                         for p, producer in butler.producers.items()}
         self.next, self.choices = 0, None  # where the text went on; in use, [L - 1, B, G, 1, K]
-        # by the first layer served: importance queries [R, B, G, T, E]; of a block, Reuse.sources
+        # by the producer's layer: importance queries [R, B, G, T, E]; of a block, Reuse.sources
         self.predicted, self.sources = {}, {}
-        # of a step, made by `plan`: choices by layer, None if each is made when its layer is
-        # reached, and their part beside sinks and window; positions [B] and wants [B] of queries
+        # of a step, made by `plan`: each layer's index, or None: when it is reached; the part of
+        # all indices beside sinks and window; of each row position and wants [B]; loops.Step
         self.ahead, self.chosen, self.here, self.wants, self.step = [None] * 5
 
     @property
     def queries(self) -> dict:
         """{layer: importance queries [B, G, T, E]}"""
-        return {layer: q for first, queries in self.predicted.items()
-                for layer, q in enumerate(torch.as_tensor(queries), first)}
+        return {layer: q for producer, queries in self.predicted.items()
+                for layer, q in enumerate(torch.as_tensor(queries), producer + 1)}
 
     def __call__(self, layer, x, q, keys, positions):
         if layer:
@@ -454,7 +448,7 @@ class ButlerSelector(Selector):
 
     def arrive(self, T, start, end):
         if self.importance.rewritten(start, start == self.next):
-            self.importance.filled.clear()  # all are projected anew
+            self.importance.filled = [0] * len(self.importance.filled)  # all are projected anew
             self.reuse.forget()
         if not self.next - 1 <= start <= self.next:  # rewound, or tokens were read without it
             self.reuse.forget()
@@ -468,51 +462,56 @@ class ButlerSelector(Selector):
             self.reuse.forget()
         else:  # projected as long as they are at hand
             self.importance.see(layer, keys, self.start)
-            self.importance.complete(layer, layer + 1, keys.shape[2])
+            self.importance.complete(keys.shape[2], slice(layer - 1, layer))
 
     def look_ahead(self, layer, x, positions):
-        if layer in self.producers:
+        if layer in self.compiled:
             with torch.inference_mode():
                 if layer == 0:
                     self.plan(x.shape[1], positions)
-                queries = (self.step.predict(self.producers[layer], x) if self.step else
+                queries = (self.step.predict(self.compiled[layer], x) if self.step else
                            self.butler.predict(layer, x, positions))  # [R, B, G, T, E]
-                self.predicted[layer + 1] = queries
+                self.predicted[layer] = queries
                 if self.ahead:
                     self.choose_ahead(layer, queries[:, :, :, 0])
                 elif self.reuse.drift:
-                    self.sources[layer + 1] = self.reuse.sources(layer + 1, queries)
+                    self.sources[layer] = self.reuse.sources(layer, queries)
 
-    def choose_ahead(self, layer: int, queries) -> None:
-        """For all layers of the producer at `layer`, by its queries [R, B, G, E]."""
-        first, stop = layer + 1, layer + 1 + len(queries)
-        chosen = self.chosen[layer : stop - 1]
-        due = self.reuse.due(first, torch.as_tensor(queries)) if self.reuse.drift else None
+    def choose_ahead(self, producer: int, queries) -> None:
+        """For all layers of the producer at this layer, by its queries [R, B, G, E]."""
+        some, keys = slice(producer, producer + len(queries)), self.importance
+        due = self.reuse.due(producer, torch.as_tensor(queries)) if self.reuse.drift else None
         if self.step:
-            self.step.choose(layer, queries, due)
+            self.step.choose(some, queries, due)
         else:
-            choose(queries, *self.importance.of(first, stop), self.here, self.wants, chosen, due,
-                   self.longest, self.sinks, self.window)
+            choose(queries, keys.numbers[some], keys.scales[some], self.here, self.wants,
+                   self.chosen[some], due, self.longest, self.sinks, self.window)
         if self.read_ahead:
-            self.read_ahead(list(range(first, stop)), chosen.unsqueeze(3))
+            self.read_ahead([n + 1 for n in range(some.start, some.stop)],
+                            self.chosen[some].unsqueeze(3))
 
     def plan(self, T: int, positions) -> None:
         """What all producers of a step need to choose ahead."""
-        self.longest = (self.bound or self.end) - 1
-        self.ahead = self.step = None
+        self.longest, before = (self.bound or self.end) - 1, self.here
+        self.here, self.ahead, self.step = positions[:, 0], None, None
         if not (self.bound or T == 1 and self.early(self.longest)):
             return
-        self.here, always = positions[:, 0], self.granted.shape[-1]
+        always = self.granted.shape[-1]
         self.wants, most = self.wanted(self.here).clamp(min=0), max(self.wanted(self.longest), 0)
         self.choices = self.in_use(self.granted.shape[:2], most)
         self.choices[..., :always] = self.granted
         self.ahead, self.chosen = [None, *self.choices], self.choices[:, :, :, 0, always:]
-        if self.bound:
-            self.importance.latest(positions, self.bound)
+        if self.bound or self.each_row_follows(before):
+            self.importance.latest(positions, self.longest)
         else:
-            self.importance.complete(1, self.butler.config.layers, self.longest)
-        if all(self.producers.values()) and positions.is_cpu:
+            self.importance.complete(self.longest)
+        if all(self.compiled.values()) and positions.is_cpu:
             self.step = loops.Step(self)
+
+    def each_row_follows(self, before) -> bool:
+        """Are rows of different lengths all a token longer than at the last step?"""
+        return (min(self.importance.filled) >= self.start - 1 < self.longest - 1
+                and before is not None and torch.equal(before + 1, self.here))
 
     def in_use(self, rows, K: int):
         """`choices` with room for K tokens beside sinks and window, for `rows` [B, G]: a copy, as a
@@ -535,7 +534,7 @@ class ButlerSelector(Selector):
     def scores(self, layer, q, keys, positions):
         self.start = first_position(keys, positions)  # who compares scores calls this alone
         self.importance.see(layer, keys, self.start)
-        self.importance.complete(layer, layer + 1, keys.shape[2])
+        self.importance.complete(keys.shape[2], slice(layer - 1, layer))
         importance_keys = self.importance.layer(layer).floats()[:, :, : keys.shape[2]]
         return in_order(self.butler.scores(self.queries[layer], importance_keys))
 
@@ -544,11 +543,11 @@ class ButlerSelector(Selector):
         """Indices made for every token of a block [B, G, T, K] -> those that are used: sinks and
         window are a token's own, the choice is the one in use."""
         stride, always = self.butler.config.stride, self.granted.shape[-1]
-        first = (layer - 1) // stride * stride + 1  # that the same producer serves
+        producer = (layer - 1) // stride * stride
         self.choices = self.in_use(new.shape[:2], new.shape[-1] - always)
         before = self.choices[layer - 1]
         chosen = torch.cat([before, new], dim=2)[..., always:]
-        source = self.sources[first][layer - first][..., None]
+        source = self.sources[producer][layer - 1 - producer][..., None]
         source = source.expand(*new.shape[:3], chosen.shape[-1])
         used = torch.cat([new[..., :always], chosen.gather(2, source)], dim=-1)
         before.copy_(used[:, :, -1:])

@@ -18,9 +18,9 @@ A ladder of four forms, with the bytes they move for one query of one layer, e b
     compiled loops   fetch and attend piece by piece     B*G*K*2D*e read once, on a CPU
     Triton           fetch and attend in one kernel      B*G*K*2D*e read once, on CUDA
 
-K is a tenth of S or less. The price: the rows lie scattered in memory. Scoring reads B*G*S*(E + 4)
-bytes of importance keys, for all layers of a producer at once, and writes 2 bytes for each
-KV head and token.
+K is a tenth of S or less. The price: the rows lie scattered in memory. Choosing, for all layers of
+a producer in one call, reads B*G*S*(E + 4) bytes of importance keys a layer, and writes 2 bytes for
+each KV head and token. A CPU's decode step takes cpu/'s loops for both.
 
     python kernel.py        the error of the fastest form, and of Triton's if TRITON_INTERPRET=1
 """
@@ -70,9 +70,10 @@ def raw_scores(q, keys):
     return q @ keys.float()[:, :, None].transpose(-1, -2)
 
 
-def true_attention(q, keys, positions):
-    """q [B, H, T, D], keys [B, G, S, D], positions [B, T] -> causal softmax [B, G, H/G, T, S]."""
-    future = torch.arange(keys.shape[2], device=q.device) > positions[..., None]  # [B, T, S]
+def true_attention(q, keys, places):
+    """q [B, H, T, D], keys [B, G, S, D] -> causal softmax [B, G, H/G, T, S]; places [B, T]: which
+    of the keys is the query's own token's."""
+    future = torch.arange(keys.shape[2], device=q.device) > places[..., None]  # [B, T, S]
     scores = raw_scores(q, keys).masked_fill_(future[:, None, None], -torch.inf)
     return scores.softmax(dim=-1)
 

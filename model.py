@@ -324,6 +324,8 @@ class Llama(nn.Module):
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=tokens.device)
         here = cache.positions(T, lengths, self.config.context)
+        if positions is not None and (T == 1 or cache.size):
+            raise ModelError("positions with gaps are for a text that is read at once")
         positions, x = here if positions is None else positions, self.embed_tokens(tokens)
         self.frequencies = self.frequencies.to(x.device)  # moves once
         rope = turns(positions[:, None, :, None] * self.frequencies)  # [B, 1, T, D]
@@ -380,14 +382,14 @@ class Llama(nn.Module):
         places, state = model.places(), {}
         missing = set(places)
         for name, tensor in tensors:
-            whole, rows, shape = places.get(name, (None, None, ()))
-            if whole is None or tensor.shape != shape or not tensor.is_floating_point():
+            owner, rows, shape = places.get(name, (None, None, ()))
+            if owner is None or tensor.shape != shape or not tensor.is_floating_point():
                 raise ModelError(f"{path}: tensor {name!r} {tuple(tensor.shape)} {tensor.dtype} "
                                  f"does not belong there, expected {tuple(shape)}")
-            if whole not in state:
-                like = model.get_parameter(whole)
-                state[whole] = torch.empty_like(like, device=device, dtype=dtype)
-            state[whole][rows] = tensor
+            if owner not in state:
+                like = model.get_parameter(owner)
+                state[owner] = torch.empty_like(like, device=device, dtype=dtype)
+            state[owner][rows] = tensor
             missing.discard(name)
         if missing:
             raise ModelError(f"{path}: {len(missing)} tensors are missing, first {min(missing)}")

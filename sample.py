@@ -210,10 +210,10 @@ def advise(config, cached: int, full: bool) -> None:
     """What the user may not expect, on stderr."""
     if full:
         print(f"stopped: the model's context of {cached} tokens is full", file=sys.stderr)
-    measured = config.model is None and config.device == "cpu"
+    measured = config.model is None and config.engine == "own" and config.device == "cpu"
     if config.selector == "butler" and measured and config.dense_below < cached < PAYS:
-        print(f"below about {PAYS:,} tokens a dense step of this model is the faster one on "
-              f"a CPU: --dense-below {PAYS}", file=sys.stderr)
+        print(f"below about {PAYS:,} tokens a dense step of this model is faster on a CPU than one "
+              f"that attends to 5 %: --dense-below {PAYS}", file=sys.stderr)
     least = Selector.SINKS + Selector.WINDOW
     chooses = config.selector != "dense" and cached >= max(config.dense_below, least + 1)
     if chooses and allowance(config.budget, cached, least) <= least:

@@ -2,7 +2,7 @@
 
     scores [B, G, T, S], from anybody -Selector-> indices [B, G, T, K] int32, -1 = empty
 
-    | sinks |  .  .  chosen  .  chosen  .  .  . |  window, t its last |        K tokens in all
+    | sinks |  .  .  chosen  .  chosen  .  .  . | window, ending at t |        K tokens in all
 
 A selection always holds the sinks (first tokens) and a recent window; what is left of the budget
 goes to the best scores, one choice per KV head. The butler (butler.py) and what one compares it
@@ -50,14 +50,11 @@ class Selector:
 
     Called by the model once per layer; layer 0 attends to everything, as the butler cannot predict
     it. Holds the state of one sequence or batch, so make a fresh one for each. A block of tokens
-    in one call gets what the same tokens would get one by one. After a call `index[layer]` is the
-    choice that the layer used.
+    in one call gets what the same tokens would get one by one (but for `random`). After a call
+    `index[layer]` is the choice that the layer used.
 
-    read_ahead   if set to a cache's: is told the layers of a producer and their choice
-                 [R, B, G, 1, K'], -1 = empty, as soon as it is made
-    capturable   can a decode step be recorded as a CUDA graph, which means that the CPU never
-                 reads a tensor's value? While beyond/graph.py records, `bound` is the number of
-                 tokens that tensors are made for, else None
+    For beyond/: `read_ahead` is a cache's (offload.py), told the layers of a producer and their
+    choice [R, B, G, 1, K'] when it is made; `capturable` and `bound` are graph.py's.
     """
 
     SINKS, WINDOW = 4, 8
@@ -79,8 +76,8 @@ class Selector:
         sees its keys."""
 
     def early(self, cached: int) -> bool:
-        """May the caller ask for a layer's tokens before that layer's query and key are there (q
-        is None)? In a decode step, after `cached` tokens."""
+        """Can a decode step after `cached` tokens choose for a layer before the layer's query and
+        key are there (q is None)?"""
         return False
 
     def look_ahead(self, layer: int, x, positions) -> None:
@@ -95,8 +92,8 @@ class Selector:
         return self.choose(self.scores(layer, q, keys, positions), positions)
 
     def arrive(self, T: int, start: int, end: int) -> None:
-        """T tokens a row have come, the first at `start` or later, the last before `end`: what
-        is decided without the device."""
+        """T tokens a row have come; of all rows the earliest stands at `start`, the last at
+        `end` - 1. Python's numbers only: for a CUDA graph this is called beside it."""
         self.start, self.end = start, end
         self.dense = end < self.dense_below
 

@@ -296,7 +296,7 @@ def main(config: Config) -> dict | None:
     began = time.perf_counter()
     torch.manual_seed(config.seed)
     sources = [read_texts(config.data)] if config.data else default_texts()
-    kept, held = zip(*map(hold_out, sources), strict=True)
+    training, held = zip(*map(hold_out, sources), strict=True)
     device = survive.join(config.device)
     llama, tok = opened(config, device)
     if config.length > llama.config.context:
@@ -307,7 +307,7 @@ def main(config: Config) -> dict | None:
     share = parameters(butler) / parameters(llama)
     survive.note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")
 
-    mixture, log = Mixture(tok, kept, pools("train"), repeats=config.repeats), []
+    mixture, log = Mixture(tok, training, pools("train"), repeats=config.repeats), []
     if survive.rank():
         distil(llama, butler, mixture, config, log)
         return survive.leave()
@@ -351,8 +351,9 @@ def check(config) -> None:
     check_device(config.device)
     if config.size % 4:
         raise UsageError(f"--size {config.size}: importance space has channels in fours")
-    if config.reuse > config.length:
-        raise UsageError(f"--reuse {config.reuse}: a text of {config.length} tokens has fewer rows")
+    shortest = min(config.length, config.long) if config.long_every else config.length
+    if config.reuse > shortest:
+        raise UsageError(f"--reuse {config.reuse}: a text of {shortest} tokens has fewer rows")
     survive.check_processes(config)
     if survive.rank():
         return

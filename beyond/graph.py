@@ -8,7 +8,8 @@ a GPU to run them. A CUDA graph launches them all at once, but runs them exactly
 addresses, same shapes, nothing in between that the CPU decides. So a step has a second form, in
 which every number that depends on the text's length is a tensor, and every shape is made for
 `bound` tokens, the length rounded up to a block of 1,024: keys are written at `cache.lengths`,
-attention ends there, and a choice has as many slots as the bound's budget, the last ones empty.
+attention ends there, and a choice has as many slots as the bound's budget, the last ones empty. A
+selector is `capturable` if the CPU then never reads a tensor's value.
 
 The CPU counts along, which is how it knows when the text outgrows the bound (a new graph), and when
 a text was rewound or read: the step behind that is a plain one, as are all steps where there is no

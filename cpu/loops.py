@@ -40,10 +40,10 @@ ROWS = 64  # of keys and values fetched at a time
 HALF = np.float32(65504)  # the largest number of fp16
 LOG2E = math.log2(math.e)
 NOTHING, NOWHERE = np.empty(0, np.float32), np.empty(0, np.int64)
-ALL = np.empty((0, 0, 0), np.bool_)  # rows are due
-FEW = 8  # tokens up to which keys are projected here faster than by PyTorch
+ALL_DUE = np.empty((0, 0, 0), np.bool_)  # names none
+FEW = 8  # tokens up to which these loops are faster than PyTorch's operators
 NO_HALVES = np.empty(0, np.int16), np.empty(0, np.int16)
-called, here = set(), threading.local()  # compiled functions; how many threads this one has set
+called, mine = set(), threading.local()  # compiled functions; how many threads this one has set
 
 
 def serves(*tensors) -> bool:
@@ -159,19 +159,19 @@ def standard(x, weight, bias, eps):
 
 
 @partial(compiled, parallel=False)
-def turns(position, frequencies):  # as model.turns
-    angles = np.float32(position) * frequencies
+def cos_sin(position, rope):
+    angles = np.float32(position) * rope
     return np.cos(angles), np.sin(angles)
 
 
 @compiled
-def predicted(x, weight, bias, eps, up, down, positions, frequencies, out):
+def predicted(x, weight, bias, eps, up, down, positions, rope, out):
     """A butler's Producer, and its queries' turn: x [B, C] -> out [R, B, G, E]"""
     (R, B, G, E), hidden = out.shape, np.empty(len(up), np.float32)
     for b in range(B):
-        rest, (cos, sin) = standard(x[b], weight, bias, eps), turns(positions[b], frequencies)
+        normal, (cos, sin) = standard(x[b], weight, bias, eps), cos_sin(positions[b], rope)
         for m in prange(len(up)):
-            s = dot(up[m], rest)
+            s = dot(up[m], normal)
             hidden[m] = s / (1 + np.exp(-s))
         for n in prange(R * G):
             to = out[n // G, b, n % G]
@@ -182,7 +182,7 @@ def predicted(x, weight, bias, eps, up, down, positions, frequencies, out):
 
 
 @compiled
-def projected(keys, weight, start, rope, frequencies, numbers, scales):
+def projected(keys, weight, start, rope, own_rope, numbers, scales):
     """A butler's importance keys of the tokens from `start` on, into their places: keys
     [R, B, G, T, D], rotated by `rope` [R, D/2] radians for each position; weight [R, G, D, E] ->
     numbers [R, B, G, capacity/64, E, 64], scales [R, B, G, capacity]"""
@@ -190,7 +190,7 @@ def projected(keys, weight, start, rope, frequencies, numbers, scales):
     E, half = weight.shape[3], D // 2
     for program in prange(R * T):
         r, t = program // T, program % T
-        (cos, sin), (cos_e, sin_e) = turns(start + t, rope[r]), turns(start + t, frequencies)
+        (cos, sin), (cos_e, sin_e) = cos_sin(start + t, rope[r]), cos_sin(start + t, own_rope)
         line, place, turned = (start + t) // LINE, (start + t) % LINE, np.empty(E, np.float32)
         for n in range(B * G):
             b, g, new = n // G, n % G, np.zeros(E, np.float32)
@@ -249,7 +249,7 @@ def merge(sums, tops, totals, out):
 
 
 @partial(compiled, fastmath={"contract", "reassoc"})
-def attended(queries, k, v, halves, G, batch, head, row, idx, newest, most, out):
+def attend_rows(queries, k, v, halves, G, batch, head, row, idx, newest, most, out):
     """queries and out [N, heads, D], N = B * G. k, v: the caches as flat arrays, in which sequences
     are `batch` numbers apart, heads `head`, tokens `row`; float32 or, as `halves`, bfloat16.
     Tokens: of idx [N, K], or, if they are given, all up to the `newest` [B]; `most` in any row.
@@ -365,7 +365,7 @@ def attend(q, k, v, idx=None, positions=None):
     most = tokens.shape[1] if len(newest) == 0 else newest.max() + 1
     out = torch.empty(B, H, 1, D)
     heads = (B * G, H // G, D)
-    run(attended, q.float().reshape(heads).numpy(), *caches, G, batch, head, row, tokens, newest,
+    run(attend_rows, q.float().reshape(heads).numpy(), *caches, G, batch, head, row, tokens, newest,
         most, out.view(heads).numpy())
     return out
 
@@ -404,7 +404,7 @@ def project(keys, butler, some: slice, start: int, numbers, scales) -> None:
     """Butler.project of a few tokens from `start` on, compiled and in 8 bits: keys [R, B, G, T, D]
     of `some` layers -> their places in numbers and scales"""
     run(projected, keys.float().numpy(), butler.key_projection[some].detach().numpy(), start,
-        butler.rope[some].flatten(1).numpy(), butler.frequencies.numpy(), numbers.numpy(),
+        butler.rope[some].flatten(1).numpy(), butler.own_rope.numpy(), numbers.numpy(),
         scales.numpy())
 
 
@@ -413,7 +413,7 @@ class Step:
     array, for every argument of every producer, would take as long as the work itself."""
 
     def __init__(self, s):  # a butler.ButlerSelector, its plan made
-        self.frequencies, self.rules = s.butler.frequencies.numpy(), (s.sinks, s.window)
+        self.rope, self.rules = s.butler.own_rope.numpy(), (s.sinks, s.window)
         self.keys = s.importance.numbers.numpy(), s.importance.scales.numpy()
         self.positions, self.wants, self.chosen = (x.numpy() for x in (s.here, s.wants, s.chosen))
 
@@ -421,15 +421,14 @@ class Step:
         """What `weights` gave, x [B, 1, C] -> importance queries [R, B, G, 1, E], turned"""
         (R, G, E), matrices = producer
         out = np.empty((R, len(x), G, 1, E), np.float32)
-        run(predicted, x.float().numpy()[:, 0], *matrices, self.positions, self.frequencies,
+        run(predicted, x.float().numpy()[:, 0], *matrices, self.positions, self.rope,
             out[:, :, :, 0])
         return out
 
-    def choose(self, layer: int, queries, due=None) -> None:
-        """kernel.choose for the layers behind `layer`, whose producer gave queries [R, B, G, E]"""
-        some = slice(layer, layer + len(queries))
+    def choose(self, some: slice, queries, due=None) -> None:
+        """kernel.choose for some layers, whose producer gave queries [R, B, G, E]"""
         run(chosen_rows, queries, *(x[some] for x in self.keys), self.positions, self.wants,
-            self.chosen[some], ALL if due is None else due.numpy(), *self.rules)
+            self.chosen[some], ALL_DUE if due is None else due.numpy(), *self.rules)
 
 
 @cache
@@ -440,9 +439,9 @@ def tell() -> None:
 def run(function, *arguments) -> None:
     """Calls a compiled function with as many threads as PyTorch has, and tells if it compiles."""
     threads = torch.get_num_threads()
-    if threads != getattr(here, "threads", None):  # of this thread's calls
+    if threads != getattr(mine, "threads", None):  # of this thread's calls
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        here.threads = threads
+        mine.threads = threads
     if function in called:
         return function(*arguments)
     notice = threading.Timer(1, tell)

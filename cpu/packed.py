@@ -24,9 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cpu.loops import LOG2E, attended, compiled, powers, prange, run, serves
+from cpu.loops import FEW, LOG2E, attend_rows, compiled, powers, prange, run, serves
 
-ROWS = 8  # tokens up to which these loops are the faster ones
 TILE, GROUP = 64, 32  # rows of a matrix side by side; weights of a row with one scale
 
 
@@ -44,7 +43,7 @@ def pack(linear) -> Packed | None:
     and 64."""
     w = linear.weight
     N, C = w.shape
-    if C % GROUP or N % TILE:
+    if C % GROUP or N % TILE or not serves(w):
         return None
     bias = np.empty(0, np.float32) if linear.bias is None else numbers(linear.bias)
     exact, rows = 2.0**-7 if w.dtype == torch.bfloat16 else 2.0**-15, numbers(w)
@@ -73,10 +72,10 @@ def encode(w, bits, exact, codes, scales, fits):
     for t in prange(len(codes)):
         for r in range(TILE):
             row = w[t * TILE + r]
-            halves = row.view(np.uint32)
+            words = row.view(np.uint32)
             for c in range(len(row) if bits == 16 else 0):
-                codes[t, 2 * c, r], codes[t, 2 * c + 1, r] = halves[c] >> 16 & 255, halves[c] >> 24
-                fits[t] &= halves[c] & 0xFFFF == 0
+                codes[t, 2 * c, r], codes[t, 2 * c + 1, r] = words[c] >> 16 & 255, words[c] >> 24
+                fits[t] &= words[c] & 0xFFFF == 0
             for b in range(scales.shape[1]):
                 group = row[b * GROUP : (b + 1) * GROUP]
                 largest = np.abs(group).max()
@@ -254,12 +253,12 @@ def whole(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv, o, 
                     halves[place][d] = (bits[d] + 0x7FFF + (bits[d] >> 16 & 1)) >> 16
                 else:
                     tables[place][d] = new[d]
-    head = tables.shape[4] * D
+    stride = tables.shape[4] * D  # from head to head
     newest = positions if tokens.shape[1] == 0 else positions[:0]
     most = positions.max() + 1 if len(newest) else tokens.shape[1]
     out, rows = np.empty((R * G, H // G, D), np.float32), (R * G, H // G, D)
-    attended(q.reshape(rows), tables[0, layer].reshape(-1), tables[1, layer].reshape(-1),
-             (halves[0, layer].reshape(-1), halves[1, layer].reshape(-1)), G, G * head, head, D,
+    attend_rows(q.reshape(rows), tables[0, layer].reshape(-1), tables[1, layer].reshape(-1),
+             (halves[0, layer].reshape(-1), halves[1, layer].reshape(-1)), G, G * stride, stride, D,
              tokens, newest, most, out)
     after(x, out.reshape((R, H * D)), o, second, eps[1], gate_up, down)
 
@@ -271,11 +270,11 @@ def head(x, norm, eps, matrix, out):
 
 def few(x) -> bool:
     """Is this [B, T, C] for these loops?"""
-    return x.shape[0] * x.shape[1] <= ROWS and serves(x)
+    return x.shape[0] * x.shape[1] <= FEW and serves(x)
 
 
 class PackedBlock:
-    """The two halves of a model.Block whose matrices are all packed; rows are tokens."""
+    """What a model.Block does `before` attention and `after`, its matrices packed."""
 
     def __init__(self, block, matrices):
         self.matrices = self.qkv, self.o, self.gate_up, self.down = matrices
@@ -288,7 +287,7 @@ class PackedBlock:
     def of(cls, block):
         """-> None if one of the matrices has no packed form"""
         a, m = block.self_attn, block.mlp
-        matrices = [pack(m) for m in (a.qkv_proj, a.o_proj, m.gate_up_proj, m.down_proj)]
+        matrices = [*map(pack, (a.qkv_proj, a.o_proj, m.gate_up_proj, m.down_proj))]
         return cls(block, matrices) if all(matrices) else None
 
     def before(self, x, cos, sin):

@@ -36,7 +36,7 @@ from beyond.graph import stepper
 from butler import Butler, ButlerConfig, load_for
 from common.errors import ModelError
 from common.files import read_text
-from cpu.packed import ROWS
+from cpu.loops import FEW
 from kernel import on_gpu, sparse_attention
 from loading.weights import Config
 from model import Llama, dense_attention, fast_dtype, resolve, rope_frequencies
@@ -186,8 +186,7 @@ def butlers(butler, step, config) -> dict:
 
 def anew(step, selector) -> None:
     """A step again; the text would have grown by a token since, whose key is taken for new."""
-    filled = selector.importance.filled
-    filled.update({layer: n - 1 for layer, n in filled.items()})
+    selector.importance.filled = [n - 1 for n in selector.importance.filled]
     step(selector)
 
 
@@ -220,7 +219,7 @@ def moved(suite, llama, batch: int, context: int, kept, chooses, number: int, si
     read = batch * (c.layers - 1) * cache
     if suite == "speed":
         long, few, _ = weight_bytes(llama)
-        read += batch * context * token + (few if batch <= ROWS else long)
+        read += batch * context * token + (few if batch <= FEW else long)
     return int(read)
 
 

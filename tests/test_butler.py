@@ -206,7 +206,7 @@ def test_a_producer_of_one_token(tiny_butler):
         (R, G, E), weights = loops.weights(producer)
         found = torch.empty(R, 3, G, E)
         loops.run(loops.predicted, x[:, 0].numpy(), *weights, at[:, 0].numpy(),
-                  tiny_butler.frequencies.numpy(), found.numpy())
+                  tiny_butler.own_rope.numpy(), found.numpy())
         for served, q in enumerate(found, int(layer) + 1):
             assert (q - expected.pop(served)[:, :, 0]).abs().max() < 1e-5
         assert not expected
@@ -231,9 +231,9 @@ def test_importance_keys_of_a_few_tokens_are_those_of_the_definition(
         for layer, k in enumerate(keys, 1):
             importance.see(layer, k, 0)
         with torch.no_grad():
-            importance.complete(1, 5, known)
+            importance.complete(known)
             monkeypatch.setattr(loops, "numba", compiler)
-            importance.complete(1, 5, known + 5)
+            importance.complete(known + 5)
         found.append([importance.layer(layer) for layer in range(1, 5)])
     for one, other in zip(*found, strict=True):
         here = slice(0, known + 5)
@@ -246,7 +246,7 @@ def test_one_large_key_does_not_drown_the_others(tiny, tiny_butler):
     keys[:, :, 20] *= 1000
     selector = tiny_butler.selector(0.3)
     selector.importance.see(1, keys, 0)
-    selector.importance.complete(1, 2, 50)
+    selector.importance.complete(50, slice(0, 1))
     stored = selector.importance.layer(1)
     assert stored.numbers.dtype == torch.int8
     assert stored.numbers[:, :, :50].abs().amax() == 127
@@ -303,6 +303,29 @@ def test_tokens_written_unseen_over_others_are_projected_anew(tiny, tiny_butler,
             again = butler.project(layer, cache.k[layer][:, :, : 25 + unseen],
                                    torch.arange(25 + unseen))
             assert_in_8_bits(known, again)
+
+
+def test_rows_of_different_lengths_project_a_key_a_step(tiny, tiny_butler, monkeypatch):
+    """And choose as a fresh selector does, after a row was rewound too."""
+    ids = torch.randint(256, (2, 70), generator=torch.Generator().manual_seed(0))
+    cache, selector, projected = tiny.new_cache(2, 90), tiny_butler.selector(18), []
+    tiny.prefill(ids, cache, selector.watch, lengths=[70, 20])
+    plain = Butler.project
+    monkeypatch.setattr(Butler, "project", lambda self, layer, keys, positions: (
+        projected.append(keys.shape[-2]), plain(self, layer, keys, positions))[1])
+    for step in range(9):
+        if step == 6:
+            cache.truncate(torch.tensor([60, 90]))
+        projected.clear()
+        tiny.decode(ids[:, step : step + 1], cache, selector)
+        assert sum(projected) <= 1 or step in (0, 6), (step, projected)
+        fresh = tiny_butler.selector(18)
+        for layer in range(1, tiny.config.layers):  # what it would have seen before this step
+            fresh.importance.see(layer, cache.k[layer][:, :, : cache.size - 1], 0)
+        cache.truncate(cache.lengths - 1)
+        tiny.decode(ids[:, step : step + 1], cache, fresh)
+        for layer, index in fresh.index.items():
+            assert torch.equal(index.sort(-1).values, selector.index[layer].sort(-1).values), step
 
 
 def test_a_second_question_behind_a_rewound_prompt(tiny, tiny_butler):

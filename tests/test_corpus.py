@@ -54,6 +54,27 @@ def test_held_out_text_is_never_trained_on():
         assert 0.02 < sum(map(len, held)) / sum(map(len, kept + held)) < 0.3
 
 
+def test_a_text_more_or_less_moves_no_other():
+    """Between versions of Python topics come and go: none that was trained on may become one to
+    measure on, or the shipped butler would know it."""
+    own = {str(i): f"text {i}" for i in range(200)}
+    for source in [*default_texts(), own]:
+        kept, held = map(set, hold_out(source))
+        more = {"a topic": "of another version"} | source
+        less = dict(list(source.items())[1:])
+        for texts in more, less:
+            new_kept, new_held = map(set, hold_out(texts))
+            assert not new_kept & held and not new_held & kept
+            assert abs(len(new_held) - len(held)) <= 1
+
+
+def test_python_text_that_the_shipped_butler_has_not_seen_is_held_out():
+    reference, library = default_texts()
+    assert {reference["comparisons"], reference["assert"]} <= set(hold_out(reference)[1])
+    assert library["argparse.py"] in hold_out(library)[1]
+    assert library["ast.py"] in hold_out(library)[0]
+
+
 def test_a_string_that_does_not_fit_twice_is_left_out(mixture):
     for seed in map(str, range(20)):
         assert len(mixture(repeats=3).window(seed, 64)) == 64

@@ -277,10 +277,6 @@ class ImportanceCache:
         self.seen[layer - 1] = keys
         self.filled[layer - 1] = min(self.filled[layer - 1], start)
 
-    def reaches(self, S: int) -> bool:
-        """Have the keys of S tokens been seen, of every layer?"""
-        return all(keys is not None and keys.shape[2] >= S for keys in self.seen)
-
     def rewritten(self, start: int, follows: bool) -> bool:
         """Has somebody truncated the cache and written other tokens before `start`, without this
         selector? Compares the last key that is known with what it was. Not on a GPU where the new
@@ -444,7 +440,8 @@ class ButlerSelector(Selector):
         return super().__call__(layer, x, q, keys, positions)
 
     def early(self, cached):
-        return cached > 0 and self.importance.reaches(cached)
+        return cached > 0 and all(keys is not None and keys.shape[2] >= cached
+                                  for keys in self.importance.seen)
 
     def arrive(self, T, start, end):
         if self.importance.rewritten(start, start == self.next):
@@ -510,25 +507,23 @@ class ButlerSelector(Selector):
 
     def each_row_follows(self, before) -> bool:
         """Are rows of different lengths all a token longer than at the last step?"""
-        return (min(self.importance.filled) >= self.start - 1 < self.longest - 1
-                and before is not None and torch.equal(before + 1, self.here))
+        differ, known = self.start < self.longest, min(self.importance.filled) >= self.start - 1
+        return differ and known and before is not None and torch.equal(before + 1, self.here)
 
     def in_use(self, rows, K: int):
         """`choices` with room for K tokens beside sinks and window, for `rows` [B, G]: a copy, as a
         caller may have kept the last step's; but while a graph is recorded the same memory."""
-        choices, size = self.choices, self.granted.shape[-1] + K
-        if choices is None or choices.shape[1:3] != rows:
-            shape, device = (self.butler.config.layers - 1, *rows, 1, 0), self.granted.device
-            choices = torch.empty(shape, dtype=torch.int32, device=device)
-        if choices.shape[-1] != size:
-            return F.pad(choices, (0, size - choices.shape[-1]), value=-1)
-        return choices if self.bound else choices.clone()
+        if self.choices is None or self.choices.shape[1:3] != rows:
+            shape = self.butler.config.layers - 1, *rows, 1, 0
+            self.choices = self.granted.new_empty(shape, dtype=torch.int32)
+        more = self.granted.shape[-1] + K - self.choices.shape[-1]
+        return self.choices if self.bound and not more else F.pad(self.choices, (0, more), value=-1)
 
     def selected(self, layer, q, keys, positions):
         if self.ahead:
             return self.ahead[layer]
         index = super().selected(layer, q, keys, positions)
-        return self.settled(layer, index) if self.reuse.drift else index
+        return self.reused(layer, index) if self.reuse.drift else index
 
     @torch.inference_mode()
     def scores(self, layer, q, keys, positions):
@@ -539,7 +534,7 @@ class ButlerSelector(Selector):
         return in_order(self.butler.scores(self.queries[layer], importance_keys))
 
     @torch.inference_mode()
-    def settled(self, layer: int, new):
+    def reused(self, layer: int, new):
         """Indices made for every token of a block [B, G, T, K] -> those that are used: sinks and
         window are a token's own, the choice is the one in use."""
         stride, always = self.butler.config.stride, self.granted.shape[-1]

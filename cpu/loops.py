@@ -6,8 +6,9 @@
 
 PyTorch passes over memory for every operation: product, rounding, code, top-K; fetched rows are
 written and read again. Here what is worked on stays in the processor's cache. In choosing, 512
-tokens are scored at a time, coded as `in_order` codes them, and counted; the counts tell about
-where the least code that is kept lies, and only codes from there on are looked at again. Importance
+tokens are scored at a time and coded as `in_order` codes them. How many codes of each size there
+are tells about where the least lies that is kept; where few are kept, the largest of every 8 tell
+it too, and only blocks whose largest is kept are looked into again. Importance
 keys are read from the first byte to the last: of 64 tokens, a cache line for each channel. In
 attending, 64 rows of keys and values are fetched at a time, and all heads of their group attend to
 them; a block of a prompt takes PyTorch's products, a few rows of scores at a time. What a butler
@@ -86,19 +87,48 @@ def write(codes, tokens, least, rest, idx):
     idx[at:] = -1
 
 
+@partial(compiled, parallel=False)
+def pick(codes, largest, rest, idx):
+    """The `rest` tokens of the best codes, the earliest of equal ones, in rising order -> idx, then
+    -1. largest: of every 8 codes."""
+    counts, low = np.zeros(BINS, np.int32), np.zeros(16, np.int32)
+    for code in largest if 16 * rest <= len(codes) else codes:
+        counts[code >> 4] += 1
+    upper = edge(counts, rest)[0]  # no more than the least that is kept
+    blocks, n = np.empty(len(largest), np.int32), 0
+    for i in range(len(largest)):  # without a branch
+        blocks[n] = i
+        n += largest[i] >> 4 >= upper
+    best, found = np.empty(8 * n, np.int32), 0
+    for i in blocks[:n]:
+        for s in range(8 * i, 8 * i + 8):
+            best[found] = s
+            found += codes[s] >> 4 >= upper
+    counts[:] = 0
+    for s in best[:found]:
+        counts[codes[s] >> 4] += 1
+    upper, rest = edge(counts, rest)
+    for s in best[:found]:
+        if codes[s] >> 4 == upper:
+            low[codes[s] & 15] += 1
+    lower, rest = edge(low, rest)
+    write(codes, best[:found], 16 * upper + lower, rest, idx)
+
+
 @compiled
 def chosen_rows(queries, keys, scales, positions, wants, idx, due, sinks, window):
     R, B, G, E = queries.shape
     N, capacity = R * B * G, scales.shape[-1]
     q, keys = queries.reshape(N, E), keys.reshape(N, capacity // LINE, E, LINE)
-    scales, codes = scales.reshape(N, capacity), np.empty((N, capacity), np.uint16)
+    scales, room = scales.reshape(N, capacity), -(-capacity // PIECE) * PIECE
+    codes = np.empty((N, room), np.uint16)
     for n in prange(N):
         r, b, g = n // (B * G), n // G % B, n % G
         if due.size and not due[r, b, g]:
             continue
         S = max(positions[b] - window + 1, sinks)  # tokens before the window
         query = q[n] * np.float32(E**-0.5)
-        rest, code, counts = min(wants[b], S - sinks), codes[n, :S], np.zeros(BINS, np.int32)
+        rest, largest = min(wants[b], S - sinks), np.empty(room // 8, np.uint16)
         if rest <= 0:
             idx[r, b, g] = -1
             continue
@@ -115,7 +145,7 @@ def chosen_rows(queries, keys, scales, positions, wants, idx, due, sinks, window
                     for j in range(LINE):
                         part[j] += (q0 * np.float32(k0[j]) + q1 * np.float32(k1[j])
                                     + q2 * np.float32(k2[j]) + q3 * np.float32(k3[j]))
-            sizes, here = scales[n, start : start + m], code[start : start + m]
+            sizes, here = scales[n, start : start + m], codes[n, start : start + PIECE]
             for j in range(m):
                 raw[j] *= sizes[j]
                 size[j] = min(abs(raw[j]), HALF)
@@ -126,20 +156,16 @@ def chosen_rows(queries, keys, scales, positions, wants, idx, due, sinks, window
                     half = np.int32(np.rint(size[j] * np.float32(2**24)))
                 half = 32767 - half if sign[j] < 0 else 32768 + half
                 here[j] = np.uint16(max(half >> 1, 1))
+            here[m:] = 0  # not to be chosen
             if start < sinks:
-                here[: sinks - start] = 0  # not to be chosen
-            for j in range(m):
-                counts[here[j] >> 4] += 1
-        upper, rest = edge(counts, rest)
-        best, found, low = np.empty(S, np.int32), 0, np.zeros(16, np.int32)
-        for s in range(S):  # without a branch
-            best[found] = s
-            found += code[s] >> 4 >= upper
-        for s in best[:found]:
-            if code[s] >> 4 == upper:
-                low[code[s] & 15] += 1
-        lower, rest = edge(low, rest)
-        write(code, best[:found], 16 * upper + lower, rest, idx[r, b, g])
+                here[: sinks - start] = 0
+            top = largest[start // 8 : (start + PIECE) // 8]
+            for i in range(PIECE // 8):
+                j = 8 * i
+                top[i] = max(max(max(here[j], here[j + 1]), max(here[j + 2], here[j + 3])),
+                             max(max(here[j + 4], here[j + 5]), max(here[j + 6], here[j + 7])))
+        blocks = -(-S // 8)
+        pick(codes[n, : 8 * blocks], largest[:blocks], rest, idx[r, b, g])
 
 
 @partial(compiled, parallel=False, fastmath={"contract", "reassoc"})

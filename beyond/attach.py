@@ -29,14 +29,14 @@ search moves rows of the cache that a selector knows nothing of, and is refused.
 """
 
 import weakref
-from contextlib import contextmanager
+from contextlib import closing
 from functools import partial
 
 import torch
 
 from butler import Butler, load_for, turned_back
 from common.errors import ModelError
-from kernel import fetch, mark, sparse_attention
+from kernel import fetch, mark, raw_scores, sparse_attention
 from loading.weights import Config
 from model import dense_attention
 
@@ -58,14 +58,13 @@ def transformers():
 
 def attention(module, query, key, value, attention_mask, **rules):
     """What transformers calls: q [B, H, T, D], k and v [B, G, S, D] -> [B, T, H, D], None"""
-    mask = attention_mask
     if rules.get("s_aux") is not None or rules.get("position_bias") is not None:
         raise ModelError("attention with sinks or biases of its own cannot be selected from")
-    holder, layer = HELD.get(module, (None, None))
-    if holder is None:  # another model of the same configuration, or a part that reads images
-        out = own(module, query, key, value, mask, rules)
-    else:
-        out = holder().attend(layer, module, query, key, value, mask, rules)
+    attend = own  # in another model of the same configuration, or in a part that reads images
+    if module in HELD:
+        holder, layer = HELD[module]
+        attend = partial(holder().attend, layer)
+    out = attend(module, query, key, value, attention_mask, rules)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -89,15 +88,13 @@ def scaled(q, rules):
 
 
 def masked(q, k, v, keep, rules):
-    """q [B, H, T, D], k, v [B, G, S, D], keep [B, 1 or G, T, S] -> [B, H, T, D], soft cap included.
-    A query that may see nothing sees everything: it is padding, and must not become NaN."""
-    rows, cap = q.shape[1] // k.shape[1], rules.get("softcap")
-    k, v = (x.repeat_interleave(rows, dim=1) for x in (k, v))
-    keep = keep.repeat_interleave(rows, dim=1) if keep.dim() > 3 and keep.shape[1] > 1 else keep
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    """q [B, H, T, D], k, v [B, G, S, D], keep [T, S] or [B, 1 or G, T, S] -> [B, H, T, D], soft cap
+    included. A query that may see nothing sees everything: it is padding, and must not become
+    NaN."""
+    scores, cap = raw_scores(q, k), rules.get("softcap")  # [B, G, H/G, T, S]
     scores = cap * torch.tanh(scores / cap) if cap else scores
-    scores = scores.masked_fill(~keep, torch.finfo(torch.float32).min)
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+    scores = scores.masked_fill(~keep.unsqueeze(-3), torch.finfo(torch.float32).min)
+    return (scores.softmax(dim=-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
 def selected(q, k, v, idx, rules):
@@ -114,25 +111,25 @@ def selected(q, k, v, idx, rules):
 
 
 class Hold:
-    """Attends in place of all layers of a decoder until `release`: subclasses say how, `attend`.
+    """Attends in place of all layers of a decoder until `close`: subclasses say how, `attend`.
     `x` holds the input of the layer that runs."""
 
     def __init__(self, model):
-        self.model, self.decoder, self.x, self.hooks = model, model.get_decoder(), None, []
+        self.model, self.decoder, self.x = model, model.get_decoder(), None
         attentions = [layer.self_attn for layer in self.decoder.layers]
         if any(module in HELD for module in attentions):
             raise ModelError("this model is attached already")
         self.before = model.config._attn_implementation
         transformers()
         HELD.update((module, (weakref.ref(self), i)) for i, module in enumerate(attentions))
-        for layer in self.decoder.layers:
-            self.hooks.append(layer.register_forward_pre_hook(self.see, with_kwargs=True))
+        self.hooks = [layer.register_forward_pre_hook(self.see, with_kwargs=True)
+                      for layer in self.decoder.layers]
         model.set_attn_implementation(NAME)
 
     def see(self, layer, args, kwargs):
         self.x = args[0] if args else kwargs["hidden_states"]
 
-    def release(self) -> None:
+    def close(self) -> None:
         self.model.set_attn_implementation(self.before)
         for hook in self.hooks:
             hook.remove()
@@ -141,10 +138,10 @@ class Hold:
 
 
 class Listener(Hold):
-    """Dense attention; keeps the keys of every layer."""
+    """Dense attention; keeps the keys of every layer, in float32 on the CPU."""
 
     def attend(self, i, module, q, k, v, mask, rules):
-        self.keys[i] = k
+        self.keys[i] = k.float().cpu()
         return own(module, q, k, v, mask, rules)
 
     @torch.no_grad()
@@ -174,8 +171,9 @@ class Anatomy:
 
     def understand(self) -> None:
         self.refuse()
-        model = self.model
-        self.layers, c = model.get_decoder().layers, self.c
+        model, c = self.model, self.c
+        self.layers = model.get_decoder().layers
+        self.device = model.get_input_embeddings().weight.device
         window = getattr(c, "sliding_window", 0) or 1
         windows = [None if kind == "full_attention" or window >= c.max_position_embeddings
                    else window for kind in self.kinds]
@@ -190,31 +188,28 @@ class Anatomy:
                              getattr(c, "intermediate_size", 1), c.max_position_embeddings)
         self.frequencies = self.measured(full)
 
-    @property
-    def device(self):
-        return self.model.get_input_embeddings().weight.device
-
     def no(self, reason: str):
         raise ModelError(f"{type(self.model).__name__} cannot be selected from: {reason}")
 
     def refuse(self) -> None:
-        model, c = self.model, self.c
-        if c.is_encoder_decoder:
-            self.no("it has an encoder, whose keys are not the text's")
-        if hasattr(c, "kv_lora_rank"):
-            self.no("its cache holds keys of all heads in one compressed form (MLA)")
-        layers = getattr(model.get_decoder(), "layers", None)
+        c, layers = self.c, getattr(self.model.get_decoder(), "layers", ())
         self.kinds = list(getattr(c, "layer_types", None) or [
             "sliding_attention" if getattr(c, "sliding_window", None) else "full_attention"
-        ] * len(layers or ()))
-        if odd := set(self.kinds) - {"full_attention", "sliding_attention"}:
-            self.no(f"it has layers of {min(odd)}, neither full nor windowed attention")
-        if c.model_type == "doge":
-            self.no("each of its layers masks tokens by a rule of its own")
-        if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
-            self.no("its layers have no self_attn with keys and values")
-        if getattr(c, "num_kv_shared_layers", 0):
-            self.no("some of its layers read other layers' keys")
+        ] * len(layers))
+        odd = set(self.kinds) - {"full_attention", "sliding_attention"}
+        for holds, reason in (
+                (c.is_encoder_decoder, "it has an encoder, whose keys are not the text's"),
+                (hasattr(c, "kv_lora_rank"),
+                 "its cache holds keys of all heads in one compressed form (MLA)"),
+                (odd, f"it has layers of {min(odd, default='')}, neither full nor windowed "
+                      "attention"),
+                (c.model_type == "doge", "each of its layers masks tokens by a rule of its own"),
+                (not layers or not all(hasattr(layer, "self_attn") for layer in layers),
+                 "its layers have no self_attn with keys and values"),
+                (getattr(c, "num_kv_shared_layers", 0),
+                 "some of its layers read other layers' keys")):
+            if holds:
+                self.no(reason)
 
     def measured(self, full: list):
         """Radians a token of each pair of channels, as the model's rotary module has them, or zeros
@@ -223,11 +218,8 @@ class Anatomy:
         if rotary is None:
             self.no("it has no rotary module to ask for its frequencies")
         there, found = min(1000, self.config.context // 2), []
-        listener = Listener(self.model)
-        try:
+        with closing(Listener(self.model)) as listener:
             near, far = listener.hear(0), listener.hear(there)
-        finally:
-            listener.release()
         if not set(full) <= near.keys():
             self.no("its attention does not go through the AttentionInterface")
         for i in full:
@@ -235,21 +227,21 @@ class Anatomy:
             rope = rope[kind] if isinstance(rope, dict) else rope
             if rope in CHANGING:
                 self.no(f"its rotary frequencies ({rope}) change with the length of the text")
-            turning = getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", ()))
-            pairs = [(keys[i].float(), torch.arange(8.0, device=keys[i].device)[:, None] + start)
-                     for keys, start in ((near, 0), (far, there))]
-            if 2 * len(turning) == D and agree(*(
-                    turned_back(k, at * turning.to(k.device)) for k, at in pairs)):
-                found.append(turning.float().cpu())
-            elif agree(*(k for k, _ in pairs)):
+            turning = getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None))
+            turning = torch.zeros(0) if turning is None else turning.float().cpu()
+            at, fits = torch.arange(8.0)[:, None], 2 * len(turning) == D
+            if fits and agree(turned_back(near[i], at * turning),
+                              turned_back(far[i], (at + there) * turning)):
+                found.append(turning)
+            elif agree(near[i], far[i]):
                 found.append(torch.zeros(D // 2))
-            elif 2 * len(turning) != D:
+            elif not fits:
                 self.no(f"only {2 * len(turning)} of a head's {D} channels turn")
             else:
                 self.no(f"the keys of layer {i} do not turn in pairs of channels i and i + {D // 2}"
                         " at the frequencies of its rotary module")
-        same = all(torch.equal(f, found[0]) for f in found)
-        return found[0] if same else torch.stack(found)
+        rows = torch.stack(found)
+        return rows[0] if (rows == rows[0]).all() else rows
 
 
 def agree(a, b) -> bool:
@@ -273,7 +265,7 @@ class Attachment(Hold):
 
     def __init__(self, model, make):
         self.make, self.anatomy = make, Anatomy(model)
-        self.rows, self.cache, self.batch, self.start, self.end = [], None, 0, 0, 0
+        self.rows, self.pads, self.cache, self.end = [], [], None, 0
         super().__init__(model)
         self.hooks.append(self.decoder.register_forward_pre_hook(self.begin, with_kwargs=True))
 
@@ -284,8 +276,8 @@ class Attachment(Hold):
         if known is not None:
             known.reorder_cache = one_beam
 
-    def release(self) -> None:
-        super().release()
+    def close(self) -> None:
+        super().close()
         if self.cache and (known := self.cache()):
             vars(known).pop("reorder_cache", None)
 
@@ -295,54 +287,55 @@ class Attachment(Hold):
                       if x is not None)
         known = kwargs.get("cache", kwargs.get("past_key_values"))
         (batch, T), start = tokens.shape[:2], 0 if known is None else int(known.get_seq_length())
-        goes_on = start and self.cache and self.cache() is known and batch == self.batch
-        self.batch, self.start, self.end = batch, start, start + T
-        if not goes_on or T > 1:
-            pads = padding(kwargs.get("attention_mask"), batch, self.end)
-            places = kwargs.get("position_ids")
-            if places is not None and places.dim() > 2:  # of height and width too: as the text's
-                places = places[-1]
-            ends = torch.tensor([max(self.end - 1 - pad, 0) for pad in pads])
-            if any(pads) if places is None else (places[:, -1].cpu() != ends).any():
-                raise ModelError("position_ids must count from each row's first real token, one "
-                                 "by one, as those of `generate` do for text")
-            if not goes_on or pads != [pad for some, pad, _ in self.rows
-                                       for _ in range(batch)[some]]:
-                self.rows = [(slice(None), pads[0], self.make())] if len(set(pads)) == 1 else [
-                    (slice(b, b + 1), pad, self.make()) for b, pad in enumerate(pads)]
+        goes_on = start and self.cache and self.cache() is known and batch == len(self.pads)
+        self.end = start + T
+        if goes_on and T == 1:
+            return
+        pads = padding(kwargs.get("attention_mask"), batch, self.end)
+        places = kwargs.get("position_ids")
+        if places is not None and places.dim() > 2:  # of height and width too: as the text's
+            places = places[-1]
+        ends = torch.tensor([max(self.end - 1 - pad, 0) for pad in pads])
+        if any(pads) if places is None else (places[:, -1].cpu() != ends).any():
+            raise ModelError("position_ids must count from each row's first real token, one "
+                             "by one, as those of `generate` do for text")
+        if not goes_on or pads != self.pads:
+            self.pads = pads
+            self.rows = [(slice(None), pads[0], self.make())] if len(set(pads)) == 1 else [
+                (slice(b, b + 1), pad, self.make()) for b, pad in enumerate(pads)]
 
     def attend(self, i, module, q, k, v, mask, rules):
-        number, T = self.anatomy.numbers.get(i), q.shape[2]
+        number, T, S = self.anatomy.numbers.get(i), q.shape[2], self.end
         if number is None:
             return own(module, q, k, v, mask, rules)
-        S, asked = self.end, scaled(q, rules)
-        if self.anatomy.windows[i]:  # layer 0: a selector hears of it, and reads no keys there
-            keys, values = k[:, :, :1].expand(-1, -1, S, -1), None
-        else:  # a static cache has room behind
-            keys, values = k[:, :, :S], v[:, :, :S]
+        asked, windowed = scaled(q, rules), self.anatomy.windows[i]
+        if not windowed:  # a static cache has room behind
+            k, v = k[:, :, :S], v[:, :, :S]
             mask = mask if mask is None else mask[..., :S]
+        # a window is layer 0's: a selector hears of it, and reads no keys there
+        keys = k[:, :, :1].expand(-1, -1, S, -1) if windowed else k
         outs = []
         for some, pad, selector in self.rows:
-            first = max(pad - self.start, 0)  # of the new tokens, that is none of the padding
-            here = torch.arange(self.start + first - pad, S - pad, device=q.device)
-            seen = (number, self.x[some, first:], asked[some, :, first:], keys[some, :, pad:],
-                    here.expand(len(q[some]), -1))
+            first = max(pad - (S - T), 0)  # of the new tokens, that is none of the padding
+            here = torch.arange(S - T + first - pad, S - pad, device=q.device)
+            near = keys[some, :, pad:], v[some, :, pad:]
+            seen = (number, self.x[some, first:], asked[some, :, first:], near[0],
+                    here.expand(len(near[0]), -1))
             if T > 1:
                 if selector and len(here):
                     selector.watch(*seen)
                 continue
             idx = selector(*seen) if selector else None
-            if values is not None:
-                near = keys[some, :, pad:], values[some, :, pad:]
-                if idx is not None:
-                    out = selected(asked[some], *near, idx, rules)
-                elif rules.get("softcap") is None:  # sdpa takes five times as long in bfloat16
-                    out = dense_attention(asked[some], *near, seen[-1], False)
-                else:
-                    out = own(module, q[some], *near, None, rules)
-                outs.append(out.to(q.dtype))
-        return torch.cat(outs) if outs else own(
-            module, q, *((k, v) if values is None else (keys, values)), mask, rules)
+            if windowed:
+                continue
+            if idx is not None:
+                out = selected(asked[some], *near, idx, rules)
+            elif rules.get("softcap") is None:  # sdpa takes five times as long in bfloat16
+                out = dense_attention(asked[some], *near, seen[-1], False)
+            else:
+                out = own(module, q[some], *near, None, rules)
+            outs.append(out.to(q.dtype))
+        return torch.cat(outs) if outs else own(module, q, k, v, mask, rules)
 
 
 def padding(mask, batch: int, end: int) -> list[int]:
@@ -364,16 +357,11 @@ def one_beam(order):
     raise ModelError("beam search cannot go through a selector: num_beams=1")
 
 
-@contextmanager
 def attached(model, make):
     """Within it, `model`, a decoder of transformers, decodes through selectors of this repository:
     make() -> a fresh one (baselines.make_selector), or None for dense attention. Yields what is
     attached: its `rows` hold the selectors of the latest text. Raises ModelError, one line."""
-    attachment = Attachment(model, make)
-    try:
-        yield attachment
-    finally:
-        attachment.release()
+    return closing(Attachment(model, make))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ over several can be attached to.
 
 import inspect
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from tempfile import TemporaryDirectory
@@ -61,24 +62,16 @@ class Engine(Hold, nn.Module):
         nn.Module.__init__(self)
         self.anatomy = a = Anatomy(model)
         self.config, self.frequencies = a.config, a.frequencies
+        self.layers, self.embed_tokens = a.layers, model.get_input_embeddings()
         windowed = [i for i in range(len(a.windows)) if i not in a.numbers]
         self.slots = a.numbers | {i: n for n, i in enumerate(windowed, len(a.numbers))}
-        self.cache, self.selector, self.positions = None, None, None
         named = inspect.signature(model.forward).parameters
         self.cached = "cache" if "cache" in named else "past_key_values"  # before 5.24
         Hold.__init__(self, model.eval().requires_grad_(False))
 
     @property
     def device(self):
-        return self.anatomy.device
-
-    @property
-    def layers(self):
-        return self.anatomy.layers
-
-    @property
-    def embed_tokens(self):
-        return self.model.get_input_embeddings()
+        return self.embed_tokens.weight.device
 
     def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
         """As model.Llama's; steps are no CUDA graphs."""
@@ -93,17 +86,14 @@ class Engine(Hold, nn.Module):
         if self.selector and i in self.anatomy.numbers:
             index = self.selector(slot, self.x, q, keys, self.positions)
         if index is not None:
-            out = selected(q, *cache.at_hand(slot, keys, values, index), rules)
+            return selected(q, *cache.at_hand(slot, keys, values, index), rules).to(dtype)
+        keys, values = cache.whole(slot, keys, values)
+        if window is None and rules.get("softcap") is None:
+            out = dense_attention(q, keys, values, self.positions, cache.ragged, dtype)
         else:
-            keys, values = cache.whole(slot, keys, values)
-            if window is None and rules.get("softcap") is None:
-                out = dense_attention(q, keys, values, self.positions, cache.ragged, dtype)
-            else:
-                T, S = q.shape[2], keys.shape[2]
-                at = (cache.lengths[:, None] + torch.arange(T, device=q.device))[:, None, :, None]
-                here = torch.arange(S, device=q.device)
-                keep = (here <= at) & (here > at - (window or S + 1))
-                out = masked(q, keys, values, keep, rules)
+            at, there = self.here[:, None, :, None], torch.arange(keys.shape[2], device=q.device)
+            near = there > at - (window or self.config.context)
+            out = masked(q, keys, values, near & (there <= at), rules)
         return out.to(dtype)
 
     def forward(self, tokens, cache=None, selector=None, lengths=None, last=False, positions=None):
@@ -112,18 +102,19 @@ class Engine(Hold, nn.Module):
         cache = cache or self.new_cache(B, T)
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=tokens.device)
-        here = cache.positions(T, lengths, self.config.context)
-        positions = here if positions is None else positions
+        self.here = cache.positions(T, lengths, self.config.context)
+        self.positions = self.here if positions is None else positions
         at = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
         wanted = at.unique() if last else torch.arange(T, device=tokens.device)
-        self.cache, self.selector, self.positions = cache, selector, positions
+        self.cache, self.selector = cache, selector
         try:
             logits = self.model(  # with a mask as it is when it is ready: none is made, none used
-                input_ids=tokens, position_ids=positions, use_cache=True, logits_to_keep=wanted,
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),
-                **{self.cached: bridge()(cache, self.slots)}).logits
+                input_ids=tokens, position_ids=self.positions, use_cache=True,
+                logits_to_keep=wanted, **{self.cached: bridge()(cache, self.slots)},
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+                ).logits
         finally:
-            self.cache = self.selector = self.positions = None
+            self.cache = self.selector = None  # their memory is the caller's
         cache.advance(T, lengths)
         if last:
             logits = logits[torch.arange(B, device=at.device), torch.searchsorted(wanted, at)]
@@ -135,16 +126,15 @@ class Engine(Hold, nn.Module):
         """A Hugging Face folder or a GGUF file. Raises ModelError in one line."""
         check_device(device)
         folder, rules = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+        family = transformers().AutoModelForCausalLM
         try:
-            model, told = transformers().AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, **rules)
-            if missing := sorted(told["missing_keys"]):
-                raise ModelError(f"{path}: {len(missing)} tensors are missing, {missing[0]} first")
-            return cls(model.to(device))
-        except ModelError:
-            raise
+            model, told = family.from_pretrained(folder, dtype=dtype, output_loading_info=True,
+                                                 **rules)
         except Exception as e:  # a damaged file can end in any
             raise ModelError(f"{path}: transformers cannot load it ({e})") from None
+        if missing := sorted(told["missing_keys"]):
+            raise ModelError(f"{path}: {len(missing)} tensors are missing, {missing[0]} first")
+        return cls(model.to(device))
 
 
 # ---------------------------------------------------------------------------- for the scripts
@@ -167,15 +157,12 @@ def found(config):
     path = survive.host_first(lambda: resolve(config.model))
     try:
         return path, tokenizer.load(path)
-    except tokenizer.TokenizerError as problem:
-        if config.engine == "own" or not path.is_dir():
-            raise
-        try:
-            if (tok := translated(path)).encode("a"):
-                return path, tok
-        except Exception:  # neither can: the first problem is the one to tell
-            pass
-        raise problem from None
+    except tokenizer.TokenizerError:
+        if config.engine != "own" and path.is_dir():
+            with suppress(Exception):  # if neither can, the first problem is the one to tell
+                if (tok := translated(path)).encode("a"):
+                    return path, tok
+        raise
 
 
 def opened(config, device=None, dtype=None, place=None):

@@ -46,18 +46,17 @@ class Graph:
         self.view = copy.copy(cache)  # the same tensors, seen `bound` tokens long
         self.view.ragged = True
         self.captured = None  # the bound of a graph, the graph, and what it leaves
-        self.end, self.sparse, self.ready = 0, False, False
+        self.end, self.sparse = 0, None  # of the step before: none was there
 
     @torch.inference_mode()
     def step(self, token):
         """token [B, 1] -> logits [B, 1, V], overwritten by the next step; errors as llama.decode"""
-        cache, selector = self.cache, self.selector
-        size = cache.size
+        cache, selector, size = self.cache, self.selector, self.cache.size
         sparse = selector is not None and size + 1 >= selector.dense_below
         follows = self.end - 1 <= size <= self.end and sparse == self.sparse and size < self.room
         self.end, self.sparse = size + 1, sparse
-        if not (self.ready and follows):
-            self.captured, self.ready = None, True  # every key that comes before will be projected
+        if not follows:
+            self.captured = None  # every key that comes before will be projected
             return self.llama.decode(token, cache, selector)
         if selector:
             selector.arrive(1, selector.start + self.end - selector.end, self.end)
@@ -84,13 +83,13 @@ class Graph:
     def run(self, bound: int):
         """The step in its second form -> logits"""
         self.view.size = bound - 1
-        if self.selector is None:
-            return self.llama(self.token, self.view)
-        self.selector.bound = bound
+        if self.selector:
+            self.selector.bound = bound
         try:
             return self.llama(self.token, self.view, self.selector)
         finally:
-            self.selector.bound = None
+            if self.selector:
+                self.selector.bound = None
 
 
 def record(function):

@@ -65,42 +65,56 @@ def cache_kind(store: str, folder=None, device="cpu"):
     return partial(DiskCache, folder=folder)
 
 
-class DiskCache(Cache):
+class Elsewhere(Cache):
+    """All layers but the first in `store`, which a subclass's `room` makes, in `folder`; its
+    `rows_of` is `at_hand` for a step of one token a row."""
+
+    def allocate(self, layers, shape, dtype, device):
+        rows = torch.Size((layers - 1, *shape[:-1], 2, shape[-1]))
+        try:
+            self.store = self.room(rows, dtype, device)
+        except (OSError, ValueError, OverflowError, RuntimeError) as e:
+            reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+            raise ModelError(f"no room for {rows.numel() * dtype.itemsize / 1e9:.3g} GB of keys "
+                             f"and values in {self.folder} ({reason})") from None
+        k, v = super().allocate(1, shape, dtype, device)
+        self.tables, self.held, self.coming = None, {}, {}  # by layer: rows held, on their way
+        return k + list(self.store[..., 0, :]), v + list(self.store[..., 1, :])
+
+    def at_hand(self, layer, keys, values, index):
+        if index.shape[2] > 1:  # a block of tokens needs most rows
+            return *self.whole(layer, keys, values), index
+        self.asked += index.numel()
+        return self.rows_of(layer, keys, values, index)
+
+
+class DiskCache(Elsewhere):
     """Rows in a nameless file in `folder`. While steps are dense, a thread reads each layer's, one
     large piece after the other, as attention goes through them; from the first choice on, many read
     row by row, and `held[layer]` keeps the latest, three times as many as a step needs."""
 
     def __init__(self, *shape, folder):
-        self.folder, self.held, self.coming = folder, {}, {}
+        self.folder = folder
         self.unit, self.waited = mmap.PAGESIZE, 0.0  # bytes of a missed row; seconds waited
         self.reads, self.calm = 0, 0  # reads of this process; layers served since the last one
         self.pieces, self.counting = [], Lock()  # of the layer that is attended to, being read
         super().__init__(*shape)
 
-    def allocate(self, layers, shape, dtype, device):
-        k, v = super().allocate(1, shape, dtype, device)
-        self.tables = None
-        shape = torch.Size((layers - 1, *shape[:-1], 2, shape[-1]))
+    def room(self, shape, dtype, device):
         size = (shape.numel() + 1) * dtype.itemsize  # of a single layer too, which leaves no rows
-        try:
-            self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self.file.fileno(), 0, size)
-            else:  # macOS
-                self.file.truncate(size)
-            self.map = mmap.mmap(self.file.fileno(), size)
-        except (OSError, ValueError, OverflowError) as e:
-            reason = getattr(e, "strerror", None) or e
-            raise ModelError(f"no room for {size / 1e9:.3g} GB of keys and values in {self.folder} "
-                             f"({reason})") from None
+        self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.file.fileno(), 0, size)
+        else:  # macOS
+            self.file.truncate(size)
+        self.map = mmap.mmap(self.file.fileno(), size)
         self.readers, self.fetcher = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1)
         self.streams = True  # whole layers are read, not rows
-        self.store = torch.frombuffer(self.map, dtype=dtype)[:-1].view(shape)
-        return k + list(self.store[..., 0, :]), v + list(self.store[..., 1, :])
+        return torch.frombuffer(self.map, dtype=dtype)[:-1].view(shape)
 
     def truncate(self, length):
         super().truncate(length)
-        for _, ahead in self.coming.values():
+        for ahead in self.coming.values():
             ahead.result()
         self.coming.clear()
         for held in self.held.values():
@@ -134,27 +148,17 @@ class DiskCache(Cache):
             return
         self.advise(streams=False)
         for layer, chosen in zip(layers, tokens, strict=True):
-            self.coming[layer] = chosen, self.fetcher.submit(self.fetch, layer, chosen[:, :, 0])
+            self.coming[layer] = self.fetcher.submit(self.fetch, layer, chosen[:, :, 0])
 
-    def at_hand(self, layer, keys, values, index):
-        if index.shape[2] > 1:
-            return *self.whole(layer, keys, values), index
+    def rows_of(self, layer, keys, values, index):
         began, reads = time.perf_counter(), page_reads()
         self.reads, self.calm = reads, self.calm + 1 if reads == self.reads else 0
         self.advise(streams=False)
-        self.asked += index.numel()
+        if layer in self.coming:  # also where all is in memory: it must not end behind a rewind
+            self.coming.pop(layer).result()
         if self.in_memory:
-            if layer in self.coming:  # or it might end behind a rewind, and hold what is forgotten
-                self.coming.pop(layer)[1].result()
             return keys, values, index
-        there, rest = index[:, :, 0, :0], index.shape[-1]
-        if layer in self.coming:
-            chosen, ahead = self.coming.pop(layer)
-            slots, behind = ahead.result(), rest - chosen.shape[-1]  # sinks and window come first
-            room = self.held[layer].rows.shape[2] >= 1.5 * rest
-            if room and torch.equal(index[..., behind:], chosen.int()):
-                there, rest = slots, behind
-        slots = torch.cat([self.fetch(layer, index[:, :, 0, :rest]), there], dim=-1)
+        slots = self.fetch(layer, index[:, :, 0])  # those fetched ahead are held by now
         rows = self.held[layer].rows
         self.waited += time.perf_counter() - began
         return rows[..., 0, :], rows[..., 1, :], slots[:, :, None]
@@ -231,7 +235,7 @@ class Held:
         return slots.int()
 
 
-class PinnedCache(Cache):
+class PinnedCache(Elsewhere):
     """Rows in the host's memory, where the GPU's kernels read and write them over the bus, in the
     order in which they are launched: for everybody else they are tensors of the GPU.
 
@@ -240,20 +244,17 @@ class PinnedCache(Cache):
     `held[layer]`, the tokens and rows of the latest fetch, saves the next one what both have.
     """
 
-    capturable = False
+    capturable, folder = False, "this machine's memory"
 
-    def allocate(self, layers, shape, dtype, device):
-        self.host, self.store = host_rows((layers - 1, *shape[:-1], 2, shape[-1]), dtype, device)
-        k, v = super().allocate(1, shape, dtype, device)
-        self.tables = None
-        self.copies = None  # room for two layers, while steps are dense
-        self.places = torch.zeros(layers - 1, *shape[:-1], dtype=torch.int32, device=device)
+    def room(self, shape, dtype, device):
+        self.host, store = host_rows(shape, dtype, device)
+        self.copies, self.copied = None, {}  # room for two layers, while steps are dense
+        self.places = torch.zeros(shape[:-2], dtype=torch.int32, device=device)
         self.missed = torch.zeros((), dtype=torch.long, device=device)  # counted by a GPU alone
         self.unit = 2 * shape[-1] * dtype.itemsize
-        self.held, self.coming, self.copied = {}, {}, {}
         self.streams, self.device = torch.get_device_module(device), device
         self.beside = self.streams.Stream(device)
-        return k + list(self.store[..., 0, :]), v + list(self.store[..., 1, :])
+        return store
 
     @property
     def main(self):
@@ -297,12 +298,9 @@ class PinnedCache(Cache):
         self.main.wait_stream(self.beside)
         self.coming.clear()
 
-    def at_hand(self, layer, keys, values, index):
-        if index.shape[2] > 1:
-            return *self.whole(layer, keys, values), index
+    def rows_of(self, layer, keys, values, index):
         if layer in self.coming:
             self.main.wait_event(self.coming.pop(layer)[0])
-        self.asked += index.numel()
         self.copies, self.copied = None, {}
         self.fetch(layer, index[:, :, 0])
         slots = torch.arange(index.shape[-1], dtype=torch.int32, device=index.device)
@@ -325,15 +323,11 @@ class PinnedCache(Cache):
 def host_rows(shape, dtype, device):
     """Zeros in the host's memory, as a tensor of the host and the same as one of the device, whose
     kernels reach page-locked memory over the bus."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    try:
-        host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
-    except RuntimeError as e:
-        raise ModelError(f"no room for {size / 1e9:.3g} GB of keys and values in this machine's "
-                         f"memory ({str(e).splitlines()[0]})") from None
+    host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
     if device.type != "cuda":
         return host, host
-    there = {"shape": (size,), "typestr": "|u1", "data": (host.data_ptr(), False), "version": 3}
+    there = {"shape": (host.nbytes,), "typestr": "|u1", "data": (host.data_ptr(), False),
+             "version": 3}
     memory = SimpleNamespace(__cuda_array_interface__=there, host=host)  # which the tensor keeps
     return host, torch.as_tensor(memory, device=device).view(dtype).view(shape)
 

@@ -27,7 +27,7 @@ from beyond.graph import stepper
 from beyond.offload import STORES, cache_kind
 from beyond.page import Beside, texts
 from butler import Butler, load_for
-from common.cli import DEVICE, flag, known, processor, provenance, run
+from common.cli import DEVICE, flag, processor, provenance, run
 from common.errors import ModelError, UsageError
 from common.files import read_text, writable
 from model import Cache, check_device
@@ -105,13 +105,12 @@ class Tally:
 
     def add(self, selector, cached: int, heads: int) -> None:
         """One step's choice; of a dense step all `cached` tokens, for as many layers and heads."""
+        self.choices += heads
         if selector is None or selector.dense:
             self.kept[:cached] += heads
-            self.choices += heads
-            return
-        for index in selector.index.values():  # [1, G, 1, K] of each layer
-            self.kept += torch.bincount(index[index >= 0].cpu(), minlength=len(self.kept))
-            self.choices += index.shape[1]
+        else:
+            for index in selector.index.values():  # [1, G, 1, K] of each layer
+                self.kept += torch.bincount(index[index >= 0].cpu(), minlength=len(self.kept))
 
 
 def generate(llama, ids, selector, config, stop, kind=Cache):
@@ -163,7 +162,8 @@ def main(config: Config) -> dict:
     text, answer = read_prompt(config)
     llama, tok, ids = load(config, text)
     butler = load_for(llama, config.butler) if config.selector == "butler" else None
-    selector = make_selector(config.selector, config.budget, butler, **rules(config))
+    selector = make_selector(config.selector, config.budget, butler, config.drift,
+                             dense_below=config.dense_below)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
     page = Beside(selector, config.budget) if config.html is not None else None
     tally = Tally(min(len(ids) + config.max_new_tokens, llama.config.context + 1))
@@ -222,15 +222,10 @@ def advise(config, cached: int, full: bool) -> None:
               "1 is a number of tokens", file=sys.stderr)
 
 
-def rules(config) -> dict:
-    return {"drift": config.drift, "dense_below": config.dense_below}
-
-
 def check(config) -> None:
-    known("selector", [config.selector], NAMES)
     Selector(config.budget)
-    if config.selector != "butler":
-        make_selector(config.selector, config.budget, **rules(config))
+    if config.selector != "butler":  # which has to be loaded first
+        make_selector(config.selector, config.budget, drift=config.drift)
     cache_kind(config.offload, config.offload_dir, config.device)
     if config.dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype is float32 or bfloat16, not {config.dtype}")

@@ -163,29 +163,27 @@ class Batches:
 
     def __init__(self, llama, mixture, config):
         self.llama, self.mixture, self.config = llama, mixture, config
-        self.numbers, self.records = {}, {}  # long or not: which batch, what was recorded of it
+        self.records = {}  # long or not: which batch, what was recorded of it
 
     def look(self, step: int):
         """-> the record of a batch, and which of its rows [N] this step looks at."""
-        c, every = self.config, self.config.long_every
-        earlier = step // every if every else 0  # steps that looked at long texts
-        long = bool(every) and step % every == every - 1
-        length = min(c.long, self.llama.config.context) if long else c.length
-        steps_of_this_kind = earlier if long else step - earlier
-        number, part = divmod(steps_of_this_kind, c.reuse)
-        if self.numbers.get(long) != number:
+        c, device, context = self.config, self.llama.device, self.llama.config.context
+        every = c.long_every or c.steps + 1  # 0: at none of the steps
+        earlier, rest = divmod(step, every)  # steps that looked at long texts
+        long = rest == every - 1
+        length = min(c.long, context) if long else c.length
+        number, part = divmod(earlier if long else step - earlier, c.reuse)
+        seed, share = f"{c.seed} {length} {number}", c.batch // survive.world()
+        if self.records.get(long, ("",))[0] != seed:
             self.records.pop(long, None)  # before there is another: memory for one of each
-            seed, share = f"{c.seed} {length} {number}", c.batch // survive.world()
             rows = sample_rows(random.Random(seed), c.reuse * c.rows, length)
             tokens = texts(self.mixture, seed, share, length, share * survive.rank())
-            device = self.llama.device
-            span = min(c.span, self.llama.config.context) if long else 0
+            span = min(c.span, context) if long else 0
             positions = spread(random.Random(f"{seed} gaps"), length, span).to(device)
-            self.records[long] = record(self.llama, tokens.to(device), rows.to(device), positions)
-            self.numbers[long] = number
-        seen = self.records[long]
-        some = torch.arange(part, len(seen.rows), c.reuse, device=seen.rows.device)
-        return seen, some
+            self.records[long] = seed, record(self.llama, tokens.to(device), rows.to(device),
+                                              positions)
+        seen = self.records[long][1]
+        return seen, torch.arange(part, len(seen.rows), c.reuse, device=device)
 
 
 def texts(mixture, seed: str, count: int, length: int, first: int = 0):

@@ -92,14 +92,6 @@ def most(number: int) -> int:
     return box.item()
 
 
-def told(make):
-    """What `make()` returns in the first process, in all of them."""
-    box = [None if rank() else make()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def host_first(make):
     """What `make()` returns, called by one process of each host before the others: it may
     download."""
@@ -171,15 +163,12 @@ def begin(butler, optimizers, config, log: list, text: str) -> int:
     """Puts every process where the first one is: at the beginning or, to resume, where OUT.state
     ends -> the step to go on with. A state of another base model is refused, and one whose
     training text had another digest."""
-    path = state_path(config)
+    path, entries = state_path(config), state(butler, optimizers, log)
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     parameters = dict(butler.named_parameters())
-
-    def first():
-        if not (config.resume and path.exists()):
-            if config.resume:
-                note(f"no {path} to resume: training begins anew")
-            return state(butler, optimizers, log)
+    if config.resume and not path.exists():
+        note(f"no {path} to resume: training begins anew")
+    elif config.resume and rank() == 0:
         metadata, entries = read(path)
         if metadata.get("butler") != json.dumps(asdict(butler.config)):
             raise UsageError(f"{path} belongs to a run with another base model")
@@ -189,17 +178,16 @@ def begin(butler, optimizers, config, log: list, text: str) -> int:
         steps = entries.get("log loss", torch.empty(0)).numel()
         shapes = {"log loss": (steps,)}
         for name, p in parameters.items():
-            moments = MOMENTS.get(type(owners[p]).__name__, ()) if steps else ()
-            for key in ("weight", *moments):
+            for key in ("weight", *(MOMENTS[type(owners[p]).__name__] if steps else ())):
                 shapes[f"{key} {name}"] = () if key == "step" else p.shape
         counts = [value for entry, value in entries.items() if entry.startswith("step ")]
         if {e: v.shape for e, v in entries.items()} != shapes or any(n != steps for n in counts):
             raise UsageError(f"{path}: not all of a state, or not of this butler")
-        return entries
-
-    entries = told(first)
-    log[:] = entries.pop("log loss").double().tolist()
-    for entry, value in entries.items():
+    box = [entries]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    log[:] = box[0].pop("log loss").double().tolist()
+    for entry, value in box[0].items():
         key, name = entry.split(" ")
         p = parameters[name]
         if key == "weight":

@@ -5,9 +5,17 @@
       UsageError     a flag, a combination of flags or a file that makes no sense
 
 Others derive from Refusal where they belong: TokenizerError, SelectionError, ButlerError.
+`in_one_line` makes one of these of whatever a damaged file raises.
 
     python -m common.errors        how long a message may get
 """
+
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError,
+          RecursionError, NotImplementedError, SafetensorError)
 
 
 class Refusal(ValueError):
@@ -24,6 +32,17 @@ class ModelError(Refusal):
 
 class UsageError(Refusal):
     """A flag, a combination of flags or an input file that makes no sense."""
+
+
+@contextmanager
+def in_one_line(kind, place, problem: str):
+    """Whatever a damaged file raises inside becomes a `kind` of Refusal that names the place."""
+    try:
+        yield
+    except Refusal as e:
+        raise kind(f"{place}: {e}") from None
+    except DAMAGE as e:
+        raise kind(f"{place}: {problem} ({type(e).__name__}: {e})") from None
 
 
 if __name__ == "__main__":

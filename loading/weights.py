@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from common.errors import ModelError
+from common.errors import ModelError, in_one_line
 
 # ---------------------------------------------------------------------------- configuration
 
@@ -33,7 +33,8 @@ LIMITS = {  # least and largest: models in use stay far inside, and what is beyo
     "kv_heads": (1, 4096), "head_dim": (2, 4096), "mlp_width": (1, 2**20), "context": (1, 2**24),
     "norm_eps": (1e-12, 0.1), "rope_theta": (1.0, 1e12), "factor": (0.01, 1e4),
     "low_freq_factor": (0.01, 1e4), "high_freq_factor": (0.01, 1e4),
-    "original_max_position_embeddings": (1.0, 2.0**24),
+    "original_max_position_embeddings": (1.0, 2.0**24), "tied": (False, True),
+    "attention_bias": (False, True), "mlp_bias": (False, True),
 }
 
 
@@ -59,12 +60,11 @@ class Config:
     def __post_init__(self):
         entries = {f.name: getattr(self, f.name) for f in fields(self)} | (self.rope_scaling or {})
         for name, (low, high) in LIMITS.items():  # files are not trusted: before any allocation
-            value, kinds = entries.get(name, low), (int,) if type(low) is int else (int, float)
+            value, kind = entries.get(name, low), type(low)
+            kinds = (float, int) if kind is float else (kind,)
             if type(value) not in kinds or not low <= value <= high:
-                raise ModelError(f"config: {name} is {value!r}, not a number from {low} to {high}")
-        for name in ("tied", "attention_bias", "mlp_bias"):
-            if type(entries[name]) is not bool:
-                raise ModelError(f"config: {name} is {entries[name]!r}, not true or false")
+                raise ModelError(f"config: {name} is {value!r}, expected {kind.__name__} "
+                                 f"from {low} to {high}")
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ModelError(f"config: {self.heads} query heads over {self.kv_heads} KV heads of "
                              f"size {self.head_dim} are not a Llama")
@@ -81,44 +81,40 @@ class Config:
         refuse(c.get("sliding_window") and c.get("use_sliding_window", True), "sliding window")
         refuse((rope | c).get("partial_rotary_factor", 1) != 1, "partial_rotary_factor")
         refuse(c.get("quantization_config"), "quantization_config")
-        try:
-            heads, width = c["num_attention_heads"], c["hidden_size"]
-            return cls(
-                vocab_size=c["vocab_size"], width=width, layers=c["num_hidden_layers"], heads=heads,
-                kv_heads=c.get("num_key_value_heads", heads),
-                head_dim=c["head_dim"] if "head_dim" in c else width // heads,
-                mlp_width=c["intermediate_size"], context=c.get("max_position_embeddings", 2048),
-                rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
-                rope_scaling=rope_scaling(rope, c.get("max_position_embeddings", 2048)),
-                tied=c.get("tie_word_embeddings", False), norm_eps=c.get("rms_norm_eps", 1e-6),
-                attention_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False))
-        except (KeyError, TypeError, ZeroDivisionError) as e:
-            raise ModelError(f"config: missing or unusable entry ({e})") from None
+        heads, width = c["num_attention_heads"], c["hidden_size"]
+        context = c.get("max_position_embeddings", 2048)
+        return cls(
+            vocab_size=c["vocab_size"], width=width, layers=c["num_hidden_layers"], heads=heads,
+            kv_heads=c.get("num_key_value_heads", heads),
+            head_dim=c.get("head_dim", width // heads), mlp_width=c["intermediate_size"],
+            context=context, rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+            rope_scaling=rope_scaling(rope, context), norm_eps=c.get("rms_norm_eps", 1e-6),
+            tied=c.get("tie_word_embeddings", False),
+            attention_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False))
 
     @classmethod
-    def from_gguf(cls, metadata: dict, shapes: dict) -> "Config":
-        """From GGUF metadata and tensor shapes (llama.cpp's names, `llama.block_count` ...)."""
-        arch = metadata.get("general.architecture")
+    def from_gguf(cls, get, tensors: dict) -> "Config":
+        """From a GGUF's header (get: `Reader.value`) and its tensors by name."""
+        arch = get("general.architecture")
         refuse(arch != "llama", f"architecture {arch!r}")
-        get = {key.removeprefix("llama."): value for key, value in metadata.items()}.get
-        refuse(get("expert_count"), "mixture of experts")
-        refuse(get("attention.sliding_window"), "sliding window")
-        factor = get("rope.scaling.factor")  # llama.cpp: without a type it is linear
-        rope = {"type": get("rope.scaling.type", "linear" if factor else "none"), "factor": factor}
-        try:
-            heads, width = get("attention.head_count"), get("embedding_length")
-            head_dim = get("attention.key_length", width // heads)
-            refuse(get("rope.dimension_count", head_dim) != head_dim, "partial rotary embedding")
-            return cls(
-                vocab_size=shapes["token_embd.weight"][0], width=width, layers=get("block_count"),
-                heads=heads, kv_heads=get("attention.head_count_kv", heads), head_dim=head_dim,
-                mlp_width=get("feed_forward_length"), context=get("context_length", 2048),
-                norm_eps=get("attention.layer_norm_rms_epsilon", 1e-5),
-                rope_theta=get("rope.freq_base", 10000.0), rope_scaling=rope_scaling(rope, 2048),
-                tied="output.weight" not in shapes, mlp_bias="blk.0.ffn_up.bias" in shapes,
-                attention_bias="blk.0.attn_q.bias" in shapes)
-        except (KeyError, TypeError, ZeroDivisionError) as e:
-            raise ModelError(f"config: missing or unusable entry ({e})") from None
+        refuse(get("llama.expert_count"), "mixture of experts")
+        refuse(get("llama.attention.sliding_window"), "sliding window")
+        factor = get("llama.rope.scaling.factor")  # llama.cpp: without a type it is linear
+        kind = get("llama.rope.scaling.type", "linear" if factor else "none")
+        heads, width = get("llama.attention.head_count"), get("llama.embedding_length")
+        head_dim = get("llama.attention.key_length", width // heads)
+        partial = get("llama.rope.dimension_count", head_dim) != head_dim
+        refuse(partial, "partial rotary embedding")
+        return cls(
+            vocab_size=int(tensors["token_embd.weight"].shape[-1]), width=width, heads=heads,
+            layers=get("llama.block_count"), kv_heads=get("llama.attention.head_count_kv", heads),
+            head_dim=head_dim, mlp_width=get("llama.feed_forward_length"),
+            context=get("llama.context_length", 2048),
+            norm_eps=get("llama.attention.layer_norm_rms_epsilon", 1e-5),
+            rope_theta=get("llama.rope.freq_base", 10000.0),
+            rope_scaling=rope_scaling({"type": kind, "factor": factor}, 2048),
+            tied="output.weight" not in tensors, mlp_bias="blk.0.ffn_up.bias" in tensors,
+            attention_bias="blk.0.attn_q.bias" in tensors)
 
 
 def refuse(condition, what: str) -> None:
@@ -133,11 +129,9 @@ def rope_scaling(rope: dict, context: int) -> dict | None:
     refuse(kind not in ("default", "none", "linear", "llama3"), f"rope scaling {kind!r}")
     if kind in ("default", "none"):
         return None
-    keys = ["factor"]
-    if kind == "llama3":
-        rope = {"original_max_position_embeddings": context, **rope}
-        keys += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    return {"type": kind} | {k: rope[k] for k in keys}
+    rope = {"original_max_position_embeddings": context} | rope
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return {"type": kind} | {key: rope[key] for key in (keys if kind == "llama3" else keys[:1])}
 
 
 # ---------------------------------------------------------------------------- reading weights
@@ -151,7 +145,7 @@ def read(path):
 
 def read_folder(folder: Path):
     """See `read`; config.json, and one *.safetensors or an index of several."""
-    try:
+    with in_one_line(ModelError, folder, "unusable config.json or index"):
         config = Config.from_hugging_face(json.loads((folder / "config.json").read_text()))
         index = folder / "model.safetensors.index.json"
         shards = (sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -163,22 +157,16 @@ def read_folder(folder: Path):
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise ModelError(f"{shard!r} is missing, or not a file name")
-    except ModelError as e:
-        raise ModelError(f"{folder}: {e}") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-        raise ModelError(f"{folder}: unreadable config.json or index ({e})") from None
 
     def tensors():
         for shard in shards:
-            try:
-                with safe_open(folder / shard, framework="pt") as f:
-                    for name in f.keys():
-                        local = name.removeprefix("model.")
-                        if "rotary_emb" in name or (config.tied and local == "lm_head.weight"):
-                            continue
-                        yield local, f.get_tensor(name)
-            except (SafetensorError, OSError, ValueError) as e:
-                raise ModelError(f"{folder / shard}: unreadable weights ({e})") from None
+            with (in_one_line(ModelError, folder / shard, "unreadable weights"),
+                  safe_open(folder / shard, framework="pt") as f):
+                for name in f.keys():
+                    local = name.removeprefix("model.")
+                    if "rotary_emb" in name or (config.tied and local == "lm_head.weight"):
+                        continue
+                    yield local, f.get_tensor(name)
 
     return config, tensors(), torch.ones(1)
 
@@ -208,6 +196,10 @@ class Reader(GGUFReader):
                              f"header has more than {self.most:,} entries")
         return part
 
+    def value(self, name, default=None):
+        """What the header says under a name: a number, a text or a list."""
+        return self.fields[name].contents() if name in self.fields else default
+
 
 def open_gguf(path) -> Reader:
     """A GGUF's fields and mapped tensors. Listing a vocabulary takes gguf seconds, and model and
@@ -225,37 +217,26 @@ def read_gguf(path: Path):
     """See `read`; tensors come out as float32, `rope_freqs` (llama3 scaling) as the rope factors.
     llama.cpp stores the q and k rows of a Llama for its own rotary layout, which turns channel 2i
     with 2i + 1; here they come back to i with i + D/2."""
-    unreadable = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
-                  NotImplementedError, RecursionError)
-    try:
+    with in_one_line(ModelError, path, "not a readable GGUF file"):
         reader = open_gguf(path)
-        wanted = {k: f.contents() for k, f in reader.fields.items()
-                  if k.startswith(("general.architecture", "llama."))}
-        shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
-        config = Config.from_gguf(wanted, shapes)
-    except ModelError as e:
-        raise ModelError(f"{path}: {e}") from None
-    except unreadable as e:
-        raise ModelError(f"{path}: not a readable GGUF file ({e})") from None
+    stored = {t.name: t for t in reader.tensors}
+    with in_one_line(ModelError, path, "config: missing or unusable entry"):
+        config = Config.from_gguf(reader.value, stored)
 
     def read(t):
-        try:
-            with np.errstate(all="ignore"):  # damaged scales are noticed later
-                return torch.tensor(dequantize(t.data, t.tensor_type).reshape(shapes[t.name]))
-        except unreadable as e:
-            raise ModelError(f"{path}: tensor {t.name!r} cannot be read ({e})") from None
+        with (in_one_line(ModelError, path, f"tensor {t.name!r} cannot be read"),
+              np.errstate(all="ignore")):  # damaged scales are noticed later
+            return torch.tensor(dequantize(t.data, t.tensor_type))
 
     def tensors():
         for t in stored.values():
             block, stem, end = re.fullmatch(r"(?s)(?:blk\.(\d+)\.)?(.*?)(\.\w+)?", t.name).groups()
-            name = GGUF_NAMES.get(stem, stem) + (end or "")
-            w = read(t)
+            name, w = GGUF_NAMES.get(stem, stem) + (end or ""), read(t)
             heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(stem)
             if heads and len(w) == heads * config.head_dim:  # else refused later, for its shape
                 w = w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
             yield (f"layers.{block}.{name}" if block else name), w
 
-    stored = {t.name: t for t in reader.tensors}
     rope = stored.pop("rope_freqs.weight", None)
     factors = torch.ones(1) if rope is None else read(rope)
     if factors.shape not in ((1,), (config.head_dim // 2,)) or not (factors > 0).all():

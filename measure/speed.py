@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from beyond.graph import stepper
 from butler import Butler, ButlerConfig, load_for
-from common.errors import ModelError
+from common.errors import ModelError, in_one_line
 from common.files import read_text
 from cpu.loops import FEW
 from kernel import on_gpu, sparse_attention
@@ -55,12 +55,9 @@ def shape_of(name: str) -> Config:
     """One of SHAPES, or that of a config.json; for speed alone, so of any context."""
     if name in SHAPES:
         return SHAPES[name]
-    try:
-        config = Config.from_hugging_face(json.loads(read_text(name)))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-        raise ModelError(f"shape {name!r} is none of {', '.join(SHAPES)}, and no config.json "
-                         f"({e})") from None
-    return replace(config, context=2**20)
+    neither = f"shape {name!r} is none of {', '.join(SHAPES)}, and no config.json"
+    with in_one_line(ModelError, neither, "unusable"):
+        return replace(Config.from_hugging_face(json.loads(read_text(name))), context=2**20)
 
 
 def by_turns(candidates: dict, rounds: int, device) -> dict:

@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def flag(default, help: str, kind=None, least=0, most=2**31):
     kind = kind or (str if default is None else type(default))
     meta = {"help": help, "kind": bounded(kind, least, most) if kind in (int, float) else kind}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=meta | {"kind": str})
+        return field(default_factory=default.copy, metadata=meta | {"kind": str})
     return field(default=default, metadata=meta)
 
 
@@ -60,13 +60,15 @@ def bounded(kind, least, most):
 
 def numbers(least=0, most=2**31, kind=int):
     """-> a function: `1,2,3` -> ("1", "2", "3"), numbers from least to most as they stand."""
+    number = bounded(kind, least, most)
+
     def listed(text: str) -> tuple[str, ...]:
         parts = names(text)
         for part in parts:
-            bounded(kind, least, most)(part)
+            number(part)
         return parts
 
-    listed.__name__ = "list of whole numbers" if kind is int else "list of numbers"
+    listed.__name__ = f"list of {number.__name__}s"
     return listed
 
 
@@ -80,26 +82,20 @@ def parse(config_class, arguments=None):
     parser = Parser(
         description=config_class.__doc__, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30))
+    defaults = config_class()
     for f in fields(config_class):
-        default = f.default_factory() if f.default is MISSING else f.default
+        default = getattr(defaults, f.name)
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if "(default: " not in help:
-            help += f" (default: {show(default)})"
         if default is False:
-            parser.add_argument(name, action="store_true", help=help)
+            parser.add_argument(name, action="store_true", help=f"{help} (default: off)")
             continue
-        several = {"nargs": "+"} if isinstance(default, list) else {}
+        shown = ",".join(default) if isinstance(default, tuple | list) else default
+        if "(default: " not in help:
+            help += f" (default: {'none' if shown in (None, '') else shown})"
         parser.add_argument(name, type=f.metadata["kind"], default=default, help=help,
-                            metavar=f.name.split("_")[-1].upper(), **several)
+                            metavar=f.name.split("_")[-1].upper(),
+                            nargs="+" if isinstance(default, list) else None)
     return config_class(**vars(parser.parse_args(arguments)))
-
-
-def show(value) -> str:
-    if value is False:
-        return "off"
-    if value in (None, (), []):
-        return "none"
-    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def known(what: str, given, names) -> None:

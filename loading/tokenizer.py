@@ -11,6 +11,7 @@ handed to the optional `tokenizers` package behind the same interface.
     python -m loading.tokenizer PATH "some text"   # PATH: whatever `load` below takes
 """
 
+import os
 import re
 import sys
 from itertools import chain
@@ -20,6 +21,8 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 
+from common.cli import complain
+from common.errors import Refusal, in_one_line
 from loading.fetch import resolve
 from loading.vocabulary import CHAT_MARKS, ENDS, Beyond, TokenizerError, Vocabulary, read, to_bytes
 
@@ -27,10 +30,11 @@ MAX_IDS = 1 << 21  # several times the largest vocabulary in use: beyond it a fi
 LONG_RUN = 900_000  # tiktoken's regex engine overflows its stack on a million spaces in a row
 
 
-def make_table(entries):
-    """(id, bytes) pairs -> list of bytes by id, None at a hole; refuses absurd and double ids."""
-    table = {}
-    for i, token in entries:
+def make_table(v: Vocabulary, tokens):
+    """Added tokens and these (bytes, id) pairs -> list of bytes by id, None at a hole. Refuses
+    absurd and double ids."""
+    table, added = {}, v.control | v.user
+    for token, i in chain(((name.encode(), i) for name, i in added.items()), tokens):
         if type(i) is not int or not 0 <= i < MAX_IDS:
             raise TokenizerError(f"token {token!r} has the id {i!r}")
         if table.setdefault(i, token) != token:
@@ -44,12 +48,14 @@ class ByteLevel:
     """Byte-level BPE through tiktoken: ordinary text -> ids, added tokens cut out beforehand.
 
     A byte without an id (SmolLM has none for some controls) is dropped, as in the authors'
-    tokenizer. Raises Beyond for a pattern that tiktoken refuses.
+    tokenizer. Raises Beyond for what tiktoken cannot express, or a pattern that it refuses.
     """
 
     strips = False
 
     def __init__(self, v: Vocabulary):
+        if v.beyond:
+            raise v.beyond
         ranks = {token: rank for rank, token in enumerate(v.ranked)}
         try:
             self.encoding = tiktoken.Encoding("file", pat_str=v.pattern, mergeable_ranks=ranks,
@@ -57,26 +63,28 @@ class ByteLevel:
             self.pattern = regex.compile(v.pattern)
         except (ValueError, regex.error) as error:
             raise Beyond(f"the pattern {v.pattern!r} ({error})") from error
-        self.table = make_table([*v.others, *((i, token) for token, i in v.ids.items())])
+        self.table = make_table(v, v.ids.items())
         self.ids = np.array([v.ids.get(token, -1) for token in v.ranked])
         self.missing = bytes(b for b in range(256) if bytes([b]) not in v.ids)
         self.added = v.control | v.user
         self.user, self.all = any_of(v.user), any_of(self.added)
 
     def encode(self, text, special):
-        finder = self.all if special else self.user
-        if finder is None:
-            return self._ordinary(text)
-        parts = enumerate(finder.split(text))  # odd places hold the tokens found
-        both = ([self.added[part]] if i % 2 else self._ordinary(part) for i, part in parts)
-        return list(chain.from_iterable(both))
+        parts = (self.all if special else self.user).split(text)  # odd places: the tokens found
+        return list(chain.from_iterable([self.added[part]] if i % 2 else self._ordinary(part)
+                                        for i, part in enumerate(parts)))
 
     def _ordinary(self, text):
-        longest = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > LONG_RUN else 0
-        if longest <= LONG_RUN:
-            ids = self.ids[self._ranks(text)]
-            if not (ids < 0).any():
-                return ids.tolist()
+        try:
+            if len(text) < LONG_RUN or not re.search(rf"(?<!\s)\s{{{LONG_RUN}}}", text):
+                ids = self.ids[self.encoding.encode_ordinary(text)]
+                if not (ids < 0).any():
+                    return ids.tolist()
+        except BaseException as error:  # where its regex engine gives up, tiktoken panics
+            if type(error).__name__ != "PanicException":
+                raise
+            raise TokenizerError(f"the pattern {self.pattern.pattern!r} takes too long on this "
+                                 "text") from None
         # The slow way, almost never taken: cut here, drop bytes without an id, then merge. Dropping
         # them afterwards would not do, since their neighbours may merge over the gap.
         pieces = (found.group().encode().translate(None, self.missing)
@@ -84,26 +92,17 @@ class ByteLevel:
         ranks = chain.from_iterable(self.encoding._encode_single_piece(p) for p in pieces if p)
         return self.ids[list(ranks)].tolist()
 
-    def _ranks(self, text):
-        try:
-            return self.encoding.encode_ordinary(text)
-        except BaseException as error:  # where its regex engine gives up, tiktoken panics
-            if type(error).__name__ != "PanicException":
-                raise
-            raise TokenizerError(f"the pattern {self.pattern.pattern!r} takes too long on this "
-                                 "text") from None
-
 
 def any_of(names):
-    """A pattern that finds any of these names, the longest first; None if there are none."""
+    """A pattern that finds any of these names, the longest first; nothing if there are none."""
     longest_first = sorted(filter(None, names), key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 class Library:
     """The same by the optional `tokenizers` package, for what tiktoken cannot express."""
 
-    def __init__(self, v: Vocabulary, reason: str):
+    def __init__(self, v: Vocabulary, reason: Beyond):
         try:
             import tokenizers
         except ImportError:
@@ -115,11 +114,11 @@ class Library:
             raise TokenizerError(f"tokenizers refuses it ({error})") from error
         self.model.no_truncation()
         self.model.no_padding()
-        self.strips = "'Strip'" in v.decoder or "'Metaspace'" in v.decoder
-        added, inside = v.control | v.user, self.model.get_vocab(with_added_tokens=False)
-        self.table = make_table([*v.others, *(
-            (i, piece(token, "'ByteLevel'" in v.decoder)) for token, i in inside.items()
-            if token not in added)])
+        decoder, added = repr(self.model.decoder), v.control | v.user
+        self.strips = "Strip(" in decoder or "Metaspace(" in decoder
+        own = self.model.get_vocab(with_added_tokens=False).items()
+        self.table = make_table(v, ((piece(token, "ByteLevel(" in decoder), i) for token, i in own
+                                    if token not in added))
 
     def encode(self, text, special):
         self.model.encode_special_tokens = not special
@@ -134,16 +133,6 @@ def piece(token, byte_level):
     return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
 
-def encoder(v: Vocabulary):
-    """tiktoken's or, for a tokenizer.json that it cannot express, the library's."""
-    if v.beyond:
-        return Library(v, v.beyond)
-    try:
-        return ByteLevel(v)
-    except Beyond as reason:
-        return Library(v, str(reason))
-
-
 class Tokenizer:
     """Text to ids and back, whatever file it came from; made by `load`.
 
@@ -153,7 +142,10 @@ class Tokenizer:
     """
 
     def __init__(self, v: Vocabulary):
-        self._backend = encoder(v)
+        try:
+            self._backend = ByteLevel(v)
+        except Beyond as reason:
+            self._backend = Library(v, reason)
         self._table = self._backend.table
         self.vocab_size, self.special = len(self._table), dict(v.control)
         ends = {i for name, i in v.control.items() if name in ENDS}
@@ -219,21 +211,19 @@ class Tokenizer:
         """
         if self.chat_format is None:
             raise TokenizerError("this model has no chat template known here (ChatML or Llama 3)")
+        marks = [self.special[m] for m in CHAT_MARKS[self.chat_format]]
         if self.chat_format == "llama3":
-            begin, start, close, end = (self.special[m] for m in CHAT_MARKS["llama3"])
-            gap, ids = self.encode("\n\n"), [begin]
-            for message in messages:
-                ids += [start, *self.encode(message["role"]), close]
-                ids += [*self.encode("\n\n" + message["content"].strip()), end]
-            return [*ids, start, *self.encode("assistant"), close, *gap]
-        start, end = (self.special[m] for m in CHAT_MARKS["chatml"])
-        if messages and messages[0]["role"] != "system" and self._system is not None:
-            messages = [{"role": "system", "content": self._system}, *messages]
-        ids, newline = [], self.encode("\n")
-        for message in messages:
-            text = f"{message['role']}\n{message['content']}"
-            ids += [start, *self.encode(text), end, *newline]
-        return [*ids, start, *self.encode("assistant\n")]
+            begin, start, close, end = marks
+            turns = [(start, m["role"], close, "\n\n" + m["content"].strip(), end)
+                     for m in messages]
+            parts = [begin, *chain(*turns), start, "assistant", close, "\n\n"]
+        else:
+            start, end = marks
+            if messages and messages[0]["role"] != "system" and self._system is not None:
+                messages = [{"role": "system", "content": self._system}, *messages]
+            turns = [(start, f"{m['role']}\n{m['content']}", end, "\n") for m in messages]
+            parts = [*chain(*turns), start, "assistant\n"]
+        return list(chain(*([p] if isinstance(p, int) else self.encode(p) for p in parts)))
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -242,22 +232,13 @@ def load(path: str | Path) -> Tokenizer:
     Raises TokenizerError, one line that names the file, whatever is wrong with it.
     """
     path = Path(path)
-    try:
-        if path.is_dir():
-            found = [path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).exists()]
-            if not found:
-                raise TokenizerError("this folder has no tokenizer.json and no tokenizer.model")
-            path = found[0]
+    if os.path.isdir(path):
+        found = [path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).exists()]
+        if not found:
+            raise TokenizerError(f"{path}: this folder has no tokenizer.json, no tokenizer.model")
+        path = found[0]
+    with in_one_line(TokenizerError, path, "damaged or not a tokenizer"):
         return Tokenizer(read(path))
-    except TokenizerError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = error.strerror or repr(error)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        problem = f"damaged or not a tokenizer ({type(error).__name__}: {error})"
-    except (RecursionError, MemoryError) as error:
-        problem = f"damaged: its sizes are absurd ({error!r})"
-    raise TokenizerError(f"{path}: {problem}")
 
 
 def main(path=None, text="In 2024 a café sold 1234 naïve 🦙🦙."):
@@ -276,6 +257,5 @@ def main(path=None, text="In 2024 a café sold 1234 naïve 🦙🦙."):
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:3])
-    except ValueError as error:
-        print(f"loading/tokenizer.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Refusal as error:
+        complain(error)

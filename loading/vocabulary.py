@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from gguf import TokenType
+
 from common.errors import Refusal
 from loading.weights import open_gguf
 
@@ -32,11 +34,11 @@ GGUF_PATTERNS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), LLAMA3)
 # GPT-2's printable stand-in for every byte (openai/gpt-2, encoder.py), as dict char -> byte: files
 # are text and bytes are not. Printable Latin-1 stands for itself, the other 68 bytes (controls and
 # blanks) take the characters from U+0100 on, so a space reads as 'Ġ'.
-SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-HIDDEN = sorted(set(range(256)) - set(SHOWN))
-ALPHABET = {chr(b): b for b in SHOWN} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
+HIDDEN = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
+ALPHABET = {chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b): b for b in range(256)}
 
-CONTROL, USER, UNUSED, BYTE = (2, 3), 4, 5, 6  # llama.cpp's token types; its unknown (2) is no text
+USER = TokenType.USER_DEFINED  # of a GGUF's added tokens these alone are found in any text
+ADDED = (TokenType.UNKNOWN, TokenType.CONTROL, USER, TokenType.UNUSED)
 
 # Llama 3's special tokens in order (llama-models, llama3/tokenizer.py), filled up to 256. Llama 3.0
 # still called some of these reserved; those that its chats use stood in the same places.
@@ -65,9 +67,9 @@ class Vocabulary:
     """Added tokens are text, all others bytes.
 
     control, user: added tokens, dict text -> id; user ones are found in any text. bos_id, eos_ids:
-    int or None; add_bos: prompts start with BOS; template: of chats, or None. others: (id, bytes)
-    of what ordinary text never becomes. pattern; ranked: tokens, best first, single bytes among
-    them; ids: dict bytes -> id. These three are missing where `beyond` says why.
+    int or None; add_bos: prompts start with BOS; template: of chats, or None. pattern; ranked:
+    tokens, best first, single bytes among them; ids: dict bytes -> id. These three are missing
+    where `beyond` says why.
     """
 
     path: Path
@@ -77,12 +79,10 @@ class Vocabulary:
     eos_ids: list
     add_bos: bool
     template: str | None
-    others: list
     pattern: str = ""
     ranked: list | None = None
     ids: dict | None = None
-    beyond: str = ""
-    decoder: str = ""  # of a tokenizer.json, as it stands
+    beyond: Beyond | None = None
 
 
 def to_bytes(token):
@@ -100,12 +100,10 @@ def merge(token, order):
     may merge, merge the leftmost pair of lowest rank.
     """
     parts, last = [token[i : i + 1] for i in range(len(token))], None
-    while True:
-        pairs = [(order[p], i) for i, p in enumerate(pairwise(parts)) if p in order]
-        if not pairs:
-            return parts, last
+    while pairs := [(order[p], i) for i, p in enumerate(pairwise(parts)) if p in order]:
         last, i = min(pairs)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts, last
 
 
 def rank_tokens(ids, merges, whole):
@@ -117,14 +115,15 @@ def rank_tokens(ids, merges, whole):
     stands around it. For the same reason a token whose own bytes do not merge back into it never
     appears, and must have no rank: tiktoken would still find it by looking up a whole piece.
 
-    ids: dict bytes -> id; merges: pairs of bytes, best first; whole: a piece that is a token is
-    taken whole (`ignore_merges`), so the remaining tokens get ranks after all others.
+    ids: dict bytes -> id; merges: "left right" or (left, right) in GPT-2's alphabet, best first;
+    whole: a piece that is a token is taken whole (`ignore_merges`), so the remaining tokens get
+    ranks after all others.
     Raises TokenizerError, or Beyond where no ranks can say it.
     """
     order = {}
-    for left, right in merges:
-        unknown = [part for part in (left, right, left + right) if part not in ids]
-        if unknown or not left or not right:
+    for pair in merges:
+        left, right = map(to_bytes, pair.split(" ") if isinstance(pair, str) else pair)
+        if not (left and right and {left, right, left + right} <= ids.keys()):
             raise TokenizerError(f"merge {left!r} + {right!r} names a token not in the vocabulary")
         order.setdefault((left, right), len(order))
     ranks = {}
@@ -153,39 +152,28 @@ def sort_added(added):
 
 def from_gguf(path):
     """That of a GGUF file (byte-level ones: `tokenizer.ggml.model` is gpt2)."""
-    fields = open_gguf(path).fields
-
-    def get(name, default=None):
-        field = fields.get(name if "." in name else f"tokenizer.ggml.{name}")
-        return default if field is None else field.contents()
-
-    kind, pre = get("model"), get("pre")
+    get = open_gguf(path).value
+    kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise TokenizerError(f"a GGUF's tokenizer model {kind!r} is not served; use tokenizer.json")
     if pre not in GGUF_PATTERNS:
         raise TokenizerError(f"pre-tokenizer {pre!r} is not one of {', '.join(GGUF_PATTERNS)}")
-    tokens, merges = get("tokens", []), get("merges", [])
-    types = get("token_type", [1] * len(tokens))
+    tokens, merges = get("tokenizer.ggml.tokens", []), get("tokenizer.ggml.merges", [])
+    types = get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise TokenizerError("its tokens repeat, or their types are not as many")
-    ids, others, added = {}, [], []
-    for i, (token, what) in enumerate(zip(tokens, types, strict=True)):
-        if what in (*CONTROL, USER, UNUSED):  # these are written as they are
-            others.append((i, token.encode()))
-            if what != UNUSED:
-                added.append((token, i, what in CONTROL))
-        else:
-            ids[bytes([int(token[3:5], 16)]) if what == BYTE else to_bytes(token)] = i
+    numbered = list(zip(tokens, range(len(tokens)), types, strict=True))
+    ids = {to_bytes(token): i for token, i, what in numbered if what not in ADDED}
+    added = [(token, i, what != USER) for token, i, what in numbered if what in ADDED]
     llama3 = GGUF_PATTERNS[pre] is LLAMA3
     try:
-        pairs = [tuple(map(to_bytes, m.split(" "))) for m in merges]
-        ranked = rank_tokens(ids, pairs, llama3)
+        ranked = rank_tokens(ids, merges, llama3)
     except Beyond as reason:
         raise TokenizerError(f"not served from a GGUF: {reason}; use tokenizer.json") from reason
-    ends = [get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    add_bos = get("add_bos_token", llama3)  # llama.cpp's defaults, too
-    return Vocabulary(path, *sort_added(added), get("bos_token_id"), ends, add_bos,
-                      get("tokenizer.chat_template"), others, GGUF_PATTERNS[pre], ranked, ids)
+    ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    add_bos = get("tokenizer.ggml.add_bos_token", llama3)  # llama.cpp's defaults, too
+    return Vocabulary(path, *sort_added(added), get("tokenizer.ggml.bos_token_id"), ends, add_bos,
+                      get("tokenizer.chat_template"), GGUF_PATTERNS[pre], ranked, ids)
 
 
 def split_pattern(spec):
@@ -218,9 +206,7 @@ def split_pattern(spec):
 
 def read_json(path):
     """A JSON object, or {} where there is no such file."""
-    if not path.exists():
-        return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not isinstance(value, dict):
         raise TokenizerError(f"{path.name} holds no JSON object")
     return value
@@ -234,20 +220,16 @@ def from_json(path):
     names = control | user
     if len(names) != len(added) or not all(type(n) is str for n in names):
         raise TokenizerError("its added tokens repeat or are no text")
-    others = [(i, name.encode()) for name, i in names.items()]
-    known = path, control, user, *settings(path, spec, names), others
-    decoder = str(spec.get("decoder"))
+    known = path, control, user, *settings(path, spec, names)
     try:
         pattern = split_pattern(spec)
         ids = {to_bytes(token): i for token, i in vocab.items() if token not in names}
         if spec["model"].get("unk_token") and any(bytes([b]) not in ids for b in range(256)):
             raise Beyond("unk_token in place of missing bytes")
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
-        pairs = [(to_bytes(left), to_bytes(right)) for left, right in pairs]
-        ranked = rank_tokens(ids, pairs, spec["model"].get("ignore_merges"))
+        ranked = rank_tokens(ids, spec["model"]["merges"], spec["model"].get("ignore_merges"))
     except Beyond as reason:
-        return Vocabulary(*known, beyond=str(reason), decoder=decoder)
-    return Vocabulary(*known, pattern, ranked, ids, decoder=decoder)
+        return Vocabulary(*known, beyond=reason)
+    return Vocabulary(*known, pattern, ranked, ids)
 
 
 def settings(path, spec, control):
@@ -291,9 +273,8 @@ def from_meta(path):
     if any(bytes([b]) not in ids for b in range(256)):
         raise TokenizerError("some byte has no token")
     special = {f"<|{name}|>": count + i for i, name in enumerate(META_SPECIAL)}
-    others = [(i, name.encode()) for name, i in special.items()]
-    return Vocabulary(path, special, {}, count, [count + 1], True, "<|start_header_id|>", others,
-                      LLAMA3, ranked, ids)
+    return Vocabulary(path, special, {}, count, [count + 1], True, "<|start_header_id|>", LLAMA3,
+                      ranked, ids)
 
 
 def read(path: Path) -> Vocabulary:

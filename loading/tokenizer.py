@@ -31,8 +31,7 @@ LONG_RUN = 900_000  # tiktoken's regex engine overflows its stack on a million s
 
 
 def make_table(v: Vocabulary, tokens):
-    """Added tokens and these (bytes, id) pairs -> list of bytes by id, None at a hole. Refuses
-    absurd and double ids."""
+    """Added tokens and these (bytes, id) pairs -> dict id -> bytes. Refuses absurd, double ids."""
     table, added = {}, v.control | v.user
     for token, i in chain(((name.encode(), i) for name, i in added.items()), tokens):
         if type(i) is not int or not 0 <= i < MAX_IDS:
@@ -41,7 +40,7 @@ def make_table(v: Vocabulary, tokens):
             raise TokenizerError(f"id {i} is given to both {table[i]!r} and {token!r}")
     if not table:
         raise TokenizerError("the vocabulary is empty")
-    return [table.get(i) for i in range(max(table) + 1)]
+    return table
 
 
 class ByteLevel:
@@ -147,11 +146,11 @@ class Tokenizer:
         except Beyond as reason:
             self._backend = Library(v, reason)
         self._table = self._backend.table
-        self.vocab_size, self.special = len(self._table), dict(v.control)
-        ends = {i for name, i in v.control.items() if name in ENDS}
+        self.vocab_size, self.special = max(self._table) + 1, dict(v.control)
         self.bos_id, self.add_bos = v.bos_id, bool(v.add_bos) and v.bos_id is not None
-        self.eos_ids = frozenset({i for i in v.eos_ids if i is not None} | ends)
-        for i in self.eos_ids | ({v.bos_id} - {None}):
+        ends = {*v.eos_ids, *(i for name, i in v.control.items() if name in ENDS)}
+        self.eos_ids = frozenset(ends - {None})
+        for i in {*ends, v.bos_id} - {None}:
             if type(i) is not int or not 0 <= i < self.vocab_size:
                 raise TokenizerError(f"BOS or EOS id {i!r} is outside the {self.vocab_size} ids")
         template = v.template or ""
@@ -168,11 +167,10 @@ class Tokenizer:
         marks = {self.special[m] for m in CHAT_MARKS.get(self.chat_format, ())}
         beyond = set(self.special.values()) - marks - {self.bos_id}
         rows = model.config.vocab_size
-        if missing := [i for i in range(rows, self.vocab_size)
-                       if self._table[i] and i not in beyond]:
-            raise TokenizerError(f"this tokenizer is not the model's: id {missing[0]}, "
-                                 f"{self._table[missing[0]]!r}, is beyond its {rows} rows")
-        self._table = [token or b"" for token in self._table] + [b""] * (rows - len(self._table))
+        if missing := {i for i in self._table if i >= rows} - beyond:
+            raise TokenizerError(f"this tokenizer is not the model's: id {min(missing)}, "
+                                 f"{self._table[min(missing)]!r}, is beyond its {rows} rows")
+        self._table = dict.fromkeys(range(rows), b"") | self._table
         return self
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -191,8 +189,8 @@ class Tokenizer:
         holds incomplete UTF-8 back. Raises ValueError for an id that names no token."""
         ids = [int(i) for i in ids]
         for i in ids:
-            if not 0 <= i < len(self._table) or self._table[i] is None:
-                raise ValueError(f"id {i} names no token (the vocabulary has {len(self._table)})")
+            if i not in self._table:
+                raise ValueError(f"id {i} names no token (the vocabulary has {self.vocab_size})")
         return b"".join(self._table[i] for i in ids)
 
     def decode(self, ids) -> str:

@@ -183,7 +183,7 @@ def butlers(butler, step, config) -> dict:
 
 def anew(step, selector) -> None:
     """A step again; the text would have grown by a token since, whose key is taken for new."""
-    selector.importance.filled = [n - 1 for n in selector.importance.filled]
+    selector.importance.filled = [max(n - 1, 0) for n in selector.importance.filled]
     step(selector)
 
 

@@ -21,6 +21,7 @@
 
 import math
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,13 +92,22 @@ class Bench:
     butlers: list
     config: Config
 
-    def makers(self):
-        """-> (name, budget as text, [makers of fresh selectors, one per butler])."""
+    def makers(self, **rules):
+        """-> (name, budget as text, [makers of fresh selectors, one per butler]); `rules` are the
+        butler's."""
         for name in self.config.selectors:
-            butlers = self.butlers if name == "butler" else [None]
-            for budget in ("1.0",) if name == "dense" else self.config.budgets:
-                yield name, budget, [partial(make_selector, name, float(budget), butler)
-                                     for butler in butlers]
+            butlers, own = (self.butlers, rules) if name == "butler" else ([None], {})
+            for b in ("1.0",) if name == "dense" else self.config.budgets:
+                yield name, b, [partial(make_selector, name, float(b), one, **own)
+                                for one in butlers]
+
+    def runs(self, function):
+        """-> (name, budget, [[function(model, window, fresh selector) of each window] of each
+        butler]), every position of a window [--length] under its own selection."""
+        windows = self.windows(self.config.length)
+        for name, budget, makers in tqdm(list(self.makers()), self.config.suite, file=sys.stderr):
+            yield name, budget, [[function(self.llama, window, make()) for window in windows]
+                                 for make in makers]
 
     def windows(self, length: int) -> torch.Tensor:
         """[n, length] tokens, spread evenly over the text."""
@@ -107,19 +117,16 @@ class Bench:
 
 # ---------------------------------------------------------------------------- the suites
 
+empty = partial(defaultdict, partial(defaultdict, dict))  # [task or measure][selector][budget]
+
 
 def perplexity(bench: Bench) -> dict:
     """Masked perplexity, and its excess over the oracle's at the same budget, window by window."""
-    windows, loss = bench.windows(bench.config.length), {}
-    for name, budget, makers in tqdm(list(bench.makers()), desc="perplexity", file=sys.stderr):
-        loss[name, budget] = [[nats(bench.llama, window, make()) for window in windows]
-                              for make in makers]
-    results = {"perplexity": {}, "over_oracle": {}}
+    results, loss = empty(), {(name, budget): runs for name, budget, runs in bench.runs(nats)}
     for (name, budget), runs in loss.items():
-        results["perplexity"].setdefault(name, {})[budget] = through(math.exp, bootstrap(runs))
+        results["perplexity"][name][budget] = through(math.exp, bootstrap(runs))
         if name != "oracle" and ("oracle", budget) in loss:
-            (best,) = loss["oracle", budget]
-            results["over_oracle"].setdefault(name, {})[budget] = excess(runs, best)
+            results["over_oracle"][name][budget] = excess(runs, *loss["oracle", budget])
     return {"results": results}
 
 
@@ -138,18 +145,14 @@ def excess(runs: list[list[float]], best: list[float]) -> dict:
 
 def recall(bench: Bench) -> dict:
     """Probe's measures on the sparse run's own hidden states, by layer and on average."""
-    windows = bench.windows(bench.config.length)
-    results, layers = {}, {}
-    for name, budget, makers in tqdm(list(bench.makers()), desc="recall", file=sys.stderr):
-        if name == "dense":
-            continue
-        runs = [[probed(bench.llama, window, make()) for window in windows] for make in makers]
+    results, layers = empty(), empty()
+    for name, budget, runs in bench.runs(probed):
         for measure, first in runs[0][0].items():
-            values = [[mean(w[measure]) for w in run] for run in runs]
-            results.setdefault(measure, {}).setdefault(name, {})[budget] = bootstrap(values)
+            results[measure][name][budget] = bootstrap(
+                [[mean(w[measure]) for w in run] for run in runs])
             flat = [w[measure] for run in runs for w in run]
-            layers.setdefault(measure, {}).setdefault(name, {})[budget] = [
-                sum(w[layer] for w in flat) / len(flat) for layer in first]
+            layers[measure][name][budget] = [sum(w[layer] for w in flat) / len(flat)
+                                             for layer in first]
     return {"results": results, "layers": layers}
 
 
@@ -157,22 +160,23 @@ def probed(llama, window, selector) -> dict:
     """{measure: {layer: number}} of a window [T], every position under its own selection."""
     cache = llama.new_cache(1, len(window))
     probe = Probe(selector, rank=True, cache=cache)
-    with torch.inference_mode():
-        llama(window[None], cache, probe, last=True)
-    measures = {"mass": probe.mass, "error": probe.error, "spearman": probe.spearman}
-    return {name: by_layer for name, by_layer in measures.items() if by_layer}
+    if selector:
+        with torch.inference_mode():
+            llama(window[None], cache, probe, last=True)
+    return {name: by for name in ("mass", "error", "spearman") if (by := getattr(probe, name))}
 
 
 def length(bench: Bench) -> dict:
     """Attention kept and perplexity at the end of contexts of several lengths, read densely, and
     what they are of the oracle's, window by window."""
-    contexts, makers, kept, loss, results = [int(c) for c in bench.config.contexts], {}, {}, {}, {}
-    for name, budget, (make, *_) in bench.makers():
-        makers[name, budget] = None if name == "dense" else make
+    contexts, results = [int(c) for c in bench.config.contexts], empty()
+    kept, loss = defaultdict(list), defaultdict(list)
+    makers = {(name, budget): None if name == "dense" else make
+              for name, budget, (make, *_) in bench.makers()}
     for window in tqdm(bench.windows(max(contexts)), desc="length", file=sys.stderr):
         for context, key, mass, nats in at_lengths(bench.llama, window, contexts, makers):
-            kept.setdefault((context, *key), []).append(mass)
-            loss.setdefault((context, *key), []).append(nats)
+            kept[context, *key].append(mass)
+            loss[context, *key].append(nats)
     for (context, name, budget), masses in kept.items():
         losses, best = loss[context, name, budget], (context, "oracle", budget)
         rows = {"kept": bootstrap([masses]), "perplexity": through(math.exp, bootstrap([losses]))}
@@ -180,40 +184,39 @@ def length(bench: Bench) -> dict:
             rows |= {"kept of oracle": bootstrap(of_oracle([masses], kept[best])),
                      "over oracle": excess([losses], loss[best])}
         for what, row in rows.items():
-            results.setdefault(f"{what} @{context}", {}).setdefault(name, {})[budget] = row
+            results[f"{what} @{context}"][name][budget] = row
     return {"results": results}
 
 
 def drift(bench: Bench) -> dict:
     """Accuracy, and mean steps between two choices, at every drift. One document at a time: steps
     are counted in it alone."""
-    c, results, steps = bench.config, {}, {}
+    c, results, steps = bench.config, empty(), defaultdict(dict)
+    makers = {(f"{name}, drift {allowed}" if name == "butler" else name, budget): make
+              for allowed in c.drifts
+              for name, budget, make in bench.makers(drift=float(allowed))}
     tasks = at_contexts(bench.llama, bench.tok, c.task, c.contexts, c.n, c.seed)
-    for name, documents in tasks.items():
-        scores, kept = results.setdefault(name, {}), steps.setdefault(name, {})
-        for document in tqdm(documents, desc=name, file=sys.stderr):
+    for task, documents in tasks.items():
+        scores, intervals = {key: [[] for _ in makers[key]] for key in makers}, defaultdict(list)
+        for document in tqdm(documents, desc=task, file=sys.stderr):
             prompts = Prompts(bench.llama, bench.tok, [document], "sparse")
-            for selector, budget, makers in bench.makers():
-                for allowed in c.drifts if selector == "butler" else c.drifts[:1]:
-                    label = f"{selector}, drift {allowed}" if selector == "butler" else selector
-                    runs = scores.setdefault(label, {}).setdefault(budget, [[] for _ in makers])
-                    for given, make in zip(runs, makers, strict=True):
-                        select = make(drift=float(allowed)) if selector == "butler" else make()
-                        given += prompts.answer(select)
-                        if float(allowed):
-                            kept.setdefault(f"{label}, {budget}", []).append(select.reuse.interval)
-        results[name] = {label: {budget: accuracy(runs) for budget, runs in by.items()}
-                         for label, by in scores.items()}
-    means = {name: {label: sum(v) / len(v) for label, v in by.items()}
-             for name, by in steps.items()}
-    return {"results": results, "steps between choices": means}
+            for key, several in makers.items():
+                for given, make in zip(scores[key], several, strict=True):
+                    selector = make()
+                    given += prompts.answer(selector)
+                    if "drift" in key[0]:
+                        intervals[", ".join(key)].append(selector.reuse.interval)
+        for (name, budget), runs in scores.items():
+            results[task][name][budget] = accuracy(runs)
+        steps[task] = {label: sum(v) / len(v) for label, v in intervals.items()}
+    return {"results": results, "steps between choices": steps}
 
 
 def generation(bench: Bench) -> dict:
     """Texts of --length tokens behind prompts of 64, sampled at temperature 0.8 with the same
     seed for every selector -> share of the 8-grams that occurred in the text before."""
-    c, results, texts = bench.config, {}, {}
-    prompts = bench.windows(64)
+    c, results, prompts = bench.config, empty(), bench.windows(64)
+    endings = defaultdict(dict)
     for name, budget, makers in bench.makers():
         runs = []
         for make in makers:
@@ -227,9 +230,9 @@ def generation(bench: Bench) -> dict:
                 logits = bench.llama.decode(written[-1].to(prompts.device), cache, selector)
             rows = torch.cat(written, dim=1).tolist()
             runs.append([repeated(row) for row in rows])
-        results.setdefault(name, {})[budget] = bootstrap(runs)
-        texts.setdefault(name, {})[budget] = bench.tok.decode(rows[0])[-300:]
-    return {"results": {"repeated_8_grams": results}, "endings": texts}
+        results["repeated_8_grams"][name][budget] = bootstrap(runs)
+        endings[name][budget] = bench.tok.decode(rows[0])[-300:]
+    return {"results": results, "endings": endings}
 
 
 def repeated(ids: list[int]) -> float:
@@ -247,18 +250,17 @@ TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
 
 def main(config: Config) -> dict:
     check(config)
-    if config.suite in TIMED:
-        suite = TIMED[config.suite]
+    if suite := TIMED.get(config.suite):
         report = suite.measure(config) | provenance()
         print(suite.table(report))
     else:
         report = measured(config) | provenance()
-    shape = config.shape
-    if shape and shape.endswith(".json"):
-        shape = Path(shape).resolve().parent.name
-    parts = [config.suite] + [shape] * bool(shape)
-    parts += [processor(config.device)] * (config.suite in (*TIMED, "tradeoff"))
-    return tables.write(config, report, "_".join(parts))
+    name = config.suite
+    if shape := config.shape:
+        name += "_" + (Path(shape).resolve().parent.name if shape.endswith(".json") else shape)
+    if suite or name == "tradeoff":
+        name += "_" + processor(config.device)
+    return tables.write(config, report, name)
 
 
 def measured(config: Config) -> dict:
@@ -270,12 +272,10 @@ def measured(config: Config) -> dict:
                          f"of {llama.config.context}")
     bench = Bench(llama, tok, butlers, config)
     report = SUITES[config.suite](bench)
-    for what, table in report["results"].items():
-        for selector, by in table.items():
-            for budget, m in by.items():
-                ms = f"  {m['ms']:.2f} ms a step" if "ms" in m else ""
-                print(f"{what:12s} {selector:8s} {budget:>5s}  {m['mean']:9.4f}  "
-                      f"[{m['low']:.4f}, {m['high']:.4f}]  n = {m['n']}{ms}")
+    for what, selector, budget, m in tables.measures(report):
+        ms = f"  {m['ms']:.2f} ms a step" if "ms" in m else ""
+        print(f"{what:12s} {selector:8s} {budget:>5s}  {m['mean']:9.4f}  "
+              f"[{m['low']:.4f}, {m['high']:.4f}]  n = {m['n']}{ms}")
     return report | {"dtype": str(llama.embed_tokens.weight.dtype)}
 
 

@@ -29,7 +29,7 @@ from butler import load_for
 from common.cli import flag, numbers, processor, provenance, run
 from common.errors import UsageError
 from measure import tables
-from measure.speed import anew, by_turns
+from measure.speed import FORMATS, anew, by_turns
 from model import Llama, fast_dtype, resolve
 from selection import Selector
 
@@ -37,6 +37,8 @@ try:
     from cyllama.llama import llama_cpp
 except ImportError:
     llama_cpp = None
+
+CHUNK = 512  # tokens that llama.cpp reads at a time
 
 
 @dataclass
@@ -50,125 +52,107 @@ class Config:
     write: bool = flag(False, "write results/compare_PROCESSOR.json, redraw tables")
 
 
-class Transformers:
-    def __init__(self, path, dtype, room):
-        from transformers import AutoModelForCausalLM
+# Each of these reads the weights -> a function: ids [1, T], read into a cache -> {name: a step}.
 
-        self.room = room
-        self.model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name,
-                                                          dtype=dtype).requires_grad_(False)
-        # the same weights once more: what is attached to stays attached
-        self.second = deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+
+def ours(path, room, budget):
+    """The model of this repository; its dense prompt is read once and shared by both."""
+    llama = Llama.from_pretrained(path, fast_dtype())
+    butler, cache = load_for(llama), llama.new_cache(1, room)
+
+    def read(ids):
+        def step(selector=None):
+            llama.decode(torch.tensor([[5]]), cache, selector)
+            cache.truncate(ids.shape[1])
+
+        cache.truncate(0)
+        llama.prefill(ids, cache)
+        return {"dense": step, f"butler {budget:g}": partial(anew, step, butler.selector(budget))}
+
+    return read
+
+
+def theirs(path, room, budget, name, dtype, stack):
+    """transformers, in a format; a butler is attached until `stack` ends."""
+    from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name,
+                                                 dtype=dtype).requires_grad_(False)
+    # the same weights once more: what is attached to stays attached
+    second = deepcopy(model, {id(p): p for p in model.parameters()})
+    butler = butler_for(second)
+    stack.enter_context(attached(second, partial(butler.selector, budget)))
 
     @torch.inference_mode()
-    def read(self, ids):
-        from transformers import DynamicCache, StaticCache
-
-        self.growing = DynamicCache()
-        self.static = StaticCache(self.model.config, max_cache_len=self.room)
-        self.model(ids, past_key_values=self.growing, logits_to_keep=1)
-        for i, layer in enumerate(self.growing.layers):
-            self.static.update(layer.keys, layer.values, i)
-
-    @torch.inference_mode()
-    def step(self, model, cache):
+    def step(model, cache):
         model(torch.tensor([[5]]), past_key_values=cache)
         cache.crop(-1)
 
-    def candidates(self, name: str) -> dict:
-        return {f"{name}, growing cache": partial(self.step, self.model, self.growing),
-                f"{name}, static cache": partial(self.step, self.model, self.static),
-                f"{name}, butler": partial(self.step, self.second, self.static)}
+    @torch.inference_mode()
+    def read(ids):
+        growing, static = DynamicCache(), StaticCache(model.config, max_cache_len=room)
+        model(ids, past_key_values=growing, logits_to_keep=1)
+        for i, layer in enumerate(growing.layers):
+            static.update(layer.keys, layer.values, i)
+        return {f"{name}, growing cache": partial(step, model, growing),
+                f"{name}, static cache": partial(step, model, static),
+                f"{name}, butler": partial(step, second, static)}
+
+    return read
 
 
-class LlamaCpp:
-    CHUNK = 512
+def llamas(path, room):
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.LlamaModel(path_model=str(path), verbose=False,
+                                 params=llama_cpp.LlamaModelParams())
+    params = llama_cpp.LlamaContextParams()
+    params.n_ctx = -(-room // 256) * 256
+    params.n_threads = params.n_threads_batch = torch.get_num_threads()
+    context = llama_cpp.LlamaContext(model=model, params=params, verbose=False)
+    batch = llama_cpp.LlamaBatch(n_tokens=CHUNK, embd=0, n_seq_max=1)
 
-    def __init__(self, path, room):
-        llama_cpp.llama_backend_init()
-        self.model = llama_cpp.LlamaModel(path_model=str(path), verbose=False,
-                                          params=llama_cpp.LlamaModelParams())
-        params = llama_cpp.LlamaContextParams()
-        params.n_ctx = -(-room // 256) * 256
-        params.n_threads = params.n_threads_batch = torch.get_num_threads()
-        self.context = llama_cpp.LlamaContext(model=self.model, params=params, verbose=False)
-        self.batch = llama_cpp.LlamaBatch(n_tokens=self.CHUNK, embd=0, n_seq_max=1)
-
-    def decode(self, ids, start, last):
-        self.batch.set_batch(ids, start, last)
-        if self.context.decode(self.batch):
+    def decode(ids, start, last):
+        batch.set_batch(ids, start, last)
+        if context.decode(batch):
             raise UsageError("llama.cpp could not decode")
 
-    def read(self, ids):
-        self.context.memory_seq_rm(0, 0, -1)
-        self.length = ids.shape[1]
-        for start in range(0, self.length, self.CHUNK):
-            part = ids[0, start : start + self.CHUNK].tolist()
-            self.decode(part, start, start + len(part) == self.length)
+    def read(ids):
+        def step():
+            decode([5], length, True)
+            context.memory_seq_rm(0, length, -1)
 
-    def step(self):
-        self.decode([5], self.length, True)
-        self.context.memory_seq_rm(0, self.length, -1)
+        context.memory_seq_rm(0, 0, -1)
+        length = ids.shape[1]
+        for start in range(0, length, CHUNK):
+            decode(ids[0, start : start + CHUNK].tolist(), start, start + CHUNK >= length)
+        return {"llama.cpp, 4-bit weights": step}
 
-    def candidates(self, name: str) -> dict:
-        return {name: self.step}
-
-
-class Ours:
-    """The model of this repository; its dense prompt is read once and shared by all selectors."""
-
-    def __init__(self, path, room, budget):
-        self.llama, self.budget = Llama.from_pretrained(path, fast_dtype()), budget
-        self.butler = load_for(self.llama)
-        self.cache = self.llama.new_cache(1, room)
-
-    def read(self, ids):
-        self.length = ids.shape[1]
-        self.cache.truncate(0)
-        self.llama.prefill(ids, self.cache)
-
-    def step(self, selector=None):
-        self.llama.decode(torch.tensor([[5]]), self.cache, selector)
-        self.cache.truncate(self.length)
-
-    def candidates(self, name: str) -> dict:
-        return {name: self.step, f"butler {self.budget:g}": partial(
-            anew, self.step, self.butler.selector(self.budget))}
+    return read
 
 
 def measure(config: Config) -> dict:
-    path, contexts = resolve(None), sorted(map(int, config.contexts))
+    path, contexts, rows = resolve(None), sorted(map(int, config.contexts)), []
     room = contexts[-1] + 1
-    models = {"dense": Ours(path, room, config.budget),
-              "transformers, float32": Transformers(path, torch.float32, room),
-              "transformers, bfloat16": Transformers(path, torch.bfloat16, room)}
-    if llama_cpp:
-        models["llama.cpp, 4-bit weights"] = LlamaCpp(path, room)
     with ExitStack() as stack:
-        for model in models.values():
-            if isinstance(model, Transformers):
-                butler = butler_for(model.second)
-                stack.enter_context(attached(model.second, partial(butler.selector, config.budget)))
-        return {"rows": timed(models, contexts, config.n)}
-
-
-def timed(models: dict, contexts: list[int], rounds: int) -> list[dict]:
-    rows = []
-    for model in models.values():  # compiled and packed before anything is timed
-        model.read(torch.full((1, 64), 5))
-    for context in contexts:
-        ids = torch.randint(100, 40000, (1, context), generator=torch.manual_seed(context))
-        reading, candidates = {}, {}
-        for name, model in models.items():
-            began = time.perf_counter()
-            model.read(ids)
-            own = model.candidates(name)
-            reading[next(iter(own))] = time.perf_counter() - began
-            candidates |= own
-        seconds = by_turns(candidates, rounds, "cpu")
-        rows += [{"context": context, "candidate": name, "ms": 1e3 * s,
-                  "first_token_s": reading.get(name)} for name, s in seconds.items()]
-    return rows
+        readers = [ours(path, room, config.budget)]
+        readers += [theirs(path, room, config.budget, f"transformers, {name}", dtype, stack)
+                    for name, dtype in reversed(FORMATS.items())]
+        if llama_cpp:
+            readers.append(llamas(path, room))
+        for read in readers:  # compiled and packed before anything is timed
+            read(torch.full((1, 32), 5))  # the shortest of --contexts
+        for context in contexts:
+            ids = torch.randint(100, 40000, (1, context), generator=torch.manual_seed(context))
+            reading, candidates = {}, {}
+            for read in readers:
+                began = time.perf_counter()
+                own = read(ids)
+                reading[next(iter(own))] = time.perf_counter() - began
+                candidates |= own
+            rows += [{"context": context, "candidate": name, "ms": 1e3 * s,
+                      "first_token_s": reading.get(name)}
+                     for name, s in by_turns(candidates, config.n, "cpu").items()]
+    return {"rows": rows}
 
 
 def main(config: Config) -> dict:

@@ -19,6 +19,7 @@ cost if memory were all that counts.
     python -m measure.speed        what reading the weights alone costs on this machine
 """
 
+import functools
 import json
 import math
 import statistics
@@ -87,21 +88,19 @@ def copy_bandwidth(device) -> float:
     return 2 * source.nbytes / seconds["copy"]
 
 
-def two_products(q, k, v):
-    """q [B, H, 1, D], k, v [B, G, S, D] -> [B, H, 1, D]"""
-    weights = q.view(*k.shape[:2], -1, q.shape[-1]) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return (weights.softmax(dim=-1) @ v).view(q.shape)
+def by_group(attend):
+    """Attention with the group's heads as queries of one KV head."""
+    return lambda q, k, v: attend(q.view(*k.shape[:2], -1, q.shape[-1]), k, v).view(q.shape)
 
 
 FORMATS = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # in which dense is tried
-DENSE = {
+DENSE = {  # q [B, H, 1, D], k, v [B, G, S, D] -> [B, H, 1, D]
     "the model's": lambda q, k, v: dense_attention(
         q, k, v, torch.full((len(k), 1), k.shape[2] - 1), False),
-    "group as queries": lambda q, k, v: F.scaled_dot_product_attention(
-        q.view(*k.shape[:2], -1, q.shape[-1]), k, v).view(q.shape),
-    "enable_gqa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-    "two products": two_products,
-}
+    "group as queries": by_group(F.scaled_dot_product_attention),
+    "enable_gqa": partial(F.scaled_dot_product_attention, enable_gqa=True),
+    "two products": by_group(
+        lambda q, k, v: (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v)}
 
 
 def attention(llama, butler, batch: int, context: int, config) -> dict:
@@ -143,23 +142,19 @@ def attention(llama, butler, batch: int, context: int, config) -> dict:
 
 def speed(llama, butler, batch: int, context: int, config) -> dict:
     """Whole decode steps behind `context` cached tokens -> candidates, as `attention`."""
-    token, replays = torch.full((batch, 1), 5, device=llama.device), {}
+    token, cache = torch.full((batch, 1), 5, device=llama.device), filled(llama, batch, context)
 
     def step(cache, selector=None):
         llama.decode(token, cache, selector)
         cache.truncate(context - 1)
 
     def replayed(selector=None):
-        if selector not in replays:
-            replays[selector] = stepper(llama, cache, selector)
-        replays[selector](token)
+        graph(selector)(token)
         cache.truncate(context - 1)
 
-    candidates = {}
-    for kind, dtype in FORMATS.items():
-        own = filled(llama, batch, context, dtype)
-        candidates[f"dense, {kind}"] = partial(step, own), None, False
-    cache = filled(llama, batch, context)
+    graph = functools.cache(partial(stepper, llama, cache))  # one for each selector
+    candidates = {f"dense, {kind}": (partial(step, filled(llama, batch, context, dtype)), None,
+                                     False) for kind, dtype in FORMATS.items()}
     candidates |= butlers(butler, partial(step, cache), config)
     for kept in map(float, config.budgets):
         selector = butler.selector(kept)
@@ -207,13 +202,9 @@ def moved(suite, llama, batch: int, context: int, kept, chooses, number: int, si
     the weights too."""
     c = llama.config
     token = 2 * c.kv_heads * c.head_dim * number  # of one layer
-    if kept is None:
-        cache = context * token
-    else:
-        cache = token * (context * kept if kept <= 1 else kept)
-        if chooses:
-            cache += context * c.kv_heads * (size + 4)  # in 8 bits, and a scale
-    read = batch * (c.layers - 1) * cache
+    attended = context if kept is None else context * kept if kept <= 1 else kept
+    scored = chooses * context * c.kv_heads * (size + 4)  # in 8 bits, and a scale
+    read = batch * (c.layers - 1) * (attended * token + scored)
     if suite == "speed":
         long, few, _ = weight_bytes(llama)
         read += batch * context * token + (few if batch <= FEW else long)
@@ -233,13 +224,13 @@ def weight_bytes(llama) -> tuple[int, int, int]:
     plain = sum(p.nbytes for p in llama.parameters())
     if llama.device.type != "cpu":
         return plain, plain, plain
-    forms = [(form.matrices, sum(m.weight.nbytes for m in block.modules()
-                                 if isinstance(m, torch.nn.Linear)))
-             for block in llama.layers if (form := block.packed)]
+    forms = [(form.matrices, block) for block in llama.layers if (form := block.packed)]
     if form := llama.packed_head:
-        forms.append(([form.matrix], llama.lm_head.weight.nbytes))
+        forms.append(([form.matrix], llama.lm_head))
     packed = sum(part.nbytes for matrices, _ in forms for m in matrices for part in m)
-    return plain, plain + packed - sum(nbytes for _, nbytes in forms), plain + packed
+    instead = sum(m.weight.nbytes for _, module in forms for m in module.modules()
+                  if isinstance(m, torch.nn.Linear))
+    return plain, plain + packed - instead, plain + packed
 
 
 def break_even(rows: list[dict]) -> dict:

@@ -109,7 +109,7 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
     if resident:
         candidates["dense, resident"] = None, resident, 0.0, None
         candidates[f"butler {kept:g}, resident"] = butler.selector(kept), resident, 0.0, None
-    runs, first = {name: [] for name in candidates}, 0
+    turns, first = {name: [] for name in candidates}, 0
     for _ in range(TURNS):  # a change of the machine's speed meets all of them
         for name, (selector, where, drift, ahead) in candidates.items():
             where.truncate(context)
@@ -117,32 +117,30 @@ def steps_behind(llama, butler, context: int, size: int, config) -> list[dict]:
                 selector.reuse.drift, selector.read_ahead = drift, ahead
                 selector.reuse.tally.zero_()
             first += 1000  # each time other tokens
-            runs[name].append(decode(llama, selector, where, steps, first))
-    rows = [{"suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
-             "context": context, "selector": name, "drift": drift,
-             "kept": kept if selector else None, "cache_bytes": size,
-             "limit_bytes": int(size * config.memory) or None,
-             **summary(runs[name], size if selector is None else 0, cache.unit)}
-            for name, (selector, _, drift, _) in candidates.items()]
-    for row in rows:
-        row["speedup"] = rows[0]["ms"] / row["ms"]
-        here = row["selector"].endswith("resident")
-        row["held_bytes"] = size if here else row["held_bytes"] - before
+            turns[name].append(decode(llama, selector, where, steps, first))
+    rows = []
+    for name, (selector, where, drift, _) in candidates.items():
+        rows.append({"suite": "offload", "device": config.device, "shape": config.shape, "batch": 1,
+                     "context": context, "selector": name, "drift": drift,
+                     "kept": kept if selector else None, "cache_bytes": size,
+                     "limit_bytes": int(size * config.memory) or None,
+                     **summary(turns[name], size if selector is None else 0, cache.unit)})
+        rows[-1]["speedup"] = rows[0]["ms"] / rows[-1]["ms"]
+        rows[-1]["held_bytes"] = size if where is resident else rows[-1]["held_bytes"] - before
     return rows
 
 
-def summary(turns: list[dict], size: int, unit: int) -> dict:
+def summary(turns: list[tuple], size: int, unit: int) -> dict:
     """What all turns of one candidate say: the median step, means, the most memory. A step reads
     `size` bytes, or, if 0, `unit` for every row that was missed."""
-    ms = 1e3 * statistics.median(s for turn in turns for s in turn["seconds"])
-    steps, asked, missed, waited = (sum(turn[key] for turn in turns)
-                                    for key in ("steps", "asked", "missed", "waited"))
-    again = [share for turn in turns for share in turn["again"]]
-    return {"ms": ms, "tokens_per_s": 1e3 / ms, "bytes": size or unit * missed / steps,
-            "waited_ms": 1e3 * waited / steps, "hits": 1 - missed / asked if asked else None,
+    seconds, again, interval, held, asked, missed, waited = zip(*turns, strict=True)
+    seconds, again = (sum(lists, []) for lists in (seconds, again))
+    ms, steps = 1e3 * statistics.median(seconds), len(seconds)
+    return {"ms": ms, "tokens_per_s": 1e3 / ms, "bytes": size or unit * sum(missed) / steps,
+            "waited_ms": 1e3 * sum(waited) / steps,
+            "hits": 1 - sum(missed) / sum(asked) if sum(asked) else None,
             "again": statistics.mean(again) if again else None,
-            "interval": statistics.mean(turn["interval"] for turn in turns),
-            "held_bytes": max(turn["held"] for turn in turns)}
+            "interval": statistics.mean(interval), "held_bytes": max(held)}
 
 
 def forget(cache) -> None:
@@ -152,14 +150,17 @@ def forget(cache) -> None:
     os.posix_fadvise(cache.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def decode(llama, selector, cache, n: int, first: int) -> dict:
-    """n steps with the tokens from `first` on: {"seconds" of each; "again": shares of rows chosen
-    in the step before as well; "interval": steps between choices; how many "steps", rows "asked"
-    for and "missed", seconds "waited" for them, bytes of memory "held"}"""
+def decode(llama, selector, cache, n: int, first: int) -> tuple:
+    """n steps with the tokens from `first` on -> [seconds of each], [shares of rows chosen in the
+    step before as well], steps between choices, bytes of memory held, how many rows were asked for,
+    and missed, seconds waited for them"""
+    def counters():
+        return *cache.traffic, getattr(cache, "waited", 0.0)
+
     warm, seconds, shares, last = WARM if selector else 1, [], [], {}
     for step in range(warm + n):
         if step == warm:
-            before = counters(cache)
+            before = counters()
         token = torch.full((1, 1), (first + step) % llama.config.vocab_size, device=llama.device)
         settle(llama.device)
         began = time.perf_counter()
@@ -170,14 +171,9 @@ def decode(llama, selector, cache, n: int, first: int) -> dict:
             now = {layer: set(index[0, 0, 0].tolist()) for layer, index in selector.index.items()}
             shares += [len(now[i] & last[i]) / len(now[i]) for i in now if last]
             last = now
-    traffic = zip(("asked", "missed", "waited"), before, counters(cache), strict=True)
-    return {"seconds": seconds[warm:], "again": shares, "steps": n,
-            "interval": selector.reuse.interval if selector else 1.0,
-            "held": taken(llama.device), **{key: b - a for key, a, b in traffic}}
-
-
-def counters(cache) -> tuple:
-    return *getattr(cache, "traffic", (0, 0)), getattr(cache, "waited", 0.0)
+    traffic = (b - a for a, b in zip(before, counters(), strict=True))
+    interval = selector.reuse.interval if selector else 1.0
+    return seconds[warm:], shares, interval, taken(llama.device), *traffic
 
 
 def taken(device) -> int:
@@ -238,13 +234,12 @@ def table(report: dict) -> str:
                      f"{share[1]:>6s} {r['held_bytes'] / 1e6:9,.0f}")
     for context in sorted({r["context"] for r in report["rows"]}):
         rows = [r for r in report["rows"] if r["context"] == context]
-        limit = rows[0]["limit_bytes"] or 0
+        limit = rows[0]["limit_bytes"]
         within = f", of which {limit / 1e9:.2f} GB in memory" if limit else ""
         lines.append(f"{context:,} tokens: {rows[0]['cache_bytes'] / 1e9:.2f} GB of keys and "
                      f"values{within}")
-        off, on = (next((r for r in rows if r["selector"].endswith(end)), None)
-                   for end in ("no look-ahead", "drift 0"))
-        if off and on and off["waited_ms"]:
+        off, *ahead = (r for r in rows if r["selector"].endswith(("no look-ahead", "drift 0")))
+        for on in ahead if off["waited_ms"] else ():
             less = 1 - on["waited_ms"] / off["waited_ms"]
             lines.append(f"a step waits {off['waited_ms']:.0f} ms for rows; with look-ahead "
                          f"{less:.0%} less, and the step is {off['ms'] - on['ms']:.0f} ms shorter")

@@ -86,20 +86,19 @@ def speed(reports: dict) -> list[Panel]:
     titles = {"attention": "attention of all layers", "speed": "whole step"}
     panels = []
     for name, report in reports.items():
-        lines = {}
+        lines, ticks = {}, []
         for row in report["rows"]:
             if row["batch"] == 1:
                 label = "dense, the fastest" if row["kept"] is None else row["selector"]
                 by = lines.setdefault(label, {})
                 by[row["context"]] = min(row["ms"], by.get(row["context"], row["ms"]))
-        ticks = []
         for context in sorted({x for by in lines.values() for x in by}):
             if not ticks or context > 1.8 * ticks[-1]:  # there is room for its label
                 ticks.append(context)
-        lines = [Line(label, *zip(*sorted(by.items()), strict=True)) for label, by in lines.items()]
-        if lines:
-            title = f"{titles[name.split('_')[0]]}, {name.split('_')[-1]}"
-            panels.append(Panel(title, "tokens cached", "ms a step", lines, ticks, log_y=True))
+        panels.append(Panel(
+            f"{titles[name.split('_')[0]]}, {name.split('_')[-1]}", "tokens cached", "ms a step",
+            [Line(label, *zip(*sorted(by.items()), strict=True)) for label, by in lines.items()],
+            ticks, log_y=True))
     return panels
 
 
@@ -119,50 +118,43 @@ FORMS = {"default": "512 and 4,096", "long texts of 2048": "512 and 2,048", "sho
 
 def length(reports: dict) -> list[Panel]:
     """Oracle, butler and others; then butlers that differ in importance keys or training texts."""
-    panels, by = [], {}
-    for what, table in reports.get("length", {"results": {}})["results"].items():
-        measure, context = what.split(" @")
-        for name, budgets in table.items() if measure == "kept" else ():
-            by.setdefault(name, {})[int(context)] = next(iter(budgets.values()))
-    by.pop("dense", None)
-    if by:
-        panels.append(Panel("10 % of the tokens attended", "tokens cached", "attention kept",
-                            [curve(name, points) for name, points in by.items()], ticks_of(by)))
-    rows = reports.get("ablations", {"rows": {}})["rows"]
-    by = {label: {int(c): m for c, m in rows[name]["kept"].items()}
-          for name, label in FORMS.items() if name in rows}
-    for what, table in reports.get("length_default", {"results": {}})["results"].items():
-        measure, context = what.split(" @")
-        if measure == "kept of oracle":
-            by.setdefault("512 and 2,048 with gaps", {})[int(context)] = table["butler"]["0.1"]
-    if by:
-        panels.append(Panel("trained on texts of ... tokens", "tokens cached",
-                            "kept, of the oracle's", [curve(*entry) for entry in by.items()],
-                            ticks_of(by)))
-    return panels
+    def at_ends(name, measure):  # -> {selector: {context: mean with its interval}}
+        by = {}
+        for what, table in reports[name]["results"].items():
+            if what.startswith(f"{measure} @"):
+                for selector, budgets in table.items():
+                    by.setdefault(selector, {})[int(what.split("@")[1])] = next(
+                        iter(budgets.values()))
+        return by
 
-
-def ticks_of(by: dict) -> list[int]:
-    return sorted({context for points in by.values() for context in points})
+    kept, rows = at_ends("length", "kept"), reports["ablations"]["rows"]
+    del kept["dense"]
+    forms = {label: {int(c): m for c, m in rows[name]["kept"].items()}
+             for name, label in FORMS.items()}
+    forms["512 and 2,048 with gaps"] = at_ends("length_default", "kept of oracle")["butler"]
+    return [Panel(title, "tokens cached", y, [curve(*entry) for entry in by.items()],
+                  sorted({context for points in by.values() for context in points}))
+            for title, y, by in (
+                ("10 % of the tokens attended", "attention kept", kept),
+                ("trained on texts of ... tokens", "kept, of the oracle's", forms))]
 
 
 def curve(label: str, points: dict) -> Line:
     """{x: mean with its interval} -> a line with its band."""
-    points = dict(sorted(points.items()))
-    return Line(label, list(points), *([m[end] for m in points.values()]
-                                       for end in ("mean", "low", "high")))
+    x, means = zip(*sorted(points.items()), strict=True)
+    return Line(label, x, *([m[end] for m in means] for end in ("mean", "low", "high")))
 
 
 def training(reports: dict) -> list[Panel]:
     report, loss = reports["train"], reports["train"]["loss"]
     total = [0, *accumulate(loss)]
     means = [(b - a) / SMOOTH for a, b in zip(total, total[SMOOTH:], strict=False)]
-    held_out = Line("held-out text, before and after", [0, len(loss)],
-                    [report["kl_before"], report["kl"]], look="points")
     middle = [SMOOTH / 2 + i for i in range(len(means))]
     return [Panel("training of the shipped butler", "step", "KL divergence, nats", [
         Line("of each step", list(range(1, 1 + len(loss))), loss, look="faint"),
-        Line(f"mean of {SMOOTH} steps", middle, means, look="plain"), held_out])]
+        Line(f"mean of {SMOOTH} steps", middle, means, look="plain"),
+        Line("held-out text, before and after", [0, len(loss)],
+             [report["kl_before"], report["kl"]], look="points")])]
 
 
 def offload(reports: dict) -> list[Panel]:
@@ -200,22 +192,19 @@ def tradeoff(reports: dict) -> list[Panel]:
     return panels
 
 
-FIGURES = {"accuracy": (accuracy, "budgets"),
-           "speed": (speed, "attention_smollm2-135m_avx512-bf16", "speed_avx2",
-                     "speed_avx512-bf16"),
-           "recall": (recall, "recall"), "length": (length, "length", "ablations",
-                                                            "length_default"),
-           "training": (training, "train"),
-           "offload": (offload, "offload*"),
-           "tradeoff": (tradeoff, "tradeoff_*")}  # a figure: its function, and the files it is of
+FIGURES = {  # its function, and the files it is of
+    "accuracy": (accuracy, "budgets"), "recall": (recall, "recall"),
+    "speed": (speed, "attention_smollm2-135m_avx512-bf16", "speed_avx2", "speed_avx512-bf16"),
+    "length": (length, "length", "ablations", "length_default"), "training": (training, "train"),
+    "offload": (offload, "offload*"), "tradeoff": (tradeoff, "tradeoff_*")}
 
 
 def panels(name: str) -> list[Panel]:
-    """The numbers of a figure; [] where their files are missing."""
+    """The numbers of a figure; [] where a file of theirs is missing."""
     function, *patterns = FIGURES[name]
-    paths = [path for pattern in patterns for path in sorted(RESULTS.glob(f"{pattern}.json"))]
-    reports = {path.stem: json.loads(path.read_text()) for path in paths}
-    return function(reports) if reports else []
+    found = [sorted(RESULTS.glob(f"{pattern}.json")) for pattern in patterns]
+    reports = {path.stem: json.loads(path.read_text()) for paths in found for path in paths}
+    return function(reports) if all(found) else []
 
 
 def digest(panels: list[Panel]) -> str:
@@ -283,7 +272,7 @@ def paint_bars(axis, panel: Panel) -> None:
     """One bar a line, the first on top, its length beside it."""
     names = [line.label for line in panel.lines]
     bars = axis.barh(names, [line.x[0] for line in panel.lines],
-                     color=[COLOURS.get(name.split(",")[0].split()[0], GREY) for name in names])
+                     color=[COLOURS[name.replace(",", " ").split()[0]] for name in names])
     axis.bar_label(bars, fmt="{:,.0f}", padding=3, color=GREY)
     axis.invert_yaxis()
     axis.margins(x=0.15)

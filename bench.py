@@ -12,7 +12,7 @@
     drift       the tasks, choices being kept until their queries have turned by more than --drifts:
                 accuracy, and the steps between two choices
     generation  free text of --length tokens: which share of its 8-grams has been there before?
-    tradeoff    a task's score beside milliseconds of a decode step, see measure/tradeoff.py
+    tradeoff    a task's score, as synth_task.py has it, beside milliseconds of a decode step
     attention, speed    milliseconds of a decode step, see measure/speed.py
     offload             the same with keys and values elsewhere, see measure/speed_offload.py
 
@@ -37,7 +37,7 @@ from butler import Butler, load_for
 from common.cli import DEVICE, flag, known, names, numbers, processor, provenance, run
 from common.errors import UsageError
 from loading.tokenizer import Tokenizer
-from measure import speed, speed_offload, tables, tradeoff
+from measure import speed, speed_offload, tables
 from measure.intervals import accuracy, bootstrap, of_oracle, through
 from measure.probe import Probe, at_lengths, mean
 from model import Llama, check_device
@@ -244,7 +244,7 @@ def repeated(ids: list[int]) -> float:
 # ---------------------------------------------------------------------------- the script
 
 SUITES = {"perplexity": perplexity, "recall": recall, "length": length, "drift": drift,
-          "generation": generation, "tradeoff": tradeoff.tradeoff}
+          "generation": generation, "tradeoff": speed.tradeoff}
 TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
 
 

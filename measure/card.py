@@ -44,19 +44,17 @@ def card(report: dict) -> str:
     c = report["config"]
     local = c["model"] is not None and Path(c["model"]).exists()
     base = Path(c["model"]).resolve().name if local else c["model"] or DEFAULT["name"]
-    named = f"base_model: {json.dumps(base)}"
-    if local:
-        named = f"# base_model: org/name of {json.dumps(base)}, a file or folder here"
+    named = (f"# base_model: org/name of {json.dumps(base)}, a file or folder here" if local else
+             f"base_model: {json.dumps(base)}")
     texts = ", ".join(c["data"]) or TEXTS.format(**report)
     model = f" --model {shlex.quote(c['model'])}" if c["model"] else ""
     model += " --engine transformers" * (c.get("engine") == "transformers")
-    use = USE.format(model=model, out=shlex.quote(c["out"]))
     longer = f", every {c['long_every']}th of up to {c['long']:,}, no more than the model holds"
     if span := c.get("span"):
         longer += f", spread over {span:,} positions"
     return "\n".join([
         "---", named, "base_model_relation: adapter",
-        "tags:", *(f"- {tag}" for tag in ("tokenbutler", "sparse-attention", "kv-cache")),
+        "tags:", "- tokenbutler", "- sparse-attention", "- kv-cache",
         "# license: yours to choose; the base model keeps its own", "---", "",
         f"# A butler for {base.split('/')[-1]}", "",
         "It predicts which few cached tokens each layer of its base model needs next (TokenButler, "
@@ -69,7 +67,8 @@ def card(report: dict) -> str:
         "", "## Quality", "",
         "On texts that it was not trained on; *kept* is the share of the attention that falls on "
         "the tokens attended, at the end of a text of that length.", "",
-        f"```\n{tables.training(report)}\n```", "", "## Use", "", use])
+        f"```\n{tables.training(report)}\n```", "", "## Use", "",
+        USE.format(model=model, out=shlex.quote(c["out"]))])
 
 
 def write(report: dict, path) -> list[str]:

@@ -4,6 +4,7 @@
 
     attention   all layers' attention of one step, choosing included, and its stages alone
     speed       whole steps of a Llama of that shape
+    tradeoff    a task's score beside what sample.py's step takes behind its first document
 
 Dense is whatever is fastest here. In `attention` that is `scaled_dot_product_attention` with the
 group's heads as queries of one KV head or as PyTorch groups them, or two matrix products, each on
@@ -12,10 +13,12 @@ format, on a GPU replayed from a CUDA graph too (graph.py; not measured yet). A 
 made once and then kept, is the bound of every selector, the oracle among them. Every candidate runs
 once a round, in turn, so that a slow moment of the machine hits all; a row holds the median.
 `predicted_ms` is bytes moved over this machine's copy bandwidth, measured too: what the step would
-cost if memory were all that counts.
+cost if memory were all that counts. On a CPU dense, butler and what attends to a choice have
+compiled forms; oracle and rivals rank in plain PyTorch, a bound rather than a race.
 
     python bench.py --suite attention --shape smollm2-135m --contexts 2048,8192
     python bench.py --suite speed --contexts 8000
+    python bench.py --suite tradeoff --budgets 0.05,0.1,0.25 --n 20
     python -m measure.speed        what reading the weights alone costs on this machine
 """
 
@@ -40,7 +43,9 @@ from common.files import read_text
 from cpu.loops import FEW
 from kernel import on_gpu, sparse_attention
 from loading.weights import Config
+from measure.intervals import accuracy
 from model import Llama, dense_attention, fast_dtype, resolve, rope_frequencies
+from tasks.evaluation import EVICTING, Prompts, at_contexts, evaluate
 
 SHAPES = {
     "smollm2-135m": Config(vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64,
@@ -168,6 +173,53 @@ def speed(llama, butler, batch: int, context: int, config) -> dict:
             function()
         candidates |= {f"{name}, CUDA graph": graph for name, graph in graphs.items()}
     return candidates
+
+
+def tradeoff(bench) -> dict:
+    """bench: see bench.py -> {"results": {task: {selector: {budget: score, interval and ms}}}}"""
+    c, llama, tok, results = bench.config, bench.llama, bench.tok, {}
+    for task, documents in at_contexts(llama, tok, c.task, c.contexts, c.n, c.seed).items():
+        scores = evaluate(llama, tok, documents, c.selectors, c.budgets, bench.butlers, task=task)
+        ms = behind(llama, tok, documents[0], list(bench.makers()), c.n)
+        results[task] = {name: {budget: accuracy(runs) | {"ms": ms[name, budget]}
+                                for budget, runs in by.items()} for name, by in scores.items()}
+    return {"results": results}
+
+
+def behind(llama, tok, document, makers, rounds: int) -> dict:
+    """makers: [(selector, budget, [makers of fresh ones])] -> {(selector, budget): milliseconds of
+    a decode step behind the document's context}, all on the same keys and values; dense with a
+    cache of the faster format."""
+    evicting = [EVICTING[name] for name, *_ in makers if name in EVICTING]
+    prompts = Prompts(llama, tok, [document], "sparse", evicting)
+    token, size, candidates = prompts.block[:, :1], int(prompts.lengths), {}
+
+    def converted(dtype):  # the same keys and values, and room for a token more
+        cache = llama.new_cache(1, size + 1, dtype)
+        for mine, its in zip(cache.k + cache.v, prompts.cache.k + prompts.cache.v, strict=True):
+            mine[:, :, :size] = its[:, :, :size]
+        cache.advance(size)
+        return cache
+
+    def step(advance, cache, *_):
+        advance(token)
+        cache.truncate(size)
+
+    for name, budget, (make, *_) in makers:
+        selector = make()
+        prompts.begin(selector)
+        for cache in [prompts.cache] if selector else map(converted, FORMATS.values()):
+            function = partial(step, stepper(llama, cache, selector), cache)
+            if name == "butler":
+                function = partial(anew, function, selector)
+            candidates[(name, budget), cache] = function
+    with torch.inference_mode():
+        for function in candidates.values():
+            function()  # plain; on a GPU the round that warms up captures
+        seconds, ms = by_turns(candidates, rounds, llama.device), {}
+    for (key, _), t in seconds.items():
+        ms[key] = min(1e3 * t, ms.get(key, math.inf))
+    return ms
 
 
 def butlers(butler, step, config) -> dict:

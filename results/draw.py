@@ -105,10 +105,9 @@ def speed(reports: dict) -> list[Panel]:
 def recall(reports: dict) -> list[Panel]:
     report = reports["recall"]
     budget = report["config"]["budgets"][0]
-    lines = [Line(name, list(range(1, 1 + len(by[budget]))), by[budget], look="plain")
-             for name, by in report["layers"]["mass"].items()]
-    return [Panel(f"{float(budget):.0%} of the tokens attended", "layer", "attention kept", lines,
-                  beside=True)]
+    return [Panel(f"{float(budget):.0%} of the tokens attended", "layer", "attention kept",
+                  [Line(name, list(range(1, 1 + len(by[budget]))), by[budget], look="plain")
+                   for name, by in report["layers"]["mass"].items()], beside=True)]
 
 
 FORMS = {"default": "512 and 4,096", "long texts of 2048": "512 and 2,048", "short texts": "512",
@@ -220,9 +219,8 @@ def draw(panels: list[Panel], path) -> None:
     ImportError without matplotlib."""
     from matplotlib import pyplot, rc_context
 
-    colours = {f"{part}.{kind}": GREY for part, kind in (
-        ("text", "color"), ("axes", "labelcolor"), ("axes", "edgecolor"), ("axes", "titlecolor"),
-        ("xtick", "color"), ("ytick", "color"), ("legend", "labelcolor"))}
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor",
+                             "xtick.color", "ytick.color", "legend.labelcolor"), GREY)
     with rc_context(colours | {"svg.hashsalt": "0", "svg.fonttype": "none", "font.size": 9,
                                "axes.spines.top": False, "axes.spines.right": False}):
         bars = panels[0].lines[0].look == "bar"

@@ -20,7 +20,7 @@ from baselines import BASELINES, NAMES, make_selector
 from butler import Butler, ButlerConfig, load_for
 from common.cli import processor
 from common.errors import UsageError
-from measure import tradeoff
+from measure import speed
 from measure.probe import Probe, mean
 from model import Llama
 from tasks.coreference import coreference_documents
@@ -134,9 +134,9 @@ def test_a_step_that_is_timed_again_and_again_is_the_first_one(tok, monkeypatch)
             seen.setdefault((selector, cache), []).append(llama.decode(token, cache, selector))
         return step
 
-    monkeypatch.setattr(tradeoff, "stepper", stepper)
+    monkeypatch.setattr(speed, "stepper", stepper)
     makers = [(name, "0.3", [partial(make_selector, name, 0.3, butler)]) for name in NAMES]
-    ms = tradeoff.milliseconds(llama, tok, document, makers, 2)
+    ms = speed.behind(llama, tok, document, makers, 2)
     assert list(ms) == [(name, "0.3") for name in NAMES] and min(ms.values()) > 0
     prompt, question = (torch.tensor([tok.encode(text)])
                         for text in (document.context, document.question))

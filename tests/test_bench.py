@@ -195,7 +195,7 @@ def test_the_script(tmp_path):
 
 @pytest.mark.slow
 def test_what_compare_writes_stands_in_the_tables(tmp_path):
-    for part in ("*.py", "*/*.py", "README.md", "results/*", "checkpoints/*"):
+    for part in ("*.py", "*/*.py", "README.md", "results/*", "checkpoints/*", "tasks/*.json"):
         for path in ROOT.glob(part):
             (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             if path.is_file():

@@ -28,10 +28,12 @@ are divided between training and test, so a test sentence always says something 
     python -m tasks.coreference        prints one document, and how far the answer is away
 """
 
+import json
 import random
 from dataclasses import dataclass
 from itertools import cycle, islice
 from math import gcd
+from pathlib import Path
 from typing import NamedTuple
 
 from tasks.document import Document
@@ -42,87 +44,9 @@ QUESTIONS = (
     "Question: Which place was described above as {}?\nAnswer:",
     "Question: Which place does the text describe as {}?")
 
-# Where a place lies, and what it is known for: as introduced, then as the question words it.
-SETTINGS = (
-    ("A fishing village on a cold northern bay", "the sailors' settlement by the icy water"),
-    ("A mining town high in the red hills", "the community of diggers up among the slopes"),
-    ("A small island far from any trade route", "the remote patch of land in the ocean"),
-    ("A market town at the meeting of two rivers", "the trading post where the waters join"),
-    ("An oasis in the middle of a salt desert", "the green refuge amid the dry wastes"),
-    ("A university city behind old stone walls", "the seat of learning within its ramparts"),
-    ("A farming valley below a quiet volcano", "the crop land beneath the sleeping mountain"),
-    ("A logging camp deep in a pine forest", "the woodcutters' base among the tall trees"),
-    ("A monastery above the clouds", "the monks' retreat close to the sky"),
-    ("A railway junction on an empty plain", "the stop in flat country for changing trains"),
-    ("A border fortress beside a narrow pass", "the stronghold guarding the way between lands"))
-CUSTOMS = (
-    ("keeps a great clock that runs backwards", "whose timepiece turns the wrong way"),
-    ("paints every roof a bright yellow", "where all the housetops look golden"),
-    ("lights a thousand lanterns at midwinter", "that glows on the shortest day of the year"),
-    ("raises white peacocks in its gardens", "where pale birds are bred for their feathers"),
-    ("is ruled by a council of grandmothers", "governed by its old women"),
-    ("brews a bitter tea from blue flowers", "known for a sharp drink made of petals"),
-    ("holds a race on stilts each spring", "where people compete on long wooden legs"),
-    ("hides its treasure under a crooked bridge", "with gold buried beneath a bent crossing"),
-    ("forbids whistling after sunset", "where a tune on the lips is a crime at night"),
-    ("stores ice in deep cellars all summer", "with frozen water kept underground"),
-    ("weaves sails for ships it has never seen", "making canvas for unknown vessels"),
-    ("teaches every child to carve flutes", "whose young all make musical instruments"),
-    ("rings nine bells before every storm", "that warns of bad weather by chiming"),
-    ("is famous for mirrors of polished copper", "celebrated for its shiny reflecting metal"),
-    ("pays for everything in green glass beads", "whose money is small coloured balls"),
-    ("celebrates the birthday of its oldest tree", "that gives a party for an ancient oak"),
-    ("writes its laws on painted kites", "whose rules fly in the wind"),
-    ("keeps bees inside the walls of its houses", "where honey is made behind the bricks"),
-    ("sends its letters by trained crows", "whose post is carried by black wings"),
-    ("mends broken pottery with silver", "that repairs cracked bowls with precious seams"))
-
-# A start and an end make a word that nobody has seen and that the tokenizer cuts into 3 to 5.
-NAME_STARTS, NAME_ENDS = map(str.split, (
-    "Qor Vel Zam Thul Yel Dru Mib Kav Oru Lun Pel Wex Sab Rin Gol Fen Hax Jor Bri Tav Nul Cae Eph",
-    "bandel tamoria dovar luneth mirrow kestia porath saluna govik rendal faroth zimber nathor "
-    "bilgar vosteen duramel hespia lorqua tibrane munaveth"))
-
-THINKERS = (
-    "Some thinkers hold that patience", "An old argument says that courage",
-    "For the early sceptics, doubt", "Many teachers have claimed that honesty",
-    "In one tradition, silence", "It is often said that memory",
-    "According to the moralists, curiosity", "Seen from a distance, hope",
-    "Most schools agree that kindness", "Looked at closely, freedom",
-    "A well-known essay claims that solitude")
-CLAIMS = (
-    "is a habit long before it becomes a virtue", "cannot be taught, although it can be learned",
-    "matters most when nobody is there to praise it", "costs little and is still rarely found",
-    "asks more of us than any written rule", "begins where certainty comes to an end",
-    "is lost as soon as we try to own it", "shows what a person really loves",
-    "belongs to the weak as much as to the strong", "looks simple until one has to choose",
-    "grows only in those who use it", "cannot be separated from the fear of death",
-    "needs reasons but does not begin with them", "teaches us how small our plans are",
-    "turns into vanity when it is put on display", "proves nothing and yet changes everything",
-    "makes us answerable to people we will never meet", "is neither a gift nor a duty",
-    "is worth more than the comfort it takes away", "ties the present to what came before it")
-DISHES = (
-    "Barley soup", "Fresh flatbread", "A stew of lentils", "Plum cake", "Roasted pumpkin",
-    "Soft goat cheese", "Rice with saffron", "Smoked fish", "A pot of beans", "Onion pie",
-    "Sweet porridge")
-HABITS = (
-    "tastes best on the second day", "goes well with a spoonful of sour cream",
-    "should be left to rest before it is served", "needs a pinch of salt and plenty of time",
-    "is often brought out first when guests arrive", "turns bitter if the fire is too hot",
-    "is improved by a little lemon and black pepper", "fills the whole kitchen with its smell",
-    "was once a meal for holidays only", "can be made from almost nothing in winter",
-    "keeps for three days in a cool pantry", "looks plain but pleases even fussy eaters",
-    "is sold from small carts beside the road", "calls for butter, although oil will also do",
-    "loses its flavour when it is heated twice", "is what most cooks learn to prepare first",
-    "makes a good supper after a long walk", "is sometimes sweetened with a few raisins",
-    "is best enjoyed with a glass of cold cider", "has more admirers abroad than at home")
-RECKONERS = (
-    "A careful clerk will tell you that", "Anyone with an abacus can check that",
-    "It takes only a moment to see that", "The pupils wrote on the board that",
-    "By simple counting we find that", "On the back of the receipt it says that",
-    "As every schoolbook confirms,", "Without a pencil one can work out that",
-    "The baker's daughter knows by heart that", "A quick note in the margin shows that",
-    "Nobody at the table disputed that")
+# {kind: [heads, tails]}. Those of places, where one lies and what it is known for, are pairs: as it
+# is introduced, then as the question words it. The tokenizer cuts a name into 3 to 5.
+PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))["coreference"]
 
 
 class Place(NamedTuple):
@@ -143,16 +67,6 @@ class Pools:
     arithmetic: tuple[str, ...]
 
 
-def _sums() -> list[str]:
-    """Twenty true statements; the steps are coprime to the ranges, so no two of them are alike."""
-    sums = []
-    for i in range(20):
-        a, b = 15 + 17 * i % 80, 3 + 5 * i % 7
-        sums.append((f"{a} plus {b} makes {a + b}", f"{a} minus {b} leaves {a - b}",
-                     f"{a} times {b} is {a * b}")[i % 3])
-    return sums
-
-
 def _pairs(heads, tails, split: str) -> list[tuple]:
     """Every head with every tail of the split (60 % of the tails train, 40 % test, order fixed).
 
@@ -161,7 +75,7 @@ def _pairs(heads, tails, split: str) -> list[tuple]:
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    shuffled = random.Random(0).sample(list(tails), len(tails))
+    shuffled = random.Random(0).sample(tails, len(tails))
     cut = 3 * len(tails) // 5
     tails = shuffled[:cut] if split == "train" else shuffled[cut:]
     return [(heads[i % len(heads)], tails[i % len(tails)]) for i in range(len(heads) * len(tails))]
@@ -169,13 +83,12 @@ def _pairs(heads, tails, split: str) -> list[tuple]:
 
 def pools(split: str) -> Pools:
     """The phrases of "train" or of "test": no entry of one is in the other. Else ValueError."""
-    return Pools(
-        places=tuple(Place(f"{setting[0]} {custom[0]}.", f"{setting[1]}, {custom[1]}")
-                     for setting, custom in _pairs(SETTINGS, CUSTOMS, split)),
-        names=tuple(a + b for a, b in _pairs(NAME_STARTS, NAME_ENDS, split)),
-        philosophy=tuple(f"{a} {b}." for a, b in _pairs(THINKERS, CLAIMS, split)),
-        food=tuple(f"{a} {b}." for a, b in _pairs(DISHES, HABITS, split)),
-        arithmetic=tuple(f"{a} {b}." for a, b in _pairs(RECKONERS, _sums(), split)))
+    pairs = {kind: _pairs(*halves, split) for kind, halves in PHRASES.items()}
+    places = tuple(Place(f"{setting[0]} {custom[0]}.", f"{setting[1]}, {custom[1]}")
+                   for setting, custom in pairs.pop("places"))
+    names = tuple(map("".join, pairs.pop("names")))
+    return Pools(places, names, **{kind: tuple(f"{head} {tail}." for head, tail in some)
+                                   for kind, some in pairs.items()})
 
 
 def _walk(rng: random.Random, pool):

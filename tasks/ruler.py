@@ -22,11 +22,13 @@ through names that the question never mentions. To count words takes the whole c
     python -m tasks.ruler [LENGTH]     shows a document of every task, shortened
 """
 
+import json
 import random
 import re
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from pydoc_data.topics import topics
 from string import ascii_lowercase, ascii_uppercase
 from uuid import UUID
@@ -36,19 +38,7 @@ from loading.fetch import resolve
 from tasks.corpus import hold_out
 from tasks.document import Document
 
-ADJECTIVES, NOUNS = map(str.split, (
-    "ancient bitter bold brave bright broad busy calm careful cheerful clever cloudy cold cozy "
-    "crisp curious curly damp dusty eager early empty faint famous fancy fierce fluffy gentle "
-    "giant golden grumpy happy hasty heavy hollow honest humble jolly kind lazy lively lonely "
-    "lucky mellow modest narrow noisy odd patient plain polite proud quick quiet rapid rusty "
-    "shiny silent smooth sturdy",
-    "anchor apple arrow badge basket beach bell blanket bottle branch bridge brush bucket button "
-    "cabin camera candle canoe carpet castle chair cherry clock coat copper cottage cradle "
-    "curtain desk door drum engine fence ferry flag flute forest fountain garden gate glove "
-    "guitar hammer harbor hill honey island jacket kettle kite ladder lamp lemon library meadow "
-    "mirror needle oven paddle pencil piano pillow pocket pond quilt ribbon river saddle scarf "
-    "shovel spoon stable statue ticket tower train tunnel valley violin window"))
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))["ruler"]
 
 
 @cache
@@ -76,16 +66,17 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(word for word in words if together.count(word) == 1)
 
 
-def fit(length: int, count, start: str, body: Callable[[int], str], question: str,
-        answers: list[str], evidence: list[str], scoring="all", new_tokens=0) -> Document:
-    """The document `start + body(n)`, for an n that fills the length: 98 % or all but one unit of
-    what the answer leaves for context and question. The pieces of `evidence` are its spans.
+def fit(length: int, count, prompt: list[str], body: Callable[[int], str], answers: list[str],
+        evidence: list[str], scoring="all", new_tokens=0) -> Document:
+    """The document whose prompt is a start and a question: context `start + body(n)`, for an n that
+    fills the length: 98 % or all but one unit of what the answer leaves for context and question.
+    The pieces of `evidence` are its spans.
 
     Aims at 99 % with the mean cost of a unit so far: three or four counts of the whole text do.
     Raises ValueError when even body(0) is too long.
     """
     answer = new_tokens or count(" " + answers[0])
-    text, room = body(0), length - answer
+    (start, question), text, room = prompt, body(0), length - answer
     bare = count(start + text + question)
     if bare > room:
         raise ValueError(f"{length} tokens are too few: this task needs {bare + answer}")
@@ -107,6 +98,11 @@ def fit(length: int, count, start: str, body: Callable[[int], str], question: st
     return Document(context, question, tuple(answers), scoring, new_tokens, spans)
 
 
+def prompts(name: str, **parts: str) -> list[str]:
+    """What stands before the text of a document, and the question behind it."""
+    return [text.format(**parts) for text in PHRASES["prompts"][name]]
+
+
 def scatter(pieces: list[str], hay: list[str], depths: list[float]) -> list[str]:
     """The hay with every piece at its depth, from 0 (before it) to 1 (behind it), ascending."""
     together = list(hay)
@@ -118,7 +114,7 @@ def scatter(pieces: list[str], hay: list[str], depths: list[float]) -> list[str]
 def haystack(rng: random.Random, kind: str, length: int) -> tuple[list[str], str]:
     """More than `length` tokens of noise or prose, as units -> (units, what stands between)."""
     if kind == "noise":
-        return [NOISE] * (length // 10 + 1), "\n"
+        return [PHRASES["noise"]] * (length // 10 + 1), "\n"
     sentences, told = held_out_sentences(), []
     while len(told) <= length // 5:  # a sentence has at least six tokens
         told += rng.sample(sentences, len(sentences))
@@ -131,7 +127,8 @@ def secrets(rng: random.Random, kind: str, n: int) -> list[str]:
         return [str(UUID(int=rng.getrandbits(128), version=4)) for _ in range(n)]
     if kind == "number":
         return [str(number) for number in rng.sample(range(10**6, 10**7), n)]
-    pairs = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+    pairs = [f"{adjective}-{noun}" for adjective in PHRASES["adjectives"]
+             for noun in PHRASES["nouns"]]
     if n > len(pairs):
         raise ValueError(f"{n} needles are too many: there are {len(pairs)} keys")
     return rng.sample(pairs, n)
@@ -154,35 +151,23 @@ def niah(rng: random.Random, length: int, count, hay="prose", value="number", ke
     depths = sorted(rng.random() for _ in pieces)
     units, between = (told[1:], "\n") if hay == "needles" else haystack(rng, hay, length)
     query, many = ", and ".join(", ".join(names[:asked]).rsplit(", ", 1)), right > 1
-    some, magic, verb = ("Some", f"{value}s", "are") if many else ("A", value, "is")
-    start = (f"{some} special magic {magic} {verb} hidden within the following text. Make sure to "
-             f"memorize it. I will quiz you about the {magic} afterwards.\n")
-    question = (f"\nWhat {'are all' if many else 'is'} the special magic {magic} for {query} "
-                f"mentioned in the provided text? The special magic {magic} for {query} "
-                + ("mentioned in the provided text are" if many else "is:"))
-    return fit(length, count, start, lambda n: between.join(scatter(pieces, units[:n], depths)),
-               question, hidden[:right], told[:right], "all" if many else "exact", 128 * many)
+    prompt = prompts("needles" if many else "needle", value=value, query=query)
+    return fit(length, count, prompt, lambda n: between.join(scatter(pieces, units[:n], depths)),
+               hidden[:right], told[:right], "all" if many else "exact", 128 * many)
 
 
 def variable_tracking(rng: random.Random, length: int, count) -> Document:
     """VAR A = 12345, VAR B = VAR A, ..., four hops in order, scattered: who holds the number?"""
-    names = []
+    names = {}
     while len(names) < 5:
-        name = "".join(rng.choices(ascii_uppercase, k=5))
-        if name not in names:
-            names.append(name)
-    value = str(rng.randrange(10**4, 10**5))
+        names["".join(rng.choices(ascii_uppercase, k=5))] = None
+    names, value = list(names), str(rng.randrange(10**4, 10**5))
     held = [value, *(f"VAR {name}" for name in names[:-1])]
     told = [f"VAR {name} = {source}." for name, source in zip(names, held, strict=True)]
     depths = sorted(rng.random() for _ in told)
     units, between = haystack(rng, "noise", length)
-    start = ("Memorize and track the chain(s) of variable assignment hidden in the following "
-             "text.\n\n")
-    question = (f"\nQuestion: Find all variables that are assigned the value {value} in the text "
-                "above. Answer: According to the chain(s) of variable assignment in the text "
-                f"above, {len(names)} variables are assigned the value {value}, they are:")
-    return fit(length, count, start, lambda n: between.join(scatter(told, units[:n], depths)),
-               question, names, told, new_tokens=30)
+    return fit(length, count, prompts("variable_tracking", value=value),
+               lambda n: between.join(scatter(told, units[:n], depths)), names, told, new_tokens=30)
 
 
 def common_words(rng: random.Random, length: int, count) -> Document:
@@ -206,11 +191,8 @@ def common_words(rng: random.Random, length: int, count) -> Document:
         random.Random(seed).shuffle(listed)
         return " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
 
-    start = ("Below is a numbered list of words. In these words, some appear more often than "
-             "others. Memorize the ones that appear most often.\n")
-    question = ("\nQuestion: What are the 10 most common words in the above list? Answer: The top "
-                "10 words that appear most often in the list are:")
-    return fit(length, count, start, body, question, words[:10], words[:10], new_tokens=120)
+    common = words[:10]
+    return fit(length, count, prompts("common_words"), body, common, common, new_tokens=120)
 
 
 def frequent_words(rng: random.Random, length: int, count) -> Document:
@@ -229,12 +211,8 @@ def frequent_words(rng: random.Random, length: int, count) -> Document:
         random.Random(seed).shuffle(told)
         return " ".join(told)
 
-    start = ("Read the following coded text and track the frequency of each coded word. Find the "
-             "three most frequently appeared coded words. ")
-    question = ("\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What "
-                "are the three most frequently appeared words in the above coded text? Answer: "
-                "According to the coded text above, the three most frequently appeared words are:")
-    return fit(length, count, start, body, question, coded[1:4], coded[1:4], new_tokens=50)
+    most = coded[1:4]
+    return fit(length, count, prompts("frequent_words"), body, most, most, new_tokens=50)
 
 
 def copy(rng: random.Random, length: int, count) -> Document:
@@ -244,18 +222,15 @@ def copy(rng: random.Random, length: int, count) -> Document:
     can be guessed: without the passage nearly half of the tokens are right, and with it nearly all.
     Plain lists of words leave nothing to guess, but the default model loses its place in them.
     """
-    adjectives, nouns = rng.sample(ADJECTIVES, 60), rng.sample(NOUNS, 60)
+    adjectives, nouns = (rng.sample(PHRASES[kind], 60) for kind in ("adjectives", "nouns"))
     things, told = [f"the {a} {n}" for a, n in zip(adjectives, nouns, strict=True)], []
     while count(" ".join(told)) < 160 and things:
         told.append(f"T{things.pop()[1:]}, {things.pop()} and {things.pop()}.")
     passage = " ".join(told)
     *first, rest = passage.split(" ", 3)
     units, between = haystack(rng, "prose", length)
-    question = ("\n\nThe passage is given once more, word for word.\n"
-                f"Passage: {' '.join(first)}")
-    return fit(length, count, "Remember this passage.\nPassage: ",
-               lambda n: f"{passage}\n\n{between.join(units[:n])}", question, [rest], [passage],
-               "token")
+    return fit(length, count, prompts("copy", first=" ".join(first)),
+               lambda n: f"{passage}\n\n{between.join(units[:n])}", [rest], [passage], "token")
 
 
 TASKS = {  # name -> function of a random.Random, the length and the counter of tokens

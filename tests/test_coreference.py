@@ -43,9 +43,9 @@ def test_the_two_tellings_of_a_place_are_each_unique_across_splits():
 
 def test_the_custom_of_a_test_place_is_never_trained_on():
     """The half that tells a test place apart occurs in no training place, in either wording."""
-    train = coreference.pools("train").places
+    train, settings = coreference.pools("train").places, coreference.PHRASES["places"][0]
     for place in coreference.pools("test").places:
-        setting = next(s for s in coreference.SETTINGS if place.introduction.startswith(s[0]))
+        setting = next(s for s in settings if place.introduction.startswith(s[0]))
         custom = place.introduction.removeprefix(setting[0])
         clause = place.tie_back.removeprefix(setting[1])
         assert not any(p.introduction.endswith(custom) or p.tie_back.endswith(clause)
@@ -127,8 +127,8 @@ def test_the_question_rewords_one_introduced_place(referents):
         assert document.question.endswith(coreference.CUE)
         assert asked[0].introduction[:-1] not in document.question
         # The others differ in both halves: no shared setting, no shared custom.
-        settings = [s[0] for s in coreference.SETTINGS if s[0] in document.context]
-        customs = [c[0] for c in coreference.CUSTOMS if c[0] in document.context]
+        settings, customs = ([told for told, _ in half if told in document.context]
+                             for half in coreference.PHRASES["places"])
         assert len(settings) == len(customs) == referents
 
 

@@ -23,6 +23,8 @@ only what they have not yet thrown out. They decide before the next token is see
     python baselines.py     how much of random attention each one keeps
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -211,19 +213,28 @@ def make_selector(name: str, budget: float, butler=None, drift=0.0, **rules) -> 
     return BASELINES[name](budget, **rules)
 
 
+def every_maker(names, budgets, butlers=(), **rules):
+    """Selectors and budgets, as text -> (name, budget, [makers of fresh selectors, one a butler]),
+    dense at "1.0" alone. `rules` (drift) hold for the butler."""
+    for name in names:
+        some, own = (butlers, rules) if name == "butler" else ([None], {})
+        for budget in ("1.0",) if name == "dense" else budgets:
+            yield name, budget, [partial(make_selector, name, float(budget), butler, **own)
+                                 for butler in some]
+
+
 if __name__ == "__main__":
+    from measure.probe import Probe
+
     B, H, G, S, D = 1, 9, 3, 400, 64
     generator = torch.Generator().manual_seed(0)
     q, keys = (torch.randn(B, n, S, D, generator=generator) for n in (H, G))
     x, positions = torch.zeros(B, S, 8), torch.arange(S)[None]
-    now = positions[:, -1:]
-    attention = true_attention(q[:, :, -1:], keys, now)
     for name in BASELINES:
-        selector = make_selector(name, 0.1)
+        probe = Probe(make_selector(name, 0.1))
         for layer in (0, 1):
-            selector.watch(layer, x[:, :-1], q[:, :, :-1], keys[:, :, :-1], positions[:, :-1])
-            index = selector(layer, x[:, -1:], q[:, :, -1:], keys, now)
-        kept = (attention * mark(index, S)[:, :, None]).sum(-1).mean()
-        print(f"{name:8s} keeps {int((index >= 0).sum()) // G} of {S} tokens and {kept:.2f} of the "
-              "attention")
+            probe.selector.watch(layer, x[:, :-1], q[:, :, :-1], keys[:, :, :-1], positions[:, :-1])
+            index = probe(layer, x[:, -1:], q[:, :, -1:], keys, positions[:, -1:])
+        print(f"{name:8s} keeps {int((index >= 0).sum()) // G} of {S} tokens and "
+              f"{probe.mass[1]:.2f} of the attention")
     print("random keys have no few tokens that matter; a real model's do, and that is the point")

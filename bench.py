@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from baselines import NAMES, make_selector
+from baselines import NAMES, every_maker
 from beyond.engine import opened
 from beyond.offload import cache_kind
 from butler import Butler, load_for
@@ -41,8 +41,9 @@ from measure import speed, speed_offload, tables
 from measure.intervals import accuracy, bootstrap, of_oracle, through
 from measure.probe import Probe, at_lengths, mean
 from model import Llama, check_device
+from selection import Selector
 from tasks.corpus import evenly, text_of
-from tasks.evaluation import EVICTING, TASKS, Prompts, at_contexts, check_budgets
+from tasks.evaluation import EVICTING, TASKS, Prompts, at_contexts
 
 
 @dataclass
@@ -57,7 +58,8 @@ class Config:
     butler: tuple = flag((), "comma-separated files or Hub ids (default: the shipped one)", names)
     selectors: tuple = flag(("dense", "oracle", "butler"),
                             f"comma-separated, of {', '.join(NAMES)}", names)
-    budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
+    budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended",
+                          numbers(kind=float))
     text: str = flag(None, "text file (default: Python's reference, the part not trained on)")
     n: int = flag(12, "windows, documents or prompts; of a timed suite rounds or steps", least=1)
     length: int = flag(512, "tokens of a window; of a generated text", least=64)
@@ -93,13 +95,9 @@ class Bench:
     config: Config
 
     def makers(self, **rules):
-        """-> (name, budget as text, [makers of fresh selectors, one per butler]); `rules` are the
-        butler's."""
-        for name in self.config.selectors:
-            butlers, own = (self.butlers, rules) if name == "butler" else ([None], {})
-            for b in ("1.0",) if name == "dense" else self.config.budgets:
-                yield name, b, [partial(make_selector, name, float(b), one, **own)
-                                for one in butlers]
+        """See baselines.every_maker."""
+        c = self.config
+        return every_maker(c.selectors, c.budgets, self.butlers, **rules)
 
     def runs(self, function):
         """-> (name, budget, [[function(model, window, fresh selector) of each window] of each
@@ -300,7 +298,8 @@ def check(config: Config) -> None:
             raise UsageError(f"--shape has random weights: no --suite {config.suite}")
     if config.suite in TIMED and config.engine != "own":
         raise UsageError(f"--suite {config.suite} times this repository's own engine")
-    check_budgets(config.budgets)
+    for budget in config.budgets:
+        Selector(float(budget))
     text_of(config.text)
     check_device(config.device)
     for name, given, suites in (("--butler", config.butler, (*TIMED, "length")),

@@ -21,7 +21,6 @@ over these, which is where training seeds differ.
 """
 
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from baselines import NAMES
 from beyond.engine import found, opened
@@ -33,7 +32,8 @@ from common.files import writable
 from loading.fetch import butler_file, digest
 from measure.intervals import above_dense, accuracy, bootstrap, each, of_oracle
 from model import check_device
-from tasks.evaluation import TASKS, Scores, check_budgets, evaluate, fits, task_documents
+from selection import Selector
+from tasks.evaluation import TASKS, Scores, evaluate, fits, task_documents
 from tasks.longbench import cut, read_data
 
 
@@ -48,7 +48,8 @@ class Config:
     task: tuple = flag(("coreference",), f"comma-separated, of {', '.join(TASKS)}", names)
     data: str = flag(None, "instead of a task: JSONL file, your own, LongBench's or RULER's")
     selectors: tuple = flag(NAMES, f"comma-separated, of {', '.join(NAMES)}", names)
-    budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended", names)
+    budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended",
+                          numbers(kind=float))
     drift: float = flag(0.0, "a butler's choice is kept until its query has turned by more than "
                              "this (1 - cosine, 16 steps at most)", most=2)
     n: int = flag(100, "documents for each seed", least=1)
@@ -66,59 +67,59 @@ class Config:
 
 
 def main(config: Config) -> dict:
-    tasks = check(config)
+    data = check(config)
     path, tok = found(config)
-    try:
-        tasks = {name: make(count=tok.count) for name, make in tasks.items()}
-    except ValueError as e:  # a dial out of range
-        raise UsageError(str(e)) from None
+    tasks = data or named(config, tok.count)
     llama, tok = opened(config, place=(path, tok))
-    butlers, dtype = [], str(llama.embed_tokens.weight.dtype)
-    if "butler" in config.selectors:
-        butlers = [load_for(llama, p) for p in config.butler or (SHIPPED,)]
+    dtype = str(llama.embed_tokens.weight.dtype)
+    butlers = [load_for(llama, p) for p in config.butler or (SHIPPED,)
+               if "butler" in config.selectors]
     tasks = {name: [cut(tok, d, llama.config.context) for d in documents]
              for name, documents in tasks.items()}
     fits(llama, tasks, tok.count)
     weights = {"weights": str(path), "fingerprint": fingerprint(llama), "dtype": dtype}
     scores = Scores(config.out, identity(config) | weights)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
-    results, kept, selected, tables, losses = {}, {}, {}, {}, {}
-    report = {"results": results, "kept of oracle": kept, "selected_tokens": selected,
+    report = {"results": {}, "kept of oracle": {}, "selected_tokens": {},
               "question": config.question, "dtype": dtype}
-    if config.data:
+    if data:
         report |= {"loss": {}, "loss above dense": {}}
+    tables, losses = {}, {}
 
-    def tell(name, *tasks):
+    def tell(what, name, table, form):
+        """Reports {selector: {budget: interval}} of a task, a line for each."""
+        report[what][name] = table
+        for selector, by in table.items():
+            for budget, m in by.items():
+                print(f"{name:20s} {selector:8s} {budget:>5s}  {form.format(**m)}")
+
+    def means(name, *tasks):
         """The scores of a task, or the means of several, and the losses of their references."""
-        results[name] = each(accuracy, *(tables[task] for task in tasks))
-        show(name, results[name], "{mean:.3f}  [{low:.3f}, {high:.3f}]  n = {n}")
-        if config.data:
+        tell("results", name, each(accuracy, *(tables[task] for task in tasks)),
+             "{mean:.3f}  [{low:.3f}, {high:.3f}]  n = {n}")
+        if data:
             loss = [losses[task] for task in tasks]
-            report["loss"][name] = each(bootstrap, *loss)
-            report["loss above dense"][name] = each(bootstrap, *map(above_dense, loss))
-            show(name, report["loss"][name], "loss {mean:.4f}  [{low:.4f}, {high:.4f}]")
-            show(name, report["loss above dense"][name],
+            tell("loss", name, each(bootstrap, *loss), "loss {mean:.4f}  [{low:.4f}, {high:.4f}]")
+            tell("loss above dense", name, each(bootstrap, *map(above_dense, loss)),
                  "loss {mean:+.4f} above dense  [{low:+.4f}, {high:+.4f}]")
 
     for name, documents in tasks.items():
         shares, losses[name] = {}, {}
         tables[name] = evaluate(llama, tok, documents, config.selectors, config.budgets, butlers,
                                 config.question, config.batch, scores, name, kind, shares,
-                                losses[name] if config.data else None, drift=config.drift)
-        tell(name, name)
-        kept[name] = {s: {b: bootstrap(of_oracle(runs, *shares["oracle"][b]))
-                          for b, runs in by.items()}
-                      for s, by in shares.items()
-                      if "oracle" in shares and s not in ("dense", "oracle")}
-        show(name, kept[name], "keeps {mean:.1%} of the oracle's attention  "
-                               "[{low:.1%}, {high:.1%}]")
-        selected[name] = sum(tok.count(d.question if config.question == "sparse" else "")
-                             + (d.new_tokens or tok.count(d.answer)) for d in documents)
-        selected[name] /= len(documents)
-        print(f"{name:20s} up to {selected[name]:.0f} tokens went through the selection "
+                                losses[name] if data else None, drift=config.drift)
+        means(name, name)
+        tell("kept of oracle", name,
+             {s: {b: bootstrap(of_oracle(runs, *shares["oracle"][b])) for b, runs in by.items()}
+              for s, by in shares.items() if "oracle" in shares and s not in ("dense", "oracle")},
+             "keeps {mean:.1%} of the oracle's attention  [{low:.1%}, {high:.1%}]")
+        sizes = [tok.count(d.question if config.question == "sparse" else "")
+                 + (d.new_tokens or tok.count(d.answer)) for d in documents]
+        report["selected_tokens"][name] = size = sum(sizes) / len(sizes)
+        print(f"{name:20s} up to {size:.0f} tokens went through the selection "
               f"(--question {config.question})", flush=True)
-    if config.data and len(tasks) > 1:
-        tell("mean", *tasks)
+    if data and len(tasks) > 1:
+        means("mean", *tasks)
     return report | provenance()
 
 
@@ -130,36 +131,33 @@ def identity(config) -> dict:
     return settings | {"files": files}
 
 
-def show(task: str, table: dict, form: str) -> None:
-    """A line for each selector and budget."""
-    for selector, by in table.items():
-        for budget, m in by.items():
-            print(f"{task:20s} {selector:8s} {budget:>5s}  {form.format(**m)}")
-
-
-def check(config: Config) -> dict:
-    """What can be known to be wrong before anything slow starts -> {name: count -> documents}."""
+def check(config: Config) -> dict | None:
+    """What can be known to be wrong before anything slow starts -> the documents of --data."""
     known("task", config.task, TASKS)
     known("selector", config.selectors, NAMES)
     if config.question not in ("sparse", "prefill"):
         raise UsageError(f"--question is sparse or prefill, not {config.question!r}")
-    check_budgets(config.budgets)
+    for budget in config.budgets:
+        Selector(float(budget))
     check_device(config.device)
     cache_kind(config.offload, config.offload_dir, config.device)
     for path in config.butler:
         Butler.load(path)
     if config.out is not None:
         writable(config.out)
-    contexts = [int(c) for c in config.context] or [None]
     if config.data is not None:
         for name in ("task", "context", "n", "seeds", "referents"):
             if getattr(config, name) != getattr(Config, name):
                 raise UsageError(f"--{name} is for tasks by name, --data has its own documents")
-        return {name: partial(lambda documents, count: documents, documents)
-                for name, documents in read_data(config.data).items()}
+        return read_data(config.data)
+    return None
+
+
+def named(config: Config, count) -> dict:
+    """{task, with its context where there are several: documents}; count(text) -> tokens."""
+    contexts = [int(c) for c in config.context] or [None]
     return {task if len(contexts) == 1 else f"{task}@{context}":
-            partial(task_documents, task, context, config.n, config.seeds,
-                    referents=config.referents)
+            task_documents(task, context, config.n, config.seeds, count, config.referents)
             for context in contexts for task in config.task}
 
 

@@ -36,6 +36,7 @@ from math import gcd
 from pathlib import Path
 from typing import NamedTuple
 
+from common.errors import UsageError
 from tasks.document import Document
 
 CUE = "The place is called"
@@ -145,18 +146,18 @@ def coreference(rng: random.Random, pools: Pools, referents: int = 1, words: int
     position   0 (start) to 1 (end): where in the context the asked introduction stands; None
                spreads all introductions evenly from the start on, and chance picks the asked one
 
-    Raises ValueError for a dial out of range, or when the introductions alone exceed `words`.
+    Raises UsageError for a dial out of range, or when the introductions alone exceed `words`.
     """
     if not 1 <= referents <= 8:
-        raise ValueError(f"referents must be 1 to 8, not {referents}")
+        raise UsageError(f"referents must be 1 to 8, not {referents}")
     if position is not None and not 0 <= position <= 1:
-        raise ValueError(f"position must be 0 to 1, not {position}")
+        raise UsageError(f"position must be 0 to 1, not {position}")
     places = list(islice(_walk(rng, pools.places), referents))
     names = list(islice(_walk(rng, pools.names), referents))
     told = [f"{p.introduction} {CUE} {name}." for p, name in zip(places, names, strict=True)]
     room = words - sum(map(_words, told))
     if room < 0:
-        raise ValueError(f"{referents} introductions do not fit into {words} words")
+        raise UsageError(f"{referents} introductions do not fit into {words} words")
     asked = rng.randrange(referents)
     fractions = [i / referents for i in range(referents)]
     if position is not None:

@@ -14,7 +14,6 @@ kept in a file, from which a run goes on.
 import json
 import random
 import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -23,12 +22,11 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from baselines import BASELINES, Evicting, make_selector
+from baselines import BASELINES, Evicting, every_maker
 from common.errors import UsageError
 from common.files import read_text
 from measure.probe import Probe
 from model import Cache
-from selection import Selector
 from tasks import ruler
 from tasks.coreference import coreference_documents
 from tasks.document import Document, encode, finished, found
@@ -39,7 +37,7 @@ EVICTING = {name: rival for name, rival in BASELINES.items() if issubclass(rival
 
 def task_documents(task, context, n, seeds, count, referents=1) -> list[Document]:
     """The test documents of a task, `n` for each seed; context in tokens or None for the task's
-    default; count(text) -> tokens. Raises ValueError for what the task cannot do."""
+    default; count(text) -> tokens. Raises UsageError for what the task cannot do."""
     documents = []
     for seed in map(int, seeds):
         if task == "coreference":  # 1.3 of the default model's tokens to a word, 36 to ask
@@ -55,25 +53,11 @@ def at_contexts(llama, tok, tasks, contexts, n: int, seed: int) -> dict:
     """-> {task@context: documents}, co-reference at its default length alone; all of them fit."""
     found = {}
     for task, context in product(tasks, contexts):
-        name, length = f"{task}@{context}", int(context)
-        if task == "coreference":
-            name, length = task, None
-        if name not in found:
-            try:
-                found[name] = task_documents(task, length, n, [seed], tok.count)
-            except ValueError as e:  # too few tokens
-                raise UsageError(str(e)) from None
+        alone = task == "coreference"
+        name, length = (task, None) if alone else (f"{task}@{context}", int(context))
+        found[name] = task_documents(task, length, n, [seed], tok.count)
     fits(llama, found, tok.count)
     return found
-
-
-def check_budgets(budgets) -> None:
-    """Raises UsageError for the first of these texts that is no budget."""
-    try:
-        for budget in budgets:
-            Selector(float(budget))
-    except ValueError as e:  # not a number, or out of range
-        raise UsageError(str(e)) from None
 
 
 def fits(llama, tasks, count) -> None:
@@ -98,10 +82,11 @@ def fitting(llama, tok, n: int, seed: int) -> list[Document]:
         documents = coreference_documents("test", n, seed, words=words)
         try:
             fits(llama, {"coreference": documents}, tok.count)
-            return documents
-        except UsageError as e:
-            problem = e
-    raise problem
+            break
+        except UsageError:
+            if words == 62:
+                raise
+    return documents
 
 
 class Scores:
@@ -148,39 +133,36 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
     dictionary, gets the losses of the first references.
     """
     scores = scores or Scores()
-    makers = {}
-    for name in selectors:
-        own = rules if name == "butler" else {}
-        for b in ("1.0",) if name == "dense" else budgets:
-            for i, butler in enumerate(butlers if name == "butler" else [None]):
-                makers[name, b, i] = partial(make_selector, name, float(b), butler, **own)
+    makers = {(name, b, i): make
+              for name, b, some in every_maker(selectors, budgets, butlers, **rules)
+              for i, make in enumerate(some)}
     evicting = [EVICTING[name] for name in selectors if name in EVICTING]
     if documents[0].new_tokens and (evicting or rules.get("drift")):
         batch = 1  # evictions and drift follow a row's own steps; padding before its end is none
 
-    def entry(d, key):
-        return " ".join(map(str, (task, d, *key)))
+    def entry(*key):
+        return " ".join(map(str, (task, *key)))
 
-    todo = {d: [key for key in makers if entry(d, key) not in scores.known]
-            for d in range(len(documents))}
-    order = [d for d in todo if todo[d]]
-    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+    def missing(group):
+        """The makers whose scores of some of these documents are not known."""
+        return [key for key in makers if any(entry(d, *key) not in scores.known for d in group)]
+
+    todo = [d for d in range(len(documents)) if missing([d])]
+    groups = [todo[i : i + batch] for i in range(0, len(todo), batch)]
     for group in tqdm(groups, desc=task or "answering", unit="batch", file=sys.stderr):
         prompts = Prompts(llama, tok, [documents[d] for d in group], question, evicting, kind)
-        for key in dict.fromkeys(key for d in group for key in todo[d]):
-            if losses is not None:
-                for d, loss in zip(group, prompts.loss(makers[key]()), strict=True):
-                    scores.add(entry(d, ("loss", *key)), loss)
+        for key in missing(group):
+            loss = [] if losses is None else prompts.loss(makers[key]())
             given = prompts.answer(makers[key](), kept is not None)
-            for d, share in zip(group, prompts.kept, strict=False):
-                scores.add(entry(d, ("kept", *key)), share)
-            for d, score in zip(group, given, strict=True):  # last: by it a run that goes on looks
-                scores.add(entry(d, key), score)
+            # the score last: by it a run that goes on looks
+            for what, values in (("loss",), loss), (("kept",), prompts.kept), ((), given):
+                for d, value in zip(group, values, strict=False):
+                    scores.add(entry(d, *what, *key), value)
 
     def table(*what):
         found = {}
         for name, b, i in makers:
-            column = [scores.known[entry(d, (*what, name, b, i))] for d in range(len(documents))]
+            column = [scores.known[entry(d, *what, name, b, i)] for d in range(len(documents))]
             found.setdefault(name, {}).setdefault(b, []).append(column)
         return found
 
@@ -189,6 +171,11 @@ def evaluate(llama, tok, documents, selectors, budgets, butlers=(), question="sp
     if losses is not None:
         losses.update(table("loss"))
     return table()
+
+
+def uneven(lengths, block):
+    """The lengths [B] of rows filled up to a block [B, T]; None where there is nothing to fill."""
+    return None if bool((lengths == block.shape[1]).all()) else lengths
 
 
 class Prompts:
@@ -252,9 +239,8 @@ class Prompts:
         ahead, total = self.padded(ahead, -1)[0], 0.0  # what each token of the block predicts
         for start in range(0, block.shape[1], self.CHUNK):
             part = block[:, start : start + self.CHUNK]
-            some = (real - start).clamp(0, part.shape[1])
-            even = bool((some == part.shape[1]).all())
-            logits = self.llama(part, self.cache, selector, None if even else some).float()
+            some = uneven((real - start).clamp(0, part.shape[1]), part)
+            logits = self.llama(part, self.cache, selector, some).float()
             total += F.cross_entropy(logits.transpose(1, 2), ahead[:, start : start + self.CHUNK],
                                      ignore_index=-1, reduction="none").sum(1)
         return (total / (ahead >= 0).sum(1)).tolist()
@@ -265,8 +251,7 @@ class Prompts:
         answer, `hits` then lists (step since the context's end, right?) of every token, and if
         `probed` `kept` the share of the attention kept by its question and answer."""
         self.begin(selector)
-        even, self.kept = bool((self.real == self.real[0]).all()), []
-        real = None if even else self.real
+        real, self.kept = uneven(self.real, self.block), []
         if self.new:
             return self.written(self.llama.prefill(self.block, self.cache, selector, real,
                                                    self.CHUNK), selector)

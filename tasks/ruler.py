@@ -33,6 +33,7 @@ from pydoc_data.topics import topics
 from string import ascii_lowercase, ascii_uppercase
 from uuid import UUID
 
+from common.errors import UsageError
 from loading import tokenizer
 from loading.fetch import resolve
 from tasks.corpus import hold_out
@@ -73,13 +74,13 @@ def fit(length: int, count, prompt: list[str], body: Callable[[int], str], answe
     The pieces of `evidence` are its spans.
 
     Aims at 99 % with the mean cost of a unit so far: three or four counts of the whole text do.
-    Raises ValueError when even body(0) is too long.
+    Raises UsageError when even body(0) is too long.
     """
     answer = new_tokens or count(" " + answers[0])
     (start, question), text, room = prompt, body(0), length - answer
     bare = count(start + text + question)
     if bare > room:
-        raise ValueError(f"{length} tokens are too few: this task needs {bare + answer}")
+        raise UsageError(f"{length} tokens are too few: this task needs {bare + answer}")
     low, high, n = 0, length, min(16, length - 1)
     while high - low > 1:
         longer = body(n)
@@ -103,22 +104,25 @@ def prompts(name: str, **parts: str) -> list[str]:
     return [text.format(**parts) for text in PHRASES["prompts"][name]]
 
 
-def scatter(pieces: list[str], hay: list[str], depths: list[float]) -> list[str]:
-    """The hay with every piece at its depth, from 0 (before it) to 1 (behind it), ascending."""
-    together = list(hay)
-    for piece, depth in zip(reversed(pieces), reversed(depths), strict=True):
-        together.insert(int(depth * (len(hay) + 1)), piece)
-    return together
-
-
-def haystack(rng: random.Random, kind: str, length: int) -> tuple[list[str], str]:
-    """More than `length` tokens of noise or prose, as units -> (units, what stands between)."""
+def haystack(rng: random.Random, kind: str, length: int, pieces=(), needles=()):
+    """-> body(n): `n` units of noise, of prose or of further `needles`, with the pieces among them,
+    in order, at depths drawn by lot. Of units there are more than `length` tokens."""
+    depths, units, between = sorted(rng.random() for _ in pieces), needles, "\n"
     if kind == "noise":
-        return [PHRASES["noise"]] * (length // 10 + 1), "\n"
-    sentences, told = held_out_sentences(), []
-    while len(told) <= length // 5:  # a sentence has at least six tokens
-        told += rng.sample(sentences, len(sentences))
-    return told, " "
+        units = [PHRASES["noise"]] * (length // 10 + 1)
+    elif kind == "prose":
+        sentences, units, between = held_out_sentences(), [], " "
+        while len(units) <= length // 5:  # a sentence has at least six tokens
+            units += rng.sample(sentences, len(sentences))
+
+    def body(n: int) -> str:
+        together = units[:n]
+        room = len(together) + 1
+        for piece, depth in zip(reversed(pieces), reversed(depths), strict=True):
+            together.insert(int(depth * room), piece)
+        return between.join(together)
+
+    return body
 
 
 def secrets(rng: random.Random, kind: str, n: int) -> list[str]:
@@ -130,7 +134,7 @@ def secrets(rng: random.Random, kind: str, n: int) -> list[str]:
     pairs = [f"{adjective}-{noun}" for adjective in PHRASES["adjectives"]
              for noun in PHRASES["nouns"]]
     if n > len(pairs):
-        raise ValueError(f"{n} needles are too many: there are {len(pairs)} keys")
+        raise UsageError(f"{n} needles are too many: there are {len(pairs)} keys")
     return rng.sample(pairs, n)
 
 
@@ -148,12 +152,11 @@ def niah(rng: random.Random, length: int, count, hay="prose", value="number", ke
             for i in range(n * values)]
     pieces, right = told[: needles * values], asked * values
     rng.shuffle(pieces)
-    depths = sorted(rng.random() for _ in pieces)
-    units, between = (told[1:], "\n") if hay == "needles" else haystack(rng, hay, length)
+    body = haystack(rng, hay, length, pieces, told[1:])
     query, many = ", and ".join(", ".join(names[:asked]).rsplit(", ", 1)), right > 1
     prompt = prompts("needles" if many else "needle", value=value, query=query)
-    return fit(length, count, prompt, lambda n: between.join(scatter(pieces, units[:n], depths)),
-               hidden[:right], told[:right], "all" if many else "exact", 128 * many)
+    return fit(length, count, prompt, body, hidden[:right], told[:right],
+               "all" if many else "exact", 128 * many)
 
 
 def variable_tracking(rng: random.Random, length: int, count) -> Document:
@@ -164,10 +167,8 @@ def variable_tracking(rng: random.Random, length: int, count) -> Document:
     names, value = list(names), str(rng.randrange(10**4, 10**5))
     held = [value, *(f"VAR {name}" for name in names[:-1])]
     told = [f"VAR {name} = {source}." for name, source in zip(names, held, strict=True)]
-    depths = sorted(rng.random() for _ in told)
-    units, between = haystack(rng, "noise", length)
     return fit(length, count, prompts("variable_tracking", value=value),
-               lambda n: between.join(scatter(told, units[:n], depths)), names, told, new_tokens=30)
+               haystack(rng, "noise", length, told), names, told, new_tokens=30)
 
 
 def common_words(rng: random.Random, length: int, count) -> Document:
@@ -186,7 +187,7 @@ def common_words(rng: random.Random, length: int, count) -> Document:
         rest = n - 10 * often
         others = words[10 : 10 - (-rest // rare)]  # rounded up: the last may come less often
         if len(others) * rare < rest:
-            raise ValueError(f"{length} tokens are too many: there are {len(words)} words to list")
+            raise UsageError(f"{length} tokens are too many: there are {len(words)} words to list")
         listed = words[:10] * often + (others * rare)[:rest]
         random.Random(seed).shuffle(listed)
         return " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
@@ -228,9 +229,9 @@ def copy(rng: random.Random, length: int, count) -> Document:
         told.append(f"T{things.pop()[1:]}, {things.pop()} and {things.pop()}.")
     passage = " ".join(told)
     *first, rest = passage.split(" ", 3)
-    units, between = haystack(rng, "prose", length)
+    prose = haystack(rng, "prose", length)
     return fit(length, count, prompts("copy", first=" ".join(first)),
-               lambda n: f"{passage}\n\n{between.join(units[:n])}", [rest], [passage], "token")
+               lambda n: f"{passage}\n\n{prose(n)}", [rest], [passage], "token")
 
 
 TASKS = {  # name -> function of a random.Random, the length and the counter of tokens

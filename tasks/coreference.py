@@ -30,11 +30,10 @@ are divided between training and test, so a test sentence always says something 
 
 import json
 import random
-from dataclasses import dataclass
-from itertools import cycle, islice
+from collections import namedtuple
+from itertools import count, cycle, islice
 from math import gcd
 from pathlib import Path
-from typing import NamedTuple
 
 from common.errors import UsageError
 from tasks.document import Document
@@ -50,22 +49,11 @@ QUESTIONS = (
 PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))["coreference"]
 
 
-class Place(NamedTuple):
-    """A place told twice: a full sentence that introduces it, a noun phrase that asks for it."""
-
-    introduction: str
-    tie_back: str
-
-
-@dataclass(frozen=True)
-class Pools:
-    """What documents of one split are made of; consecutive entries share neither head nor tail."""
-
-    places: tuple[Place, ...]
-    names: tuple[str, ...]
-    philosophy: tuple[str, ...]
-    food: tuple[str, ...]
-    arithmetic: tuple[str, ...]
+# What documents of one split are made of, a tuple of texts each, of places a tuple of Places;
+# consecutive entries share neither head nor tail.
+Pools = namedtuple("Pools", "places names philosophy food arithmetic")
+# A place told twice: a full sentence that introduces it, a noun phrase that asks for it.
+Place = namedtuple("Place", "introduction tie_back")
 
 
 def _pairs(heads, tails, split: str) -> list[tuple]:
@@ -101,9 +89,8 @@ def _walk(rng: random.Random, pool):
     size = len(pool)
     at = rng.randrange(size)
     stride = rng.choice([s for s in range(1, size) if gcd(s, size) == 1])
-    while True:
-        yield pool[at]
-        at = (at + stride) % size
+    for place in count(at, stride):
+        yield pool[place % size]
 
 
 def _words(text: str) -> int:

@@ -57,8 +57,8 @@ def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
     held = {texts[name] for name in HELD_OUT & texts.keys()}
     if not held:
         if len(parts) < 10:
-            parts = list(dict.fromkeys(t[i : i + 8192] for t in parts
-                                       for i in range(0, len(t), 8192)))
+            parts = [t[i : i + 8192] for t in parts for i in range(0, len(t), 8192)]
+            parts = list(dict.fromkeys(parts))
         if len(parts) < 2:
             raise UsageError("too little text: at least 8 KB is needed")
         lots = {p: hashlib.sha256(p.encode(errors="replace")).digest() for p in parts}
@@ -117,9 +117,8 @@ def spread(rng: random.Random, length: int, span: int, gaps=3):
     total = rng.randint(0, max(span - length, 0))
     ends = sorted([total, *(rng.randint(0, total) for _ in range(gaps - 1))])
     positions = torch.arange(length)
-    for cut, before, end in zip(sorted(rng.sample(range(1, length), gaps)), [0, *ends], ends,
-                                strict=False):
-        positions[cut:] += end - before
+    for cut, end in zip(sorted(rng.sample(range(1, length), gaps)), ends, strict=True):
+        positions[cut:] = torch.arange(cut, length) + end
     return positions[None]
 
 

@@ -9,7 +9,7 @@
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from tasks.scores import SCORES
+from tasks.scores import SCORES, contains
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,12 @@ def finished(document: Document, text: str) -> bool:
 
 
 def found(document: Document, text: str) -> float:
-    """By substring, case apart, as RULER does: share of the references, or any of them. Or by one
-    of SCORES."""
-    if document.scoring in SCORES:
-        text = text.lstrip("\n").split("\n")[0] if document.one_line else text
-        score = SCORES[document.scoring]
-        return max(score(text, reference, document.classes) for reference in document.answers)
-    hits = [reference.lower() in text.lower() for reference in document.answers]
-    return float(any(hits)) if document.scoring == "any" else sum(hits) / len(hits)
+    """By one of SCORES, or by substring, case apart, as RULER does."""
+    if document.one_line:
+        text = text.lstrip("\n").split("\n")[0]
+    score = SCORES.get(document.scoring, contains)
+    worth = [score(text, reference, document.classes) for reference in document.answers]
+    return sum(worth) / len(worth) if document.scoring == "all" else max(worth)
 
 
 if __name__ == "__main__":

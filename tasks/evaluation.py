@@ -258,9 +258,8 @@ class Prompts:
         probe = Probe(selector) if probed and selector else None
         logits = self.llama(self.block, self.cache, probe or selector, real)
         if probed:
-            share = torch.ones(self.block.shape)
-            if probe:
-                share = torch.stack(list(probe.share.values())).mean(0)
+            layers = list(probe.share.values()) if probe else [torch.ones(self.block.shape)]
+            share = torch.stack(layers).mean(0)
             self.kept = [row[:n].mean().item() for row, n in zip(share, self.real, strict=True)]
         scores, self.hits = [], []
         for row, (document, answer) in enumerate(zip(self.documents, self.answers, strict=True)):

@@ -122,10 +122,9 @@ def read_data(path) -> dict[str, list[Document]]:
             if make is None:
                 raise UsageError("not an object with " + ", nor with ".join(map(" ".join, FORMATS)))
             name, document = make(entry)
-        except UsageError as e:
-            raise UsageError(f"{path}:{number}: {e}") from None
         except (ValueError, RecursionError) as e:
-            raise UsageError(f"{path}:{number}: not JSON ({e})") from None
+            why = e if isinstance(e, UsageError) else f"not JSON ({e})"
+            raise UsageError(f"{path}:{number}: {why}") from None
         found.setdefault(name, []).append(document)
     if not found:
         raise UsageError(f"{path}: no lines")
@@ -139,13 +138,11 @@ def cut(tok, document: Document, context: int) -> Document:
     tokens; other documents as they are. Raises UsageError if hardly anything is left."""
     if document.scoring not in SCORES:
         return document
-    ids, short = None, document
+    first, question = encode_parts(tok, (document.context, document.question))
+    ids, short = first + question, document  # marks of a message are no part of them
+    keep = len(ids)
     room = context - document.new_tokens - 2  # a part by itself may have a token more
     while (over := sum(map(len, encode(tok, short)[:2])) - room) > 0:
-        if ids is None:  # marks of a message are no part of them
-            first, question = encode_parts(tok, (document.context, document.question))
-            ids = first + question
-            keep = len(ids)
         keep -= over
         half = keep // 2
         if half < 16:

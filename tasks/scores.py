@@ -26,6 +26,10 @@ from difflib import SequenceMatcher
 from common.errors import UsageError
 
 
+def contains(text: str, reference: str, classes=()) -> float:
+    return float(reference.lower() in text.lower())
+
+
 def words(text: str) -> list[str]:
     """In lower case, without punctuation and articles."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))

@@ -125,10 +125,9 @@ def main(config: Config) -> dict:
 
 def identity(config) -> dict:
     """What single scores belong to, beside the weights."""
-    settings = {k: v for k, v in asdict(config).items() if k != "out"}
-    settings |= {k: v for k, v in provenance().items() if k != "command"}
     files = [digest(butler_file(f)) for f in (*config.butler, SHIPPED, config.data) if f]
-    return settings | {"files": files}
+    settings = asdict(config) | provenance() | {"files": files}
+    return {name: v for name, v in settings.items() if name not in ("out", "command")}
 
 
 def check(config: Config) -> dict | None:

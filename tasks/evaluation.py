@@ -253,8 +253,8 @@ class Prompts:
         self.begin(selector)
         real, self.kept = uneven(self.real, self.block), []
         if self.new:
-            return self.written(self.llama.prefill(self.block, self.cache, selector, real,
-                                                   self.CHUNK), selector)
+            logits = self.llama.prefill(self.block, self.cache, selector, real, self.CHUNK)
+            return self.written(logits, selector)
         probe = Probe(selector) if probed and selector else None
         logits = self.llama(self.block, self.cache, probe or selector, real)
         if probed:
@@ -262,10 +262,10 @@ class Prompts:
             share = torch.stack(layers).mean(0)
             self.kept = [row[:n].mean().item() for row, n in zip(share, self.real, strict=True)]
         scores, self.hits = [], []
-        for row, (document, answer) in enumerate(zip(self.documents, self.answers, strict=True)):
-            first = int(self.real[row]) - len(answer)
-            best = logits[row, first : first + len(answer)].argmax(-1).tolist()
-            hits = [a == b for a, b in zip(answer, best, strict=True)]
+        for document, answer, best, end in zip(self.documents, self.answers, logits.argmax(-1),
+                                               self.real.tolist(), strict=True):
+            first = end - len(answer)
+            hits = [a == b for a, b in zip(answer, best[first:end].tolist(), strict=True)]
             self.hits += enumerate(hits, first)
             share = sum(hits) / len(hits)
             scores.append(share if document.scoring == "token" else float(share == 1))

@@ -203,7 +203,7 @@ def drift(bench: Bench) -> dict:
                     selector = make()
                     given += prompts.answer(selector)
                     if "drift" in key[0]:
-                        intervals[", ".join(key)].append(selector.reuse.interval)
+                        intervals[", ".join(key)].append(selector.reuse.steps_per_choice)
         for (name, budget), runs in scores.items():
             results[task][name][budget] = accuracy(runs)
         steps[task] = {label: sum(v) / len(v) for label, v in intervals.items()}

@@ -106,7 +106,7 @@ class ButlerConfig:
 def fingerprint(model) -> str:
     """Which base model is this? A hash of its shape and of its norm weights as bfloat16, which
     quantised files hold exactly too, and which every fine-tuning changes: the GGUF and the original
-    of a model agree, two models do not. An untrained model's are all one; there k_proj's tell."""
+    of a model agree, two models do not. An untrained model's are all 1: there k_proj's tell."""
     c = model.config
     norms = [getattr(block, "input_layernorm", block.post_attention_layernorm).weight
              for block in model.layers]  # beyond/attach.py knows models without the first
@@ -163,11 +163,11 @@ class Butler(nn.Module):
 
     def project(self, layer, keys, positions):
         """Cached keys [B, G, S, D] of a layer >= 1, at positions [S] (or [B, 1, S]) -> importance
-        keys [B, G, S, E]; of several, `layer` a slice of those behind the first, [R, B, G, S, D]
-        -> [R, B, G, S, E]."""
+        keys [B, G, S, E]; of several, [R, B, G, S, D] -> [R, B, G, S, E], `layer` is their slice
+        of all but the first."""
         some, positions = layer if isinstance(layer, slice) else layer - 1, positions[..., None]
-        before = turned_back(keys, positions * self.rope[some])
-        projected = before @ self.key_projection[:, None][some]
+        plain = turned_back(keys, positions * self.rope[some])
+        projected = plain @ self.key_projection[:, None][some]
         return rotate(projected, *turns(positions * self.own_rope))
 
     def scores(self, queries, projected):
@@ -209,6 +209,8 @@ class Butler(nn.Module):
                 butler.load_state_dict(weights, assign=True)
                 for name, values in config.ropes().items():
                     setattr(butler, name, values)
+        except Refusal as e:
+            raise ButlerError(f"{path}: {e}") from None
         except FileNotFoundError:
             raise ButlerError(f"no butler at {path}: train one with python train.py") from None
         except KeyError:
@@ -253,10 +255,11 @@ class ImportanceCache:
     """The importance keys of all layers but the first, which follow the cached keys they are of;
     row n of each table and list is layer n + 1's.
 
-    numbers  [L - 1, B, G, capacity/64, E, 64] int8, None until there are any: channel by channel,
-             as the product with a query runs along the tokens, but 64 tokens together
+    numbers  [L - 1, B, G, capacity/64, E, 64] int8, None until there are any: 64 tokens' numbers of
+             a channel are neighbours, as products with a query run along the tokens
     scales   [L - 1, B, G, capacity] float32
-    witness  [B, capacity, D]: what the last layer's keys of the first head were when projected
+    witness  [B, capacity, D]: what the last layer's keys of the first head were when projected, by
+             which `rewritten` notices others in their places
     seen     cached keys [B, G, S, D]: views of the KV cache, which show what it holds by now
     filled   how many tokens' importance keys are there, in the row that has fewest
     """
@@ -367,7 +370,7 @@ class Reuse:
         self.asked.clear()
 
     @property
-    def interval(self) -> float:
+    def steps_per_choice(self) -> float:
         """Steps between two choices of a KV head, on average so far."""
         made, used = self.tally.tolist()
         return used / made if made else 1.0
@@ -419,14 +422,15 @@ class ButlerSelector(Selector):
         super().__init__(budget, **rules)
         self.butler, self.importance = butler, ImportanceCache(butler)
         self.reuse = Reuse(drift, butler.key_projection.device)
-        self.compiled = {int(p): loops.weights(producer)  # by layer; None: not for the loops
-                         for p, producer in butler.producers.items()}
-        self.next, self.choices = 0, None  # where the text went on; in use, [L - 1, B, G, 1, K]
+        self.weights = {int(p): loops.weights(producer)  # by layer; None: not for the loops
+                        for p, producer in butler.producers.items()}
+        self.next, self.choices = 0, None  # where the text goes on; in use, [L - 1, B, G, 1, K]
         # by the producer's layer: importance queries [R, B, G, T, E]; of a block, Reuse.sources
         self.predicted, self.sources = {}, {}
-        # of a step, made by `plan`: each layer's index, or None: when it is reached; the part of
-        # all indices beside sinks and window; of each row position and wants [B]; loops.Step
-        self.ahead, self.chosen, self.here, self.wants, self.step = [None] * 5
+        # what `plan` makes for a step:
+        self.ahead, self.chosen = None, None  # indices by layer; their part behind sinks and window
+        self.here, self.wants = None, None  # of each row [B]: position, how many to choose
+        self.longest, self.arrays = 0, None  # tokens before this one; the same for the loops
 
     @property
     def queries(self) -> dict:
@@ -462,11 +466,11 @@ class ButlerSelector(Selector):
             self.importance.complete(keys.shape[2], slice(layer - 1, layer))
 
     def look_ahead(self, layer, x, positions):
-        if layer in self.compiled:
+        if layer in self.weights:
             with torch.inference_mode():
                 if layer == 0:
                     self.plan(x.shape[1], positions)
-                queries = (self.step.predict(self.compiled[layer], x) if self.step else
+                queries = (self.arrays.predict(self.weights[layer], x) if self.arrays else
                            self.butler.predict(layer, x, positions))  # [R, B, G, T, E]
                 self.predicted[layer] = queries
                 if self.ahead:
@@ -478,8 +482,8 @@ class ButlerSelector(Selector):
         """For all layers of the producer at this layer, by its queries [R, B, G, E]."""
         some, keys = slice(producer, producer + len(queries)), self.importance
         due = self.reuse.due(producer, torch.as_tensor(queries)) if self.reuse.drift else None
-        if self.step:
-            self.step.choose(some, queries, due)
+        if self.arrays:
+            self.arrays.choose(some, queries, due)
         else:
             choose(queries, keys.numbers[some], keys.scales[some], self.here, self.wants,
                    self.chosen[some], due, self.longest, self.sinks, self.window)
@@ -489,26 +493,26 @@ class ButlerSelector(Selector):
 
     def plan(self, T: int, positions) -> None:
         """What all producers of a step need to choose ahead."""
-        self.longest, before = (self.bound or self.end) - 1, self.here
-        self.here, self.ahead, self.step = positions[:, 0], None, None
+        self.longest, last = (self.bound or self.end) - 1, self.here
+        self.here, self.ahead, self.arrays = positions[:, 0], None, None
         if not (self.bound or T == 1 and self.early(self.longest)):
             return
-        always = self.granted.shape[-1]
+        least = self.sinks + self.window
         self.wants, most = self.wanted(self.here).clamp(min=0), max(self.wanted(self.longest), 0)
         self.choices = self.in_use(self.granted.shape[:2], most)
-        self.choices[..., :always] = self.granted
-        self.ahead, self.chosen = [None, *self.choices], self.choices[:, :, :, 0, always:]
-        if self.bound or self.each_row_follows(before):
+        self.choices[..., :least] = self.granted
+        self.ahead, self.chosen = [None, *self.choices], self.choices[:, :, :, 0, least:]
+        if self.bound or self.each_row_follows(last):
             self.importance.latest(positions, self.longest)
         else:
             self.importance.complete(self.longest)
-        if all(self.compiled.values()) and positions.is_cpu:
-            self.step = loops.Step(self)
+        if all(self.weights.values()) and positions.is_cpu:
+            self.arrays = loops.StepArrays(self)
 
-    def each_row_follows(self, before) -> bool:
+    def each_row_follows(self, last) -> bool:
         """Are rows of different lengths all a token longer than at the last step?"""
         differ, known = self.start < self.longest, min(self.importance.filled) >= self.start - 1
-        return differ and known and before is not None and torch.equal(before + 1, self.here)
+        return differ and known and last is not None and torch.equal(last + 1, self.here)
 
     def in_use(self, rows, K: int):
         """`choices` with room for K tokens beside sinks and window, for `rows` [B, G]: a copy, as a
@@ -537,15 +541,15 @@ class ButlerSelector(Selector):
     def reused(self, layer: int, new):
         """Indices made for every token of a block [B, G, T, K] -> those that are used: sinks and
         window are a token's own, the choice is the one in use."""
-        stride, always = self.butler.config.stride, self.granted.shape[-1]
+        stride, least = self.butler.config.stride, self.sinks + self.window
         producer = (layer - 1) // stride * stride
-        self.choices = self.in_use(new.shape[:2], new.shape[-1] - always)
-        before = self.choices[layer - 1]
-        chosen = torch.cat([before, new], dim=2)[..., always:]
+        self.choices = self.in_use(new.shape[:2], new.shape[-1] - least)
+        old = self.choices[layer - 1]
+        chosen = torch.cat([old, new], dim=2)[..., least:]
         source = self.sources[producer][layer - 1 - producer][..., None]
         source = source.expand(*new.shape[:3], chosen.shape[-1])
-        used = torch.cat([new[..., :always], chosen.gather(2, source)], dim=-1)
-        before.copy_(used[:, :, -1:])
+        used = torch.cat([new[..., :least], chosen.gather(2, source)], dim=-1)
+        old.copy_(used[:, :, -1:])
         return used
 
 

@@ -20,7 +20,8 @@ A ladder of four forms, with the bytes they move for one query of one layer, e b
 
 K is a tenth of S or less. The price: the rows lie scattered in memory. Choosing, for all layers of
 a producer in one call, reads B*G*S*(E + 4) bytes of importance keys a layer, and writes 2 bytes for
-each KV head and token. A CPU's decode step takes cpu/'s loops for both.
+each KV head and token. A CPU's decode step takes `chosen_rows` and `attend_rows` of cpu/loops.py,
+which compute the same.
 
     python kernel.py        the error of the fastest form, and of Triton's if TRITON_INTERPRET=1
 """
@@ -153,10 +154,10 @@ def fetch_rows(table, tokens, held, places, missed):
 def in_order(scores):
     """Any scores [..., S] -> float32 numbers whose top-K is the same in every form of choosing, on
     every device (but for equal scores beyond 32,767 tokens, where `topk` decides). Each is an
-    integer key read as a float, as positive floats are in the order of their bits. Its upper 15
-    bits are the score: rounded to fp16, its bits remapped so that they are in the order of the
-    number, the last one dropped. Its lower 15 bits are 32,767 minus the token's index, so that of
-    equal scores the earliest token is the first."""
+    integer of 30 bits read as a float, as positive floats are in the order of their bits. The upper
+    15 are the score's code: rounded to fp16, its bits remapped so that they are in the order of the
+    number, the last one dropped. The lower 15 are 32,767 minus the token's index, so that of equal
+    scores the earliest token is the first."""
     bounded = scores.float().clamp(-HALF, HALF) + 0.0  # no -0.0
     bits = bounded.half().view(torch.int16).int()
     code = ((bits ^ (bits >> 31 & LOW)) + LOW + 1 >> 1).clamp(min=1)  # 0: not to be chosen
@@ -179,9 +180,9 @@ def choose(q, keys, scales, positions, wants, idx, due, S: int, sinks: int, wind
     """The best tokens by q . k / sqrt(E), between sinks and window, for all layers of a producer.
 
     q_imp [R, B, G, E]; k_imp [R, B, G, capacity/64, E, 64], int8, and scales [R, B, G, capacity];
-    positions [B] of the queries, behind which anything may stand; wants [B], how many tokens each
-    chooses; no position is above S, no want above K. Writes idx [R, B, G, K], rows as far apart as
-    you like, -1 = empty, where `due` [R, B, G] says so; None: everywhere. (CPU: see loops.Step)
+    positions [B] of the queries, behind which anything may stand, S the largest; wants [B], how
+    many tokens each chooses, at most K. Writes idx [R, B, G, K], which may be a view, -1 = empty,
+    where `due` [R, B, G] says so; None: everywhere.
     """
     due = q.new_ones(q.shape[:3], dtype=torch.bool) if due is None else due
     if on_gpu(q):

@@ -18,9 +18,9 @@ of the keys is still unwritten.
 
 Weights come from a Hugging Face folder or a GGUF file, found by name and read in loading/.
 
-Dimensions, one letter each in the whole repository: B batch, T new tokens, S cached tokens,
-C width, H query heads, G KV heads, D head size, L layers, E butler size, K tokens kept, R layers
-served by one producer.
+Dimensions, one letter each (in cpu/, N and R also count rows): B batch, T new tokens, S cached
+tokens, C width, H query heads, G KV heads, D head size, L layers, E butler size, K tokens kept, R
+layers served by one producer.
 
     python model.py        prints a short trace of shapes
 """
@@ -66,7 +66,7 @@ class Cache:
     gathering a few tokens is no faster, and reading all of them much slower.
 
     Rows may have different lengths: new tokens of row b are written after its own `lengths[b]`.
-    Layers `append`; only `Llama.forward` advances, once, when all layers have written.
+    Layers write; only `Llama.forward` advances, once, when all of them have.
     """
 
     capturable = True  # may a decode step be a CUDA graph? See beyond/

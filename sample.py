@@ -194,7 +194,7 @@ def main(config: Config) -> dict:
         print(marked(tok, ids, tally))
         print("\nbackground: kept by more than 5, 15, 30, 60 % of all layers, heads and steps\n")
     if config.drift:
-        report["interval"] = round(selector.reuse.interval, 2)
+        report["interval"] = round(selector.reuse.steps_per_choice, 2)
         print(f"a choice served {report['interval']} steps on average")
     print(f"{len(new)} tokens at {report['tokens_per_s']} a second; each query attended "
           f"to {report['attended_per_step']} of up to {cached} cached tokens ({config.selector}); "

@@ -48,16 +48,15 @@ class Selector:
     dense_below  attends to everything while fewer tokens than this are cached, where a selection
                  takes longer than it saves; decided for a block of tokens by its last one
 
-    Called by the model once per layer; layer 0 attends to everything, as the butler cannot predict
-    it. Holds the state of one sequence or batch, so make a fresh one for each. A block of tokens
-    in one call gets what the same tokens would get one by one (but for `random`). After a call
-    `index[layer]` is the choice that the layer used.
-
-    For beyond/: `read_ahead` is a cache's (offload.py), told the layers of a producer and their
-    choice [R, B, G, 1, K'] when it is made; `capturable` and `bound` are graph.py's.
+    Called by the model once per layer: at layer 0, which attends to everything as the butler cannot
+    predict it, `begin` and `arrive`; at every layer `look_ahead`; at all others `selected`, which
+    asks `pick`, and that `scores` and `choose`. A block of tokens in one call gets what the same
+    tokens would get one by one, `random` apart. Holds the state of one sequence or batch, so make a
+    fresh one for each. `index[layer]` is the choice that a sparse step's layer used.
     """
 
     SINKS, WINDOW = 4, 8
+    # for beyond/: who is told a producer's layers and their choice [R, B, G, 1, K']; graph.py's
     read_ahead, capturable, bound = None, False, None
 
     def __init__(self, budget, sinks=SINKS, window=WINDOW, dense_below=0):
@@ -67,9 +66,8 @@ class Selector:
             raise SelectionError("sinks are >= 0, a window >= 1")
         self.budget, self.sinks, self.window = budget, sinks, window
         self.dense_below, self.index = dense_below, {}
-        # of the tokens that have come last: where they begin and end, are they attended to densely,
-        # sinks and window of each, [B, G, T, sinks + window]
-        self.start, self.end, self.dense, self.granted = 0, 0, False, None
+        self.start, self.end = 0, 0  # of the latest call's tokens
+        self.dense, self.granted = False, None  # all attended? sinks and window [B, G, T, least]
 
     def watch(self, layer, x, q, keys, positions) -> None:
         """Pass this as the selector of `prefill`: the prompt is read densely, and the selector

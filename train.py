@@ -6,13 +6,13 @@
     loss = mean over layers, KV heads and sampled rows of mass * KL(p || b); only the butler learns.
 
 Both are distributions over the tokens that a selection has to choose from, between sinks and
-window; mass is the share of the attention that falls on these.
+window, p after division by mass, the share of the attention that falls on these.
 
 The trainer looks at the base model through the very hook that a selector uses (`Recorder`), so what
 a producer reads here is what it reads when decoding. Rows are sampled because neighbouring queries
 say nearly the same, and the softmaxes of all rows would cost more than the base model. Most steps
 look at short texts, which are cheap; every fourth at longer ones with gaps between their positions,
-so that they span the model's context without as many tokens.
+which span up to the model's whole context without as many tokens.
 
     python train.py                         trains the default butler, ends in a table
     python train.py --model DIR --data TEXT ...  another Llama, your own text
@@ -143,15 +143,15 @@ def distil(llama, butler, mixture, config, log):
     with guard, bar:
         for step in bar:
             kl = distillation(butler, *batches.look(step))
-            seen = kl.detach().clone()
-            survive.average([seen])
-            loss, worst = seen.mean().item(), int(seen.argmax())
+            layers = kl.detach().clone()
+            survive.average([layers])
+            loss, worst = layers.mean().item(), int(layers.argmax())
             survive.check_loss(log, loss)
             guard.keep()
             rate = config.learning_rate * schedule(step, config.steps)
             update(butler, optimizers, kl.mean(), rate)
             log.append(loss)
-            bar.set_postfix_str(f"KL {loss:.3f} a layer, worst {seen[worst]:.2f} at {worst + 1}",
+            bar.set_postfix_str(f"KL {loss:.3f} a layer, worst {layers[worst]:.2f} at {worst + 1}",
                                 refresh=False)
         guard.keep()
 
@@ -169,11 +169,12 @@ class Batches:
         """-> the record of a batch, and which of its rows [N] this step looks at."""
         c, device, context = self.config, self.llama.device, self.llama.config.context
         every = c.long_every or c.steps + 1  # 0: at none of the steps
-        earlier, rest = divmod(step, every)  # steps that looked at long texts
+        long_steps, rest = divmod(step, every)  # that there were before
         long = rest == every - 1
         length = min(c.long, context) if long else c.length
-        number, part = divmod(earlier if long else step - earlier, c.reuse)
+        number, part = divmod(long_steps if long else step - long_steps, c.reuse)
         seed, share = f"{c.seed} {length} {number}", c.batch // survive.world()
+        seed += " long" * (long and length == c.length)  # else known by its length
         if self.records.get(long, ("",))[0] != seed:
             self.records.pop(long, None)  # before there is another: memory for one of each
             rows = sample_rows(random.Random(seed), c.reuse * c.rows, length)

@@ -6,9 +6,9 @@
 
 PyTorch passes over memory for every operation: product, rounding, code, top-K; fetched rows are
 written and read again. Here what is worked on stays in the processor's cache. In choosing, 512
-tokens are scored at a time and coded as `in_order` codes them. How many codes of each size there
-are tells about where the least lies that is kept; where few are kept, the largest of every 8 tell
-it too, and only blocks whose largest is kept are looked into again. Importance
+tokens are scored at a time and coded as `in_order` codes them. A histogram of the codes' upper bits
+gives the bin of the K-th best. Where K is small, the histogram is made of the largest code of every
+8, and only groups of 8 that reach that bin are looked into again. Importance
 keys are read from the first byte to the last: of 64 tokens, a cache line for each channel. In
 attending, 64 rows of keys and values are fetched at a time, and all heads of their group attend to
 them; a block of a prompt takes PyTorch's products, a few rows of scores at a time. What a butler
@@ -89,7 +89,7 @@ def write(codes, tokens, least, rest, idx):
 
 @partial(compiled, parallel=False)
 def pick(codes, largest, rest, idx):
-    """The `rest` tokens of the best codes, the earliest of equal ones, in rising order -> idx, then
+    """The `rest` tokens of the best codes, of equal ones the earliest, in rising order -> idx, then
     -1. largest: of every 8 codes."""
     counts, low = np.zeros(BINS, np.int32), np.zeros(16, np.int32)
     for code in largest if 16 * rest <= len(codes) else codes:
@@ -388,7 +388,7 @@ def attend(q, k, v, idx=None, positions=None):
         tokens, newest = np.empty((B * G, 0), np.int32), positions.flatten().numpy()
     else:
         tokens, newest = idx.reshape(B * G, idx.shape[3]).numpy(), NOWHERE
-    most = tokens.shape[1] if len(newest) == 0 else newest.max() + 1
+    most = max(tokens.shape[1], 1) if len(newest) == 0 else newest.max() + 1
     out = torch.empty(B, H, 1, D)
     heads = (B * G, H // G, D)
     run(attend_rows, q.float().reshape(heads).numpy(), *caches, G, batch, head, row, tokens, newest,
@@ -434,7 +434,7 @@ def project(keys, butler, some: slice, start: int, numbers, scales) -> None:
         scales.numpy())
 
 
-class Step:
+class StepArrays:
     """What all producers of a decode step share, as arrays: slicing a tensor and asking for its
     array, for every argument of every producer, would take as long as the work itself."""
 
@@ -443,9 +443,9 @@ class Step:
         self.keys = s.importance.numbers.numpy(), s.importance.scales.numpy()
         self.positions, self.wants, self.chosen = (x.numpy() for x in (s.here, s.wants, s.chosen))
 
-    def predict(self, producer, x):
+    def predict(self, weights, x):
         """What `weights` gave, x [B, 1, C] -> importance queries [R, B, G, 1, E], turned"""
-        (R, G, E), matrices = producer
+        (R, G, E), matrices = weights
         out = np.empty((R, len(x), G, 1, E), np.float32)
         run(predicted, x.float().numpy()[:, 0], *matrices, self.positions, self.rope,
             out[:, :, :, 0])

@@ -295,7 +295,7 @@ class PackedBlock:
         B, T, C = x.shape
         D = cos.shape[-1]
         out = torch.empty(B, T, self.heads, D)
-        cos, sin = (t.reshape(B * T, D).numpy() for t in (cos, sin))
+        cos, sin = (t.expand(B, 1, T, D).reshape(B * T, D).numpy() for t in (cos, sin))
         run(before, x.float().view(B * T, C).numpy(), *self.first, self.qkv, cos, sin, self.turned,
             out.view(B * T, -1).numpy())
         return out.transpose(1, 2).split_with_sizes(self.sizes, dim=1)

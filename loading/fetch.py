@@ -78,8 +78,8 @@ def hub_butler(name) -> tuple[str, str] | None:
 
 
 def butler_file(name) -> Path:
-    """The file of a butler: its path, or the Hub id of what is no file here, nor in a folder that
-    is. Whether there is one, and what is in it, is for its reader to say. Raises ModelError."""
+    """The file of a butler: its path or, if neither that nor its folder is here, a Hub id's file.
+    Whether there is one, and what is in it, is for its reader to say. Raises ModelError."""
     if not (there := hub_butler(name)) or Path(name).exists() or Path(name).parent.is_dir():
         return Path(name)
     with hub(f"fetch {name} from the Hub") as package:

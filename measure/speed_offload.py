@@ -9,10 +9,10 @@ r"""measure/speed_offload.py - what a decode step costs when keys and values liv
 
 Steps of a real text choose largely the rows of the steps before. Random weights know no text, so
 the tokens of the random shapes walk: each one's embedding is mostly that of the token before, so
-far that as many rows are chosen again as on prose by the default model (`again`, measured; about
-0.59 at a budget of 5 %). On a CPU the store is `disk`; `--memory` bounds what the cache may hold in
-memory, by a cgroup: what the operating system keeps of the file, importance keys, layer 0 and
-scratch space. On a GPU it is `pinned`, and the bus is measured too; not run on one yet.
+far that about half of the rows are chosen again (`again`), as on prose by the default model. On a
+CPU the store is `disk`; `--memory` bounds what the cache may hold in memory, by a cgroup: what the
+operating system keeps of the file, importance keys, layer 0 and scratch space. On a GPU it is
+`pinned`, and the bus is measured too; not run on one yet.
 
     python bench.py --suite offload --contexts 8000 --n 20
     python bench.py --suite offload --shape llama-3.2-1b --contexts 262144 --budgets 1024 \
@@ -172,7 +172,7 @@ def decode(llama, selector, cache, n: int, first: int) -> tuple:
             shares += [len(now[i] & last[i]) / len(now[i]) for i in now if last]
             last = now
     traffic = (b - a for a, b in zip(before, counters(), strict=True))
-    interval = selector.reuse.interval if selector else 1.0
+    interval = selector.reuse.steps_per_choice if selector else 1.0
     return seconds[warm:], shares, interval, taken(llama.device), *traffic
 
 

@@ -166,7 +166,7 @@ def test_a_ragged_batch_keeps_its_choice_as_single_rows_do(tiny, tiny_butler):
         cache, selector = tiny.new_cache(len(rows), 80), tiny_butler.selector(30, drift=0.9)
         tiny.prefill(rows[:, :64], cache, lengths=lengths)
         logits = [tiny.decode(t, cache, selector) for t in rows[:, 64:74].split(1, dim=1)]
-        assert 1.1 < selector.reuse.interval < 9
+        assert 1.1 < selector.reuse.steps_per_choice < 9
         return torch.cat(logits, dim=1)
 
     together = run(ids, [40, 64])
@@ -414,7 +414,7 @@ def test_a_choice_stays_until_its_query_has_turned(pair, drift, steps):
                 assert {70 + step - i for i in range(8)} | set(range(4)) == set(row[:12].tolist())
                 assert sorted(chosen) == sorted(best.tolist() if due else before[layer, g])
                 before[layer, g] = chosen
-    assert selector.reuse.interval == (len(made) / sum(made) if drift else 1)
+    assert selector.reuse.steps_per_choice == (len(made) / sum(made) if drift else 1)
     assert all(made) if drift == 0 else not all(made)
 
 
@@ -632,7 +632,7 @@ def test_unreadable_butlers_end_in_one_line(tiny_butler, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ButlerError) as e:
             Butler.load(path)
-        assert "\n" not in str(e.value) and str(path) in str(e.value)
+        assert "\n" not in str(e.value) and str(e.value).count(str(path)) == 1
     with pytest.raises(ButlerError, match="no butler at"):
         Butler.load(tmp_path / "nothing")
     with pytest.raises(ButlerError):

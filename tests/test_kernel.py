@@ -56,6 +56,13 @@ def test_triton_equals_the_reference(shape, holes):
     assert_close("gather + SDPA", kernel.sparse_decode(q, k, v, idx), expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_no_token_at_all_gives_zeros(dtype):
+    q, k, v, _ = example(2, 4, 2, 31, 64, 7, dtype)
+    for idx in torch.empty(2, 2, 0), torch.full((2, 2, 3), -1):
+        assert (kernel.sparse_decode(q, k, v, idx.int()) == 0).all()
+
+
 @pytest.mark.parametrize("B,H,G,S,D", [(1, 9, 3, 781, 64), (3, 4, 1, 200, 64), (2, 3, 1, 31, 80)])
 def test_dense_attention_ends_where_the_device_says(B, H, G, S, D):
     q, k, v, idx = example(B, H, G, S, D, S, holes=False)

@@ -149,6 +149,13 @@ def test_packed_blocks_are_the_model(family):
     assert all(block.packed for block in model.layers) and model.packed_head
     steps = torch.cat([model(t, cache) for t in x.split([1, 2, 1, 2, 2, 2, 2], dim=1)], dim=1)
     assert_close("steps", steps, expected, 1e-4)
+    same = model(x[:, :3], positions=torch.arange(3)[None])
+    assert_close("positions of all rows", same, expected[:, :3], 1e-4)
+    cache = model.new_cache(2, 12)
+    model(x[:, :3], cache)
+    for text, before in ((x[:, :1], None), (x[:, :3], cache)):
+        with pytest.raises(ModelError, match="read at once"):
+            model(text, before, positions=torch.arange(text.shape[1])[None] + 7)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)

@@ -16,7 +16,7 @@ operating system keeps of the file, importance keys, layer 0 and scratch space. 
 
     python bench.py --suite offload --contexts 8000 --n 20
     python bench.py --suite offload --shape llama-3.2-1b --contexts 262144 --budgets 1024 \
-        --memory 0.15
+        --memory 0.17
     python bench.py --suite offload --shape llama-3.1-8b --contexts 131072 --budgets 2048 \
         --device cuda
     python -m measure.speed_offload        what one row from the disk costs, and many at once

@@ -69,9 +69,6 @@ class Cache:
     Layers write; only `Llama.forward` advances, once, when all of them have.
     """
 
-    capturable = True  # may a decode step be a CUDA graph? See beyond/
-    asked, missed = 0, 0  # rows that steps asked for, and those that were not here (beyond/)
-
     def __init__(self, config: Config, batch, capacity, dtype=torch.float32, device="cpu"):
         shape = (batch, config.kv_heads, capacity, config.head_dim)
         self.capacity, self.size = capacity, 0  # size: tokens in the longest row
@@ -84,22 +81,6 @@ class Cache:
         B, G, capacity, D]. A cache that keeps them elsewhere has no tables (beyond/offload.py)"""
         self.tables = torch.zeros(2, layers, *shape, dtype=dtype, device=device)
         return map(list, self.tables)
-
-    def read_ahead(self, layers: list, tokens) -> None:
-        """Is told what layers to come will ask for (beyond/): all of it is here already."""
-
-    def at_hand(self, layer: int, keys, values, index):
-        """Keys, values and a selection [B, G, T, K] of them -> the same three, or other keys and
-        values that hold what was selected, with its indices there (beyond/offload.py)."""
-        return keys, values, index
-
-    def whole(self, layer: int, keys, values):
-        """All keys and values of a layer -> the same, or copies faster to read (beyond/)."""
-        return keys, values
-
-    @property
-    def traffic(self) -> tuple[int, int]:
-        return self.asked, int(self.missed)
 
     @property
     def bytes(self) -> int:
@@ -144,6 +125,27 @@ class Cache:
         self.lengths.clamp_(max=length)
         self.size = int(self.lengths.max())
         self.ragged = bool((self.lengths != self.size).any())
+
+    # What follows is for caches that lie elsewhere, or whose steps are recorded: beyond/
+
+    capturable = True  # may a decode step be a CUDA graph?
+    asked, missed = 0, 0  # rows that steps asked for, and those that were not here
+
+    def read_ahead(self, layers: list, tokens) -> None:
+        """Is told what layers to come will ask for; here there is nothing to fetch."""
+
+    def at_hand(self, layer: int, keys, values, index):
+        """Keys, values and a selection [B, G, T, K] of them -> the same three, or other keys and
+        values that hold what was selected, with its indices there."""
+        return keys, values, index
+
+    def whole(self, layer: int, keys, values):
+        """All keys and values of a layer -> the same, or copies faster to read."""
+        return keys, values
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        return self.asked, int(self.missed)
 
 
 # ---------------------------------------------------------------------------- the network

@@ -1,7 +1,7 @@
 """cpu/packed.py - a token's way through a layer, in compiled loops on weights of few bits.
 
     x [R, C] -before-> q, k, v [R, H + 2 G, D] -> attention [R, H, D] -after-> x [R, C]
-    x [R, C] ------------------------ whole: cache and attention too -------> x [R, C]
+    x [R, C] ---------------------- one_layer: cache and attention too -----> x [R, C]
     x [R, C] -head-> logits [R, V]                         R: a few tokens, of one or many texts
 
 One token's product with a matrix takes as long as reading the matrix. Most files have it in fewer
@@ -230,7 +230,7 @@ def after(x, attended, o, norm, eps, gate_up, down):
 
 
 @partial(compiled, parallel=False)
-def whole(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv, o, second, gate_up,
+def one_layer(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv, o, second, gate_up,
           down, eps):
     """A layer: x [R, C], one token of each of R texts, -> its output, in the place of x.
 
@@ -344,7 +344,7 @@ class PackedLayers:
         for layer, weights in enumerate(self.weights):
             index = selector(layer, x, None, seen[layer], positions) if selector else None
             tokens = all_of_them if index is None else index.numpy().reshape(-1, index.shape[3])
-            run(whole, rows, *turn, *tables, layer, at, tokens, *weights)
+            run(one_layer, rows, *turn, *tables, layer, at, tokens, *weights)
         return x
 
 

@@ -468,7 +468,7 @@ def test_a_run_is_not_resumed_on_other_text(folder, whole, tmp_path):
     wait_for(survive.state_path(train.Config(out=str(out))), run)
     run.terminate()
     run.communicate()
-    text.write_text(license + "One line more.\n")
+    text.write_text("One line more.\n" + license)  # moves all parts, those to train on too
     done = script(*line, "--resume")
     assert done.returncode == 2 and done.stdout == "", done.stderr
     said = done.stderr.splitlines()[-1]

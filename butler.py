@@ -32,11 +32,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from common.errors import Refusal
+from common.errors import Refusal, in_one_line
 from common.files import replacing
 from cpu import loops
 from cpu.loops import LINE
@@ -200,23 +200,22 @@ class Butler(nn.Module):
     @classmethod
     def load(cls, path) -> "Butler":
         """Reads what `save` wrote, by path or Hub id. Raises ButlerError, one line, else."""
-        try:
-            with safe_open(butler_file(path), framework="pt") as f:
-                config = ButlerConfig(**json.loads((f.metadata() or {})["butler"]))
-                with torch.device("meta"):  # a header's sizes are compared before any allocation
-                    butler = cls(config)
-                weights = {name: f.get_tensor(name).float() for name in f.keys()}
-                butler.load_state_dict(weights, assign=True)
-                for name, values in config.ropes().items():
-                    setattr(butler, name, values)
-        except Refusal as e:
-            raise ButlerError(f"{path}: {e}") from None
-        except FileNotFoundError:
-            raise ButlerError(f"no butler at {path}: train one with python train.py") from None
-        except KeyError:
-            raise ButlerError(f"{path}: not a butler, its metadata lacks a configuration") from None
-        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as e:
-            raise ButlerError(f"{path}: unreadable butler ({e})") from None
+        with in_one_line(ButlerError, path, "unreadable butler"):
+            file = butler_file(path)
+            there = file.exists()
+        if not there:
+            raise ButlerError(f"no butler at {path}: train one with python train.py")
+        with (in_one_line(ButlerError, path, "unreadable butler", RuntimeError),
+              safe_open(file, framework="pt") as f):
+            if "butler" not in (told := f.metadata() or {}):
+                raise ButlerError("not a butler, its metadata lacks a configuration")
+            config = ButlerConfig(**json.loads(told["butler"]))
+            with torch.device("meta"):  # a header's sizes are compared before any allocation
+                butler = cls(config)
+            weights = {name: f.get_tensor(name).float() for name in f.keys()}
+            butler.load_state_dict(weights, assign=True)
+        for name, values in config.ropes().items():
+            setattr(butler, name, values)
         return butler.eval().requires_grad_(False)
 
 
@@ -511,8 +510,8 @@ class ButlerSelector(Selector):
 
     def each_row_follows(self, last) -> bool:
         """Are rows of different lengths all a token longer than at the last step?"""
-        differ, known = self.start < self.longest, min(self.importance.filled) >= self.start - 1
-        return differ and known and last is not None and torch.equal(last + 1, self.here)
+        return (self.start < self.longest and min(self.importance.filled) >= self.start - 1
+                and last is not None and torch.equal(last + 1, self.here))
 
     def in_use(self, rows, K: int):
         """`choices` with room for K tokens beside sinks and window, for `rows` [B, G]: a copy, as a

@@ -99,9 +99,12 @@ class Cache:
         end = self.size + T
         return self.k[layer].narrow(2, 0, end), self.v[layer].narrow(2, 0, end)
 
-    def positions(self, T: int, lengths, context: int):
+    def positions(self, T: int, lengths, context: int, given=None):
         """Of T new tokens a row, of which the first lengths[b] are real (None: all) -> [B, T].
-        Raises ModelError when the cache or the model's context is too short."""
+        Raises ModelError when the cache or the model's context is too short, or if the caller's
+        own positions are `given` but not for a text that is read at once."""
+        if given is not None and (T == 1 or self.size):
+            raise ModelError("positions with gaps are for a text that is read at once")
         end = real = self.size + T
         if lengths is not None:  # padding may lie beyond the context
             real = int((self.lengths + lengths).max())
@@ -325,9 +328,7 @@ class Llama(nn.Module):
         cache = cache or self.new_cache(B, T)
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=tokens.device)
-        here = cache.positions(T, lengths, self.config.context)
-        if positions is not None and (T == 1 or cache.size):
-            raise ModelError("positions with gaps are for a text that is read at once")
+        here = cache.positions(T, lengths, self.config.context, positions)
         positions, x = here if positions is None else positions, self.embed_tokens(tokens)
         self.frequencies = self.frequencies.to(x.device)  # moves once
         rope = turns(positions[:, None, :, None] * self.frequencies)  # [B, 1, T, D]

@@ -102,7 +102,7 @@ class Engine(Hold, nn.Module):
         cache = cache or self.new_cache(B, T)
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=tokens.device)
-        self.here = cache.positions(T, lengths, self.config.context)
+        self.here = cache.positions(T, lengths, self.config.context, positions)
         self.positions = self.here if positions is None else positions
         at = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
         wanted = at.unique() if last else torch.arange(T, device=tokens.device)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from butler import SHIPPED, Butler
 from common.cli import flag, run
-from common.errors import UsageError
+from common.errors import UsageError, in_one_line
 from common.files import read_text
 from loading.fetch import hub, hub_butler
 from measure import card, tables
@@ -41,11 +41,9 @@ def parts(config: Config, name: str) -> dict[str, bytes]:
     shipped = tables.RESULTS / "train.json"
     told = Path(config.report or (path.with_suffix(".json") if config.butler else shipped))
     butler, text = Butler.load(path), read_text(told)
-    try:
+    with in_one_line(UsageError, told, "no report of train.py"):
         report = json.loads(text)
         made = card.card({"fingerprint": butler.config.fingerprint} | report)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UsageError(f"{told} is no report of train.py ({e!r})") from None
     if card.place(path).exists():
         made = read_text(card.place(path))
     if config.to:

@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from butler import SHIPPED, Butler
-from common.errors import UsageError
+from common.errors import UsageError, in_one_line
 from common.files import replacing
 
 # ---------------------------------------------------------------------------- several processes
@@ -140,11 +140,9 @@ def state(butler, optimizers, log: list) -> dict:
 
 def read(path) -> tuple[dict, dict]:
     """A state -> its metadata, its tensors. UsageError, one line, for a damaged file."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            return f.metadata() or {}, {entry: f.get_tensor(entry) for entry in f.keys()}
-    except (SafetensorError, OSError, RuntimeError) as e:
-        raise UsageError(f"{path}: unreadable state ({e})") from None
+    with (in_one_line(UsageError, path, "unreadable state", RuntimeError),
+          safe_open(path, framework="pt") as f):
+        return f.metadata() or {}, {entry: f.get_tensor(entry) for entry in f.keys()}
 
 
 def check_state(config) -> None:

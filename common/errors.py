@@ -35,13 +35,14 @@ class UsageError(Refusal):
 
 
 @contextmanager
-def in_one_line(kind, place, problem: str):
-    """Whatever a damaged file raises inside becomes a `kind` of Refusal that names the place."""
+def in_one_line(kind, place, problem: str, *more):
+    """Whatever a damaged file raises inside, and `more`, becomes a `kind` of Refusal that names the
+    place."""
     try:
         yield
     except Refusal as e:
         raise kind(f"{place}: {e}") from None
-    except DAMAGE as e:
+    except (*DAMAGE, *more) as e:
         raise kind(f"{place}: {problem} ({type(e).__name__}: {e})") from None
 
 

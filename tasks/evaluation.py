@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from baselines import BASELINES, Evicting, every_maker
-from common.errors import UsageError
+from common.errors import UsageError, in_one_line
 from common.files import read_text
 from measure.probe import Probe
 from model import Cache
@@ -104,15 +104,13 @@ class Scores:
         whole = text[: text.rfind("\n") + 1]
         if not text.startswith(header + "\n") and not header.startswith(text):
             raise UsageError(f"{path} is of a run with other settings, or no file of scores")
-        try:
+        with in_one_line(UsageError, path, "unusable scores"):
             self.known = dict(map(json.loads, whole.splitlines()[1:]))
             if not all(type(k) is str and type(s) in (int, float)
                        and 0 <= s <= (1e6 if " loss " in k else 1) for k, s in self.known.items()):
-                raise ValueError("a line is no name with a score from 0 to 1, or a loss")
+                raise UsageError("a line is no name with a score from 0 to 1, or a loss")
             self.file = path.open("a")
             self.file.truncate(len(whole.encode()))
-        except (OSError, ValueError, TypeError, RecursionError) as e:
-            raise UsageError(f"{path}: {e}") from None
         if not whole:
             self.file.write(header + "\n")
 

@@ -25,7 +25,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from common.errors import UsageError
+from common.errors import UsageError, in_one_line
 from common.files import read_text
 from tasks.document import Document, encode, encode_parts
 from tasks.scores import SCORES, rouge_package
@@ -115,16 +115,13 @@ def read_data(path) -> dict[str, list[Document]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
+        with in_one_line(UsageError, f"{path}:{number}", "not JSON"):
             entry = json.loads(line)
             keys = entry.keys() if isinstance(entry, dict) else ()
             make = next((FORMATS[names] for names in FORMATS if set(names) <= set(keys)), None)
             if make is None:
                 raise UsageError("not an object with " + ", nor with ".join(map(" ".join, FORMATS)))
             name, document = make(entry)
-        except (ValueError, RecursionError) as e:
-            why = e if isinstance(e, UsageError) else f"not JSON ({e})"
-            raise UsageError(f"{path}:{number}: {why}") from None
         found.setdefault(name, []).append(document)
     if not found:
         raise UsageError(f"{path}: no lines")

@@ -62,7 +62,7 @@ def source(report: dict, *facts: str) -> str:
     if n := sorted({m["n"] for *_, m in measures(report)}):
         facts = f"n = {', '.join(map(str, n))}",
     command = report["command"]
-    if "--intervals" in command or "ablate.py" in command:  # when there were such things
+    if "ablate.py" in command:  # when there was such a script
         command = f"at that commit: {command}"
     facts = "; ".join([*facts, report["hardware"], f"commit {report['commit']}"])
     return f"\n\n{facts}\n{command}"

@@ -18,7 +18,9 @@ first called, where there is a Numba; what they compute is defined in kernel.py 
     python -m cpu.loops        microseconds of attending to all tokens, and to some
 """
 
+import gc
 import math
+import os
 import sys
 import threading
 from functools import cache, partial
@@ -27,6 +29,7 @@ from itertools import product
 import numpy as np
 import torch
 
+os.environ.setdefault("NUMBA_OPT", "1")  # a quarter of the compiling less, loops as fast
 try:
     import numba
     from numba import njit, prange
@@ -52,9 +55,10 @@ def serves(*tensors) -> bool:
     return numba is not None and all(x.is_cpu and x.dtype in DTYPES for x in tensors)
 
 
-def compiled(function, parallel=True, fastmath=frozenset({"contract"})):
+def compiled(function, parallel=False, fastmath=frozenset({"contract"}), inline="never"):
     """By Numba, where there is one; kept for the next process, where a folder can be written."""
-    rules = {"parallel": parallel, "error_model": "numpy", "fastmath": set(fastmath)}
+    rules = {"parallel": parallel, "error_model": "numpy", "fastmath": set(fastmath),
+             "inline": inline}
     if numba is None:
         return function
     try:
@@ -63,7 +67,17 @@ def compiled(function, parallel=True, fastmath=frozenset({"contract"})):
         return njit(**rules)(function)
 
 
-@partial(compiled, parallel=False)
+@compiled
+def most(x):
+    """The largest number of x, or none, if one is none."""
+    largest = x[0]
+    for number in x:
+        if number > largest or number != number:
+            largest = number
+    return largest
+
+
+@compiled
 def edge(counts, rest):
     """The bin of the rest-th best, counted from the last one, and how many of that bin it takes."""
     bin = len(counts) - 1
@@ -73,7 +87,7 @@ def edge(counts, rest):
     return bin, rest
 
 
-@partial(compiled, parallel=False)
+@compiled
 def write(codes, tokens, least, rest, idx):
     """Of tokens in rising order those whose codes are above the least, and the `rest` earliest that
     equal it; then -1."""
@@ -87,7 +101,7 @@ def write(codes, tokens, least, rest, idx):
     idx[at:] = -1
 
 
-@partial(compiled, parallel=False)
+@compiled
 def pick(codes, largest, rest, idx):
     """The `rest` tokens of the best codes, of equal ones the earliest, in rising order -> idx, then
     -1. largest: of every 8 codes."""
@@ -116,59 +130,63 @@ def pick(codes, largest, rest, idx):
 
 
 @compiled
+def chosen_row(q, keys, scales, want, idx, sinks, S):
+    """One KV head's choice: query q [E], keys [capacity/64, E, 64], scales [capacity] -> idx [K],
+    `want` of the tokens from `sinks` to S, at most, and then -1"""
+    E, room = len(q), -(-len(scales) // PIECE) * PIECE
+    query, rest = q * np.float32(E**-0.5), min(want, S - sinks)
+    if rest <= 0:
+        idx[:] = -1
+        return
+    codes, largest = np.empty(room, np.uint16), np.empty(room // 8, np.uint16)
+    raw, size = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    sign, bits = raw.view(np.int32), size.view(np.int32)
+    for start in range(0, S, PIECE):
+        m = min(PIECE, S - start)
+        raw[:] = 0.0
+        for line in range(-(-m // LINE)):
+            some, part = keys[start // LINE + line], raw[line * LINE : (line + 1) * LINE]
+            for e in range(0, E, 4):  # slices of one dimension: they become vector code
+                q0, q1, q2, q3 = query[e], query[e + 1], query[e + 2], query[e + 3]
+                k0, k1, k2, k3 = some[e], some[e + 1], some[e + 2], some[e + 3]
+                for j in range(LINE):
+                    part[j] += (q0 * np.float32(k0[j]) + q1 * np.float32(k1[j])
+                                + q2 * np.float32(k2[j]) + q3 * np.float32(k3[j]))
+        sizes, here = scales[start : start + m], codes[start : start + PIECE]
+        for j in range(m):
+            raw[j] *= sizes[j]
+            size[j] = min(abs(raw[j]), HALF)
+        for j in range(m):
+            z = bits[j]  # to fp16: 10 bits of the fraction, the even neighbour in the middle
+            half = ((z + np.int32(0xFFF) + (z >> 13 & 1)) >> 13) - np.int32(112 << 10)
+            if z < 0x38800000:  # below its normal numbers, in steps of 2 ** -24
+                half = np.int32(np.rint(size[j] * np.float32(2**24)))
+            half = 32767 - half if sign[j] < 0 else 32768 + half
+            here[j] = np.uint16(max(half >> 1, 1))
+        here[m:] = 0  # not to be chosen
+        if start < sinks:
+            here[: sinks - start] = 0
+        top = largest[start // 8 : (start + PIECE) // 8]
+        for i in range(PIECE // 8):
+            j = 8 * i
+            top[i] = max(max(max(here[j], here[j + 1]), max(here[j + 2], here[j + 3])),
+                         max(max(here[j + 4], here[j + 5]), max(here[j + 6], here[j + 7])))
+    blocks = -(-S // 8)
+    pick(codes[: 8 * blocks], largest[:blocks], rest, idx)
+
+
+@partial(compiled, parallel=True)
 def chosen_rows(queries, keys, scales, positions, wants, idx, due, sinks, window):
     R, B, G, E = queries.shape
-    N, capacity = R * B * G, scales.shape[-1]
-    q, keys = queries.reshape(N, E), keys.reshape(N, capacity // LINE, E, LINE)
-    scales, room = scales.reshape(N, capacity), -(-capacity // PIECE) * PIECE
-    codes = np.empty((N, room), np.uint16)
-    for n in prange(N):
+    for n in prange(R * B * G):
         r, b, g = n // (B * G), n // G % B, n % G
-        if due.size and not due[r, b, g]:
-            continue
-        S = max(positions[b] - window + 1, sinks)  # tokens before the window
-        query = q[n] * np.float32(E**-0.5)
-        rest, largest = min(wants[b], S - sinks), np.empty(room // 8, np.uint16)
-        if rest <= 0:
-            idx[r, b, g] = -1
-            continue
-        raw, size = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
-        sign, bits = raw.view(np.int32), size.view(np.int32)
-        for start in range(0, S, PIECE):
-            m = min(PIECE, S - start)
-            raw[:] = 0.0
-            for line in range(-(-m // LINE)):
-                some, part = keys[n, start // LINE + line], raw[line * LINE : (line + 1) * LINE]
-                for e in range(0, E, 4):  # slices of one dimension: they become vector code
-                    q0, q1, q2, q3 = query[e], query[e + 1], query[e + 2], query[e + 3]
-                    k0, k1, k2, k3 = some[e], some[e + 1], some[e + 2], some[e + 3]
-                    for j in range(LINE):
-                        part[j] += (q0 * np.float32(k0[j]) + q1 * np.float32(k1[j])
-                                    + q2 * np.float32(k2[j]) + q3 * np.float32(k3[j]))
-            sizes, here = scales[n, start : start + m], codes[n, start : start + PIECE]
-            for j in range(m):
-                raw[j] *= sizes[j]
-                size[j] = min(abs(raw[j]), HALF)
-            for j in range(m):
-                z = bits[j]  # to fp16: 10 bits of the fraction, the even neighbour in the middle
-                half = ((z + np.int32(0xFFF) + (z >> 13 & 1)) >> 13) - np.int32(112 << 10)
-                if z < 0x38800000:  # below its normal numbers, in steps of 2 ** -24
-                    half = np.int32(np.rint(size[j] * np.float32(2**24)))
-                half = 32767 - half if sign[j] < 0 else 32768 + half
-                here[j] = np.uint16(max(half >> 1, 1))
-            here[m:] = 0  # not to be chosen
-            if start < sinks:
-                here[: sinks - start] = 0
-            top = largest[start // 8 : (start + PIECE) // 8]
-            for i in range(PIECE // 8):
-                j = 8 * i
-                top[i] = max(max(max(here[j], here[j + 1]), max(here[j + 2], here[j + 3])),
-                             max(max(here[j + 4], here[j + 5]), max(here[j + 6], here[j + 7])))
-        blocks = -(-S // 8)
-        pick(codes[n, : 8 * blocks], largest[:blocks], rest, idx[r, b, g])
+        if due.size == 0 or due[r, b, g]:
+            S = max(positions[b] - window + 1, sinks)  # tokens before the window
+            chosen_row(queries[r, b, g], keys[r, b, g], scales[r, b, g], wants[b], idx[r, b, g],
+                       sinks, S)
 
 
-@partial(compiled, parallel=False, fastmath={"contract", "reassoc"})
+@partial(compiled, fastmath={"contract", "reassoc"})
 def dot(row, x):
     s = np.float32(0)
     for c in range(len(x)):
@@ -176,21 +194,26 @@ def dot(row, x):
     return s
 
 
-@partial(compiled, parallel=False)
+@partial(compiled, fastmath={"contract", "reassoc"})
 def standard(x, weight, bias, eps):
     """LayerNorm of x [C]"""
-    out = x - x.sum() / np.float32(len(x))
-    scale = 1 / np.sqrt((out * out).sum() / np.float32(len(x)) + np.float32(eps))
-    return out * scale * weight + bias
+    out, mean, square = np.empty_like(x), np.float32(0), np.float32(0)
+    for c in range(len(x)):
+        mean += x[c] / np.float32(len(x))
+    for c in range(len(x)):
+        square += (x[c] - mean) ** 2 / np.float32(len(x))
+    for c in range(len(x)):
+        out[c] = (x[c] - mean) / np.sqrt(square + np.float32(eps)) * weight[c] + bias[c]
+    return out
 
 
-@partial(compiled, parallel=False)
+@compiled
 def cos_sin(position, rope):
     angles = np.float32(position) * rope
     return np.cos(angles), np.sin(angles)
 
 
-@compiled
+@partial(compiled, parallel=True)
 def predicted(x, weight, bias, eps, up, down, positions, rope, out):
     """A butler's Producer, and its queries' turn: x [B, C] -> out [R, B, G, E]"""
     (R, B, G, E), hidden = out.shape, np.empty(len(up), np.float32)
@@ -208,35 +231,43 @@ def predicted(x, weight, bias, eps, up, down, positions, rope, out):
 
 
 @compiled
+def project_token(keys, weight, position, rope, own_rope, numbers, scales):
+    """A layer's keys of one token [B, G, D], all heads -> importance keys in their place"""
+    B, G, D = keys.shape
+    E, half = weight.shape[2], D // 2
+    (cos, sin), (cos_e, sin_e) = cos_sin(position, rope), cos_sin(position, own_rope)
+    line, place, turned = position // LINE, position % LINE, np.empty(E, np.float32)
+    for n in range(B * G):
+        b, g, new = n // G, n % G, np.zeros(E, np.float32)
+        key = keys[b, g]
+        for i in range(half):
+            before = key[i] * cos[i] + key[i + half] * sin[i]
+            behind = key[i + half] * cos[i] - key[i] * sin[i]
+            row, other = weight[g, i], weight[g, i + half]
+            for e in range(E):
+                new[e] += before * row[e] + behind * other[e]
+        for e in range(E // 2):
+            turned[e] = new[e] * cos_e[e] - new[e + E // 2] * sin_e[e]
+            turned[e + E // 2] = new[e + E // 2] * cos_e[e] + new[e] * sin_e[e]
+        scale = max(most(np.abs(turned)), np.float32(1e-30)) / np.float32(127)
+        scales[b, g, position] = scale
+        for e in range(E):
+            numbers[b, g, line, e, place] = np.int8(np.rint(turned[e] / scale))
+
+
+@partial(compiled, parallel=True)
 def projected(keys, weight, start, rope, own_rope, numbers, scales):
     """A butler's importance keys of the tokens from `start` on, into their places: keys
     [R, B, G, T, D], rotated by `rope` [R, D/2] radians for each position; weight [R, G, D, E] ->
     numbers [R, B, G, capacity/64, E, 64], scales [R, B, G, capacity]"""
-    R, B, G, T, D = keys.shape
-    E, half = weight.shape[3], D // 2
+    R, T = len(keys), keys.shape[3]
     for program in prange(R * T):
         r, t = program // T, program % T
-        (cos, sin), (cos_e, sin_e) = cos_sin(start + t, rope[r]), cos_sin(start + t, own_rope)
-        line, place, turned = (start + t) // LINE, (start + t) % LINE, np.empty(E, np.float32)
-        for n in range(B * G):
-            b, g, new = n // G, n % G, np.zeros(E, np.float32)
-            key = keys[r, b, g, t]
-            for i in range(half):
-                before = key[i] * cos[i] + key[i + half] * sin[i]
-                behind = key[i + half] * cos[i] - key[i] * sin[i]
-                row, other = weight[r, g, i], weight[r, g, i + half]
-                for e in range(E):
-                    new[e] += before * row[e] + behind * other[e]
-            for e in range(E // 2):
-                turned[e] = new[e] * cos_e[e] - new[e + E // 2] * sin_e[e]
-                turned[e + E // 2] = new[e + E // 2] * cos_e[e] + new[e] * sin_e[e]
-            scale = max(np.abs(turned).max(), np.float32(1e-30)) / np.float32(127)
-            scales[r, b, g, start + t] = scale
-            for e in range(E):
-                numbers[r, b, g, line, e, place] = np.int8(np.rint(turned[e] / scale))
+        project_token(keys[r, :, :, t], weight[r], start + t, rope[r], own_rope, numbers[r],
+                      scales[r])
 
 
-@partial(compiled, parallel=False)
+@compiled
 def powers(x, highest):
     """2 ** (x - highest) in place, no x above the highest: by halves of the number's bits, to a
     few units of float32's last place."""
@@ -254,14 +285,14 @@ def powers(x, highest):
         bits[i] += np.int32(whole) << 23  # the exponent
 
 
-@partial(compiled, parallel=False)
+@compiled
 def merge(sums, tops, totals, out):
     """What the pieces of a head's tokens sum up to [N, pieces, heads, D] -> out [N, heads, D]; no
     token at all: 0."""
     N, pieces, heads, D = sums.shape
     for n in range(N):
         for h in range(heads):
-            highest, total = tops[n, :, h].max(), np.float32(0)
+            highest, total = most(tops[n, :, h]), np.float32(0)
             out[n, h] = 0.0
             for piece in range(pieces):
                 if totals[n, piece, h] > 0:
@@ -275,91 +306,104 @@ def merge(sums, tops, totals, out):
 
 
 @partial(compiled, fastmath={"contract", "reassoc"})
+def attend_piece(q, k, v, halves, first, row, tokens, start, stop, sums, tops, totals):
+    """A KV head's queries, q [heads, D], and a piece of its tokens, those of `tokens` or, if it is
+    empty, all from start to stop -> maximum, sum of powers and sum of values of each query"""
+    heads, D = q.shape
+    q = q * np.float32(LOG2E * D**-0.5)
+    at, asked, m = np.empty(ROWS + 3, np.int64), np.float32(0), 0
+    for i in range(start, stop):
+        token = tokens[i] if len(tokens) else i
+        if token >= 0:
+            at[m] = first + token * row
+            m += 1
+    sums[:], totals[:], tops[:] = 0.0, 0.0, -np.inf
+    if m == 0:
+        return
+    keys, values = k, v
+    if len(halves[0]):
+        keys, values = wide(halves[0], at[:m], D), wide(halves[1], at[:m], D)
+        for i in range(m):
+            at[i] = i * D
+    elif len(tokens):  # scattered: all are asked for before the first is needed
+        for i in range(m):
+            for d in range(0, D, 16):
+                asked += keys[at[i] + d] + values[at[i] + d]
+    tops[0] = asked  # used, or a compiler would not ask
+    at[m:] = at[0]
+    scores = np.zeros((heads, ROWS + 3), np.float32)
+    for i in range(m):
+        key = keys[at[i] : at[i] + D]
+        for h in range(heads):
+            score = np.float32(0)
+            for d in range(D):
+                score += q[h, d] * key[d]
+            scores[h, i] = score
+    for h in range(heads):
+        tops[h] = most(scores[h, :m])
+        powers(scores[h, :m], tops[h])
+        totals[h] = scores[h].sum()
+    for i in range(0, m, 4):  # four rows at a time: a sum is read and written less often
+        a0, a1, a2, a3 = at[i], at[i + 1], at[i + 2], at[i + 3]
+        v0, v1 = values[a0 : a0 + D], values[a1 : a1 + D]
+        v2, v3 = values[a2 : a2 + D], values[a3 : a3 + D]
+        for h in range(heads):
+            p, total = scores[h, i : i + 4], sums[h]
+            p0, p1, p2, p3 = p[0], p[1], p[2], p[3]
+            for d in range(D):
+                total[d] += p0 * v0[d] + p1 * v1[d] + p2 * v2[d] + p3 * v3[d]
+
+
+@partial(compiled, parallel=True)
 def attend_rows(queries, k, v, halves, G, batch, head, row, idx, newest, most, out):
     """queries and out [N, heads, D], N = B * G. k, v: the caches as flat arrays, in which sequences
     are `batch` numbers apart, heads `head`, tokens `row`; float32 or, as `halves`, bfloat16.
-    Tokens: of idx [N, K], or, if they are given, all up to the `newest` [B]; `most` in any row.
-    Each piece of them has a maximum, a sum of powers and a sum of values of its own; they are
-    merged at the end. (Numba starts its threads for every array that is filled or multiplied
-    outside of the loop, which takes as long as attending to dozens of tokens.)"""
+    Tokens: of idx [N, K], or, if that is empty, all up to the `newest` [B]; `most` in any row."""
     N, heads, D = queries.shape
-    dense, pieces = len(newest) > 0, -(-most // ROWS)
+    pieces = -(-most // ROWS)
     sums = np.empty((N, pieces, heads, D), np.float32)
     tops, totals = np.empty((2, N, pieces, heads), np.float32)
     for program in prange(N * pieces):
         n, piece = program // pieces, program % pieces
-        first, m, end = n // G * batch + n % G * head, 0, ROWS * (piece + 1)
-        sums[n, piece], totals[n, piece], tops[n, piece] = 0.0, 0.0, -np.inf
-        q = queries[n] * np.float32(LOG2E * D**-0.5)
-        at, asked = np.empty(ROWS + 3, np.int64), np.float32(0)
-        for i in range(end - ROWS, min(end, newest[n // G] + 1 if dense else idx.shape[1])):
-            token = i if dense else idx[n, i]
-            if token >= 0:
-                at[m] = first + token * row
-                m += 1
-        if m == 0:
-            continue
-        keys, values = k, v
-        if len(halves[0]):
-            keys, values = wide(halves[0], at[:m], D), wide(halves[1], at[:m], D)
-            for i in range(m):
-                at[i] = i * D
-        elif not dense:  # scattered: all are asked for before the first is needed
-            for i in range(m):
-                for d in range(0, D, 16):
-                    asked += keys[at[i] + d] + values[at[i] + d]
-        tops[n, piece, 0] = asked  # used, or a compiler would not ask
-        at[m:] = at[0]
-        scores = np.zeros((heads, ROWS + 3), np.float32)
-        for i in range(m):
-            key = keys[at[i] : at[i] + D]
-            for h in range(heads):
-                score = np.float32(0)
-                for d in range(D):
-                    score += q[h, d] * key[d]
-                scores[h, i] = score
-        for h in range(heads):
-            tops[n, piece, h] = scores[h, :m].max()
-            powers(scores[h, :m], tops[n, piece, h])
-            totals[n, piece, h] = scores[h].sum()
-        for i in range(0, m, 4):  # four rows at a time: a sum is read and written less often
-            a0, a1, a2, a3 = at[i], at[i + 1], at[i + 2], at[i + 3]
-            v0, v1 = values[a0 : a0 + D], values[a1 : a1 + D]
-            v2, v3 = values[a2 : a2 + D], values[a3 : a3 + D]
-            for h in range(heads):
-                p, total = scores[h, i : i + 4], sums[n, piece, h]
-                p0, p1, p2, p3 = p[0], p[1], p[2], p[3]
-                for d in range(D):
-                    total[d] += p0 * v0[d] + p1 * v1[d] + p2 * v2[d] + p3 * v3[d]
+        b, start = n // G, piece * ROWS
+        end = newest[b] + 1 if len(newest) else idx.shape[1]
+        attend_piece(queries[n], k, v, halves, b * batch + n % G * head, row, idx[n], start,
+                     min(start + ROWS, end), sums[n, piece], tops[n, piece], totals[n, piece])
     merge(sums, tops, totals, out)
 
 
 @partial(compiled, fastmath={"contract", "reassoc"})
+def weights_of_row(row):
+    """Scores as exponents of 2, bits of bfloat16 -> in their place powers, over that of the
+    largest; their sum"""
+    total, largest = np.float32(0), np.int16(-(2**15))
+    for s in range(len(row)):  # of bits that are in the order of the numbers
+        largest = max(largest, np.int16(row[s] ^ (row[s] >> 15 & 0x7FFF)))
+    x = np.empty(PIECE, np.float32)
+    bits = x.view(np.int32)
+    bits[0] = np.int32(largest ^ (largest >> 15 & 0x7FFF)) << 16
+    highest = x[0]
+    for start in range(0, len(row), PIECE):
+        part = row[start : start + PIECE]
+        for s in range(len(part)):
+            bits[s] = np.int32(part[s]) << 16
+        powers(x[: len(part)], highest)
+        for s in range(len(part)):
+            total += x[s]
+        for s in range(len(part)):
+            part[s] = (bits[s] + 0x8000) >> 16
+    return total
+
+
+@partial(compiled, parallel=True)
 def weights_of(rows, ends, sums):
-    """Scores as exponents of 2, rows [N, S] of bfloat16's bits -> in their place the powers, over
-    that of the row's largest, and 0 from the row's end on, of `ends` [N]; sums [N] of these."""
+    """Of rows [N, S] up to their `ends` [N], 0 from there on -> sums [N]"""
     for n in prange(len(rows)):
-        row, total, largest = rows[n, : ends[n]], np.float32(0), np.int16(-(2**15))
-        for s in range(len(row)):  # of bits that are in the order of the numbers
-            largest = max(largest, np.int16(row[s] ^ (row[s] >> 15 & 0x7FFF)))
-        x = np.empty(PIECE, np.float32)
-        bits = x.view(np.int32)
-        bits[0] = np.int32(largest ^ (largest >> 15 & 0x7FFF)) << 16
-        highest = x[0]
-        for start in range(0, len(row), PIECE):
-            part = row[start : start + PIECE]
-            for s in range(len(part)):
-                bits[s] = np.int32(part[s]) << 16
-            powers(x[: len(part)], highest)
-            for s in range(len(part)):
-                total += x[s]
-            for s in range(len(part)):
-                part[s] = (bits[s] + 0x8000) >> 16
+        sums[n] = weights_of_row(rows[n, : ends[n]])
         rows[n, ends[n] :] = 0
-        sums[n] = total
 
 
-@partial(compiled, parallel=False)
+@compiled
 def wide(halves, at, D):
     """Rows of upper halves of float32 numbers, beginning `at` -> these numbers, row by row."""
     bits = np.empty(len(at) * D, np.uint32)
@@ -470,10 +514,15 @@ def run(function, *arguments) -> None:
         mine.threads = threads
     if function in called:
         return function(*arguments)
-    notice = threading.Timer(1, tell)
+    notice, collecting = threading.Timer(1, tell), gc.isenabled()
     notice.start()
-    function(*arguments)
-    notice.cancel()
+    gc.disable()  # compiling makes objects by the million, to stay: a tenth of its time
+    try:
+        function(*arguments)
+    finally:
+        notice.cancel()
+        if collecting:
+            gc.enable()
     called.add(function)
     torch.set_num_threads(threads)  # Numba's start has set PyTorch's OpenMP to all cores
 

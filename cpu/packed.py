@@ -8,8 +8,11 @@ One token's product with a matrix takes as long as reading the matrix. Most file
 bits than PyTorch multiplies: GGUF's Q4_1 has 16 evenly spaced values for every 32 weights in a row,
 Q8_0 whole multiples up to 127 of one number, most safetensors files bfloat16. So beside the weights
 for long blocks of tokens, and when the first single token comes, a copy is made in 4, 8 or 16 bits,
-which is the same matrix exactly; activations stay float32. 64 rows of the matrix lie side by side:
-a channel's input is one number for all of them, and no sum runs across a vector.
+which is the same matrix exactly. 64 rows of it lie side by side: a channel's input is one number
+for all of them, and no sum runs across a vector. By codes of 4 and 8 bits products are of integers
+(cpu/pairs.py): 32 activations at a time are whole multiples, up to 32,767, of one number. So
+rounded, a product is off by 2e-5 of its size, a hundredth of what bfloat16 loses elsewhere;
+in a model of float32 numbers a second term has what the first one leaves out.
 
 What lies between the products takes PyTorch as long as these; here it is part of the same loops,
 and a decode step calls one of them a layer. model.py defines what they compute, and does it where
@@ -25,17 +28,22 @@ import numpy as np
 import torch
 
 from cpu.loops import FEW, LOG2E, attend_rows, compiled, powers, prange, run, serves
+from cpu.pairs import PAIRS, TILE, dot_pairs
 
-TILE, GROUP = 64, 32  # rows of a matrix side by side; weights of a row with one scale
+GROUP = 2 * PAIRS  # weights of a row with one scale
+UPPER = np.int32(-(2**16))  # half of a word
 
 
 class Packed(NamedTuple):
-    """A matrix [N, C]: codes of 4, 8 or 16 bits, bytes [N/64, C/2 or C or 2 C, 64]; scales [N/64,
-    C/32, 2, 64], step and offset, or none with 16 bits; bias [N] or none."""
+    """A matrix [N, C]: codes of 4, 8 or 16 bits, words of 32 bits [N/64, C * bits/32, 64]: of 8, 4
+    or 2 channels of a row, from the lowest bits on every other one, the rest from the middle on;
+    scales [N/64, C/32, 2, 64], step and offset, or none with 16 bits; bias [N] or none; of how many
+    terms of 16 bits an activation is."""
 
     codes: np.ndarray
     scales: np.ndarray
     bias: np.ndarray
+    terms: int
 
 
 def pack(linear) -> Packed | None:
@@ -48,7 +56,7 @@ def pack(linear) -> Packed | None:
     bias = np.empty(0, np.float32) if linear.bias is None else numbers(linear.bias)
     exact, rows = 2.0**-7 if w.dtype == torch.bfloat16 else 2.0**-15, numbers(w)
     for bits in (4, 8, 16):
-        codes = np.empty((N // TILE, C * bits // 8, TILE), np.uint8)
+        codes = np.empty((N // TILE, C * bits // 32, TILE), np.int32)
         scales = np.empty((N // TILE, C // GROUP if bits < 16 else 0, 2, TILE), np.float32)
         fits = np.ones(N // TILE, np.bool_)
         # most matrices that have no such form show it in their first rows
@@ -57,7 +65,7 @@ def pack(linear) -> Packed | None:
             if not fits[part].all():
                 break
         else:
-            return Packed(codes, scales, bias)
+            return Packed(codes, scales, bias, 1 + (w.dtype == torch.float32))
     return None
 
 
@@ -66,114 +74,139 @@ def numbers(tensor):
 
 
 @compiled
+def encode_tile(w, bits, exact, codes, scales):
+    """64 rows, w [64, C] -> codes and scales; are they `exact`, relative to their numbers' size?"""
+    each, fits = 32 // bits, True  # codes of a word
+    codes[:] = 0
+    for r in range(TILE):
+        words = w[r].view(np.int32)
+        for c in range(len(words) if bits == 16 else 0):
+            codes[c // 2, r] |= (words[c] >> 16 & 0xFFFF) << 16 * (c % 2)
+            fits &= words[c] & 0xFFFF == 0
+        for b in range(len(scales)):
+            group, low, high = w[r, b * GROUP : (b + 1) * GROUP], np.inf, -np.inf
+            for i in range(GROUP):
+                low, high = min(low, group[i]), max(high, group[i])
+            largest = max(-low, high)
+            if bits == 4:
+                step = max((high - low) / 15, 1e-12)
+            else:
+                step = max(largest / 127, 1e-12)
+                low = -128 * step
+            scales[b, 0, r], scales[b, 1, r] = step, low
+            for i in range(GROUP):
+                code = np.rint((group[i] - low) / step)
+                size = largest if bits == 4 else abs(group[i]) + step
+                fits &= abs(code * step + low - group[i]) <= exact * size
+                place = i % each // 2 * bits + i % 2 * 16
+                codes[b * bits + i // each, r] |= np.int32(code) << place
+    return fits
+
+
+@partial(compiled, parallel=True)
 def encode(w, bits, exact, codes, scales, fits):
-    """Weights [N, C] -> codes, scales, and which tiles of 64 rows are `exact`, relative to their
-    numbers' size."""
+    """Weights [N, C] -> codes, scales, and which tiles of 64 rows are `exact`"""
     for t in prange(len(codes)):
-        for r in range(TILE):
-            row = w[t * TILE + r]
-            words = row.view(np.uint32)
-            for c in range(len(row) if bits == 16 else 0):
-                codes[t, 2 * c, r], codes[t, 2 * c + 1, r] = words[c] >> 16 & 255, words[c] >> 24
-                fits[t] &= words[c] & 0xFFFF == 0
-            for b in range(scales.shape[1]):
-                group = row[b * GROUP : (b + 1) * GROUP]
-                largest = np.abs(group).max()
-                if bits == 4:
-                    low = group.min()
-                    step = max((group.max() - low) / np.float32(15), np.float32(1e-12))
-                else:
-                    step = max(largest / np.float32(127), np.float32(1e-12))
-                    low = -128 * step
-                scales[t, b, 0, r], scales[t, b, 1, r] = step, low
-                for i in range(GROUP):
-                    code = np.rint((group[i] - low) / step)
-                    size = largest if bits == 4 else abs(group[i]) + step
-                    fits[t] &= abs(code * step + low - group[i]) <= exact * size
-                    c = b * GROUP + i
-                    if bits == 8:
-                        codes[t, c, r] = np.uint8(code)
-                    elif c % 2 == 0:
-                        codes[t, c // 2, r] = np.uint8(code)
-                    else:
-                        codes[t, c // 2, r] |= np.uint8(code) << 4
-
-
-@partial(compiled, parallel=False)
-def rows_4(x, codes, scales, out):
-    """64 rows: x [C] by codes [C/2, 64] of 4 bits and scales [C/32, 2, 64] -> out [64]"""
-    part = np.empty(TILE, np.float32)
-    out[:] = 0.0
-    for b in range(len(scales)):
-        part[:], s = 0.0, np.float32(0)
-        for c in range(b * GROUP, (b + 1) * GROUP, 4):
-            x0, x1, x2, x3 = x[c], x[c + 1], x[c + 2], x[c + 3]
-            k0, k1 = codes[c // 2], codes[c // 2 + 1]
-            s += (x0 + x1) + (x2 + x3)
-            for j in range(TILE):
-                part[j] += (x0 * np.float32(np.int32(k0[j] & 15))
-                            + x1 * np.float32(np.int32(k0[j] >> 4))
-                            + x2 * np.float32(np.int32(k1[j] & 15))
-                            + x3 * np.float32(np.int32(k1[j] >> 4)))
-        step, low = scales[b, 0], scales[b, 1]
-        for j in range(TILE):
-            out[j] += step[j] * part[j] + low[j] * s
-
-
-@partial(compiled, parallel=False)
-def rows_8(x, codes, scales, out):
-    """The same by codes [C, 64] of 8 bits; apart, as a loop for both has half the speed."""
-    part = np.empty(TILE, np.float32)
-    out[:] = 0.0
-    for b in range(len(scales)):
-        part[:], s = 0.0, np.float32(0)
-        for c in range(b * GROUP, (b + 1) * GROUP, 4):
-            x0, x1, x2, x3 = x[c], x[c + 1], x[c + 2], x[c + 3]
-            k0, k1, k2, k3 = codes[c], codes[c + 1], codes[c + 2], codes[c + 3]
-            s += (x0 + x1) + (x2 + x3)
-            for j in range(TILE):
-                part[j] += (x0 * np.float32(k0[j]) + x1 * np.float32(k1[j])
-                            + x2 * np.float32(k2[j]) + x3 * np.float32(k3[j]))
-        step, low = scales[b, 0], scales[b, 1]
-        for j in range(TILE):
-            out[j] += step[j] * part[j] + low[j] * s
-
-
-@partial(compiled, parallel=False)
-def rows_16(x, codes, out):
-    """The same by the upper halves of numbers, byte by byte [2 C, 64]."""
-    bits = np.empty((4, TILE), np.uint32)
-    w = bits.view(np.float32)
-    out[:] = 0.0
-    for c in range(0, len(x), 4):
-        x0, x1, x2, x3 = x[c], x[c + 1], x[c + 2], x[c + 3]
-        for i in range(4):
-            low, high, b = codes[2 * (c + i)], codes[2 * (c + i) + 1], bits[i]
-            for j in range(TILE):
-                b[j] = np.uint32(high[j]) << 24 | np.uint32(low[j]) << 16
-        w0, w1, w2, w3 = w[0], w[1], w[2], w[3]
-        for j in range(TILE):
-            out[j] += x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j]
+        rows = w[t * TILE : (t + 1) * TILE]
+        fits[t] = encode_tile(rows, bits, exact, codes[t], scales[t])
 
 
 @compiled
-def multiply(x, matrix, out):
-    """x [R, C] by a packed matrix [N, C] -> out [R, N]; four channels at a time."""
-    codes, scales, bias = matrix
-    for t in prange(len(codes)):
+def in_pairs(x, terms):
+    """x [R, C] -> groups of 32 numbers as pairs of 16 bits each [C/32, R * terms, 16]; step and sum
+    of each group [C/32, R * terms, 2]. A second term is what the first one leaves."""
+    (R, C), last = x.shape, np.float32(2**15 - 1)
+    whole = np.empty((C // GROUP, R * terms, GROUP), np.int16)
+    units = np.empty((C // GROUP, R * terms, 2), np.float32)
+    bits, sizes, left = x.view(np.int32), units.view(np.int32), np.empty(GROUP, np.float32)
+    for b in range(C // GROUP):
+        for r in range(R):
+            largest, first = np.int32(0), units[b, r * terms]
+            for i in range(b * GROUP, (b + 1) * GROUP):  # without their signs, bits have the order
+                largest = max(largest, bits[r, i] & np.int32(0x7FFFFFFF))  # of the numbers
+            sizes[b, r * terms, 0] = largest
+            scale = last / (first[0] + np.float32(1e-30))
+            first[0] /= last
+            for i in range(GROUP):
+                left[i] = x[r, b * GROUP + i] * scale
+            for row in range(r * terms, (r + 1) * terms):
+                total, to, unit = np.int32(0), whole[b, row], units[b, row]
+                for i in range(GROUP):
+                    number = np.rint(left[i])
+                    to[i] = np.int16(number)
+                    total += to[i]
+                    left[i] = (left[i] - number) * last
+                unit[0] = first[0] if row == r * terms else first[0] / last
+                unit[1] = unit[0] * np.float32(total)
+    return whole.view(np.int32), units
+
+
+@compiled
+def rows_of_few_bits(x, units, t, codes, scales, out):
+    """64 rows, of tile t: what `in_pairs` gave by codes [C * bits/32, 64] of 4 or 8 bits and scales
+    [C/32, 2, 64], added to out [R, N]"""
+    N, sums, bits = units.shape[1], np.empty((2, TILE), np.int32), len(codes) // len(scales)
+    terms = N // len(out)
+    for b in range(len(scales)):
+        words, step, low = codes[b * bits : (b + 1) * bits], scales[b, 0], scales[b, 1]
+        for start in range(0, N, 2):
+            some = x[b, start:]
+            if bits == 4 and start + 1 < N:
+                dot_pairs(4, 2, words, some, sums)
+            elif bits == 4:
+                dot_pairs(4, 1, words, some, sums)
+            elif start + 1 < N:
+                dot_pairs(8, 2, words, some, sums)
+            else:
+                dot_pairs(8, 1, words, some, sums)
+            for n in range(start, min(start + 2, N)):
+                rows, whole = out[n // terms, t * TILE : (t + 1) * TILE], sums[n - start]
+                unit, total = units[b, n, 0], units[b, n, 1]
+                for j in range(TILE):
+                    rows[j] += step[j] * (unit * np.float32(whole[j])) + low[j] * total
+
+
+@compiled
+def rows_of_halves(x, t, codes, out):
+    """The same: x [R, C] by the upper halves of numbers, codes [C/2, 64]"""
+    bits = np.empty((4, TILE), np.int32)
+    w = bits.view(np.float32)
+    b0, b1, b2, b3 = bits[0], bits[1], bits[2], bits[3]
+    w0, w1, w2, w3 = w[0], w[1], w[2], w[3]
+    for c in range(0, x.shape[1], 4):
+        front, back = codes[c // 2], codes[c // 2 + 1]
+        for j in range(TILE):
+            b0[j], b1[j] = front[j] << 16, front[j] & UPPER
+            b2[j], b3[j] = back[j] << 16, back[j] & UPPER
         for r in range(len(x)):
             rows = out[r, t * TILE : (t + 1) * TILE]
-            if codes.shape[1] < x.shape[1]:
-                rows_4(x[r], codes[t], scales[t], rows)
-            elif scales.size:
-                rows_8(x[r], codes[t], scales[t], rows)
-            else:
-                rows_16(x[r], codes[t], rows)
-            if bias.size:
-                rows += bias[t * TILE : (t + 1) * TILE]
+            x0, x1, x2, x3 = x[r, c], x[r, c + 1], x[r, c + 2], x[r, c + 3]
+            for j in range(TILE):
+                rows[j] += x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j]
 
 
-@partial(compiled, parallel=False)
+@compiled
+def multiply_tile(t, x, pairs, units, matrix, out):
+    codes, scales, bias, _ = matrix
+    for r in range(len(x)):
+        rows = out[r, t * TILE : (t + 1) * TILE]
+        for j in range(TILE):
+            rows[j] = bias[t * TILE + j] if bias.size else np.float32(0)
+    if scales.size:
+        rows_of_few_bits(pairs, units, t, codes[t], scales[t], out)
+    else:
+        rows_of_halves(x, t, codes[t], out)
+
+
+@partial(compiled, parallel=True)
+def multiply(x, matrix, out):
+    """x [R, C] by a packed matrix [N, C] -> out [R, N]"""
+    pairs, units = in_pairs(x, matrix.terms)
+    for t in prange(len(matrix.codes)):
+        multiply_tile(np.int64(t), x, pairs, units, matrix, out)
+
+
+@compiled
 def normed(x, weight, eps):
     """RMSNorm of x [R, C]."""
     out = np.empty_like(x)
@@ -187,7 +220,7 @@ def normed(x, weight, eps):
     return out
 
 
-@partial(compiled, parallel=False)
+@partial(compiled, inline="always")
 def before(x, norm, eps, qkv, cos, sin, turned, out):
     """x [R, C] -> queries, keys and values of all heads, out [R, heads * D], the first `turned` of
     which are rotated by cos, sin [R, D]."""
@@ -202,7 +235,7 @@ def before(x, norm, eps, qkv, cos, sin, turned, out):
                 head[i + D // 2] = b * cos[r, i + D // 2] + a * sin[r, i + D // 2]
 
 
-@partial(compiled, parallel=False)
+@partial(compiled, inline="always")
 def after(x, attended, o, norm, eps, gate_up, down):
     """x [R, C], the input of a layer, and what its heads attended to [R, H * D] -> its output, in
     the place of x"""
@@ -229,7 +262,7 @@ def after(x, attended, o, norm, eps, gate_up, down):
             x[r, c] += back[r, c]
 
 
-@partial(compiled, parallel=False)
+@compiled
 def one_layer(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv, o, second, gate_up,
           down, eps):
     """A layer: x [R, C], one token of each of R texts, -> its output, in the place of x.
@@ -254,8 +287,9 @@ def one_layer(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv,
                 else:
                     tables[place][d] = new[d]
     stride = tables.shape[4] * D  # from head to head
-    newest = positions if tokens.shape[1] == 0 else positions[:0]
-    most = positions.max() + 1 if len(newest) else tokens.shape[1]
+    newest, most = positions if tokens.shape[1] == 0 else positions[:0], tokens.shape[1]
+    for position in newest:
+        most = max(most, position + 1)
     out, rows = np.empty((R * G, H // G, D), np.float32), (R * G, H // G, D)
     attend_rows(q.reshape(rows), tables[0, layer].reshape(-1), tables[1, layer].reshape(-1),
              (halves[0, layer].reshape(-1), halves[1, layer].reshape(-1)), G, G * stride, stride, D,
@@ -263,7 +297,7 @@ def one_layer(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv,
     after(x, out.reshape((R, H * D)), o, second, eps[1], gate_up, down)
 
 
-@partial(compiled, parallel=False)
+@compiled
 def head(x, norm, eps, matrix, out):
     multiply(normed(x, norm, eps), matrix, out)
 

@@ -5,6 +5,9 @@ import hashlib
 import json
 import os
 import random
+import re
+import subprocess
+import sys
 import zipfile
 
 import gguf
@@ -13,6 +16,7 @@ import pytest
 import torch
 from conftest import assert_close, randomise
 from gguf import GGMLQuantizationType as Type
+from numba import njit
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -20,7 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 import kernel
 from butler import Butler, ButlerConfig
 from common.errors import ModelError
-from cpu import loops, packed
+from cpu import loops, packed, pairs
 from loading import fetch
 from loading.weights import Config
 from model import Llama
@@ -82,8 +86,8 @@ def test_a_token_or_two_by_packed_weights(llama, half, prompts):
     so are the copies for short blocks, which are the same model, and more exact than bfloat16."""
     for block in llama.layers:
         shapes = [m.codes.shape for m in block.packed.matrices]
-        assert shapes == [(15, 288, 64), (9, 288, 64), (48, 288, 64), (9, 768, 64)]
-    assert llama.packed_head.matrix.codes.shape == (768, 576, 64)
+        assert shapes == [(15, 72, 64), (9, 72, 64), (48, 72, 64), (9, 192, 64)]
+    assert llama.packed_head.matrix.codes.shape == (768, 144, 64)
     prompts = prompts[:2]
     expected = llama(prompts)
     for model, size, bound in (llama, 1, 1e-3), (llama, 2, 1e-3), (half, 1, 3e-2):
@@ -121,13 +125,47 @@ def test_packed_products(bits, rows, dtype):
     if bits == 32 and dtype == torch.float32:
         assert found is None
         return
-    assert found.codes.shape == (2, {4: 48, 8: 96}.get(bits, 192), 64)
+    assert found.codes.shape == (2, {4: 12, 8: 24}.get(bits, 48), 64)
     out = np.empty((rows, 128), np.float32)
     loops.run(packed.multiply, x.numpy(), found, out)
     exact = torch.nn.functional.linear(x, linear.weight.float(), linear.bias.float())
     assert_close("product", torch.from_numpy(out), exact, 1e-4 if dtype == torch.float32 else 0.1)
+    if bits < 16:  # of the packed form itself, which rounded weights are near to only
+        one, two = np.empty((2, rows, 128), np.float32)
+        loops.run(packed.multiply, x.numpy(), found._replace(terms=1), one)
+        loops.run(packed.multiply, x.numpy(), found._replace(terms=2), two)
+        error = np.linalg.norm(one - two) / np.linalg.norm(two)
+        assert 1e-6 < error < 5e-5, f"activations of one term: {error:.1e}"
+    x[-1, 40] = torch.nan
+    loops.run(packed.multiply, x.numpy(), found, out)
+    assert np.isnan(out[-1]).all() and not np.isnan(out[:-1]).any()
     for sizes in (100, 128), (96, 100):
         assert packed.pack(torch.nn.Linear(*sizes)) is None
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_products_of_pairs_are_their_definition(bits, rows):
+    """Exactly, of the largest numbers too."""
+    dot = njit(lambda words, x, sums: pairs.dot_pairs(bits, rows, words, x, sums))
+    rng, extremes = np.random.default_rng(bits), np.array([-(2**15), -1, 0, 2**15 - 1], np.int16)
+    words = rng.integers(-(2**31), 2**31, (bits, 64), np.int32)
+    words[:, :2] = -1, 0
+    x = np.stack([rng.choice(extremes, 32), rng.integers(-(2**15), 2**15, 32, np.int16)])
+    sums, expected = np.full((2, 2, 64), 7, np.int32)
+    dot(words, x.view(np.int32), sums)
+    pairs.plain(bits, rows, words, x.view(np.int32), expected)
+    assert (sums == expected).all() and (sums[rows:] == 7).all()
+
+
+def test_products_of_pairs_where_there_is_no_avx2():
+    def trace(**features):
+        done = subprocess.run([sys.executable, "-m", "cpu.pairs"], env=os.environ | features,
+                              capture_output=True, text=True, check=True)
+        return re.findall(r"sums (.*)", done.stdout)
+
+    plain = trace(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=os.devnull)
+    assert plain == trace() and len(set(plain)) == 1 and len(plain) == 2
 
 
 def packable(bias=False):

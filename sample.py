@@ -115,9 +115,9 @@ class Tally:
 
 def generate(llama, ids, selector, config, stop, kind=Cache):
     """Yields new token ids behind the prompt `ids`, up to a `stop` id or the context limit."""
-    room = llama.config.context - len(ids) + 1  # the last token written need not be cached
-    count = min(config.max_new_tokens, room)
-    cache = llama.new_cache(1, len(ids) + count - 1, kind=kind)
+    count = min(config.max_new_tokens, llama.config.context - len(ids) + 1)  # one is not cached
+    dense = selector is None and kind is Cache
+    cache = llama.new_cache(1, len(ids) + count - 1, kind=kind, dense=dense)
     if selector:
         selector.read_ahead = cache.read_ahead
     generator = torch.Generator().manual_seed(config.seed)

@@ -73,10 +73,11 @@ class Engine(Hold, nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
+    def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache, dense=False) -> Cache:
         """As model.Llama's; steps are no CUDA graphs."""
         shape = replace(self.config, layers=len(self.slots))
-        made = Llama.new_cache(self, batch, capacity, dtype, lambda _, *rest: kind(shape, *rest))
+        made = Llama.new_cache(self, batch, capacity, dtype, lambda _, *rest: kind(shape, *rest),
+                               dense)
         made.capturable = False
         return made
 

@@ -440,6 +440,23 @@ def attend(q, k, v, idx=None, positions=None):
     return out
 
 
+def by_products(numbers: int) -> bool:
+    """Are so many numbers of bfloat16 keys attended to faster by products of such numbers?"""
+    return numbers >= 3 * 2**18 and torch.cpu._is_avx512_bf16_supported()
+
+
+def attend_to_many(q, k, v):
+    """`attend` of one query a head to all tokens of a long bfloat16 cache: q [B, H, 1, D], k, v
+    [B, G, S, D] -> [B, H, 1, D] float32"""
+    B, H, _, D = q.shape
+    G, S = k.shape[1:3]
+    q = (q * (LOG2E * D**-0.5)).bfloat16().view(B, G, H // G, D)
+    scores, sums = q @ k.mT, torch.empty(B, G, H // G, 1)
+    run(weights_of, scores.view(torch.int16).view(B * H, S).numpy(), np.full(B * H, S),
+        sums.view(-1).numpy())
+    return (scores @ v / sums).view(B, H, 1, D)
+
+
 def attend_block(q, k, v):
     """model.dense_attention of T new tokens, the last of S, by products of bfloat16 numbers, a few
     rows of scores at a time, which stay in the processor's cache: q [B, H, T, D], k, v

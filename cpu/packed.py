@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cpu.loops import FEW, LOG2E, attend_rows, compiled, powers, prange, run, serves
+from cpu.loops import FEW, LOG2E, attend_rows, by_products, compiled, powers, prange, run, serves
 from cpu.pairs import PAIRS, TILE, dot_pairs
 
 GROUP = 2 * PAIRS  # weights of a row with one scale
@@ -359,10 +359,14 @@ class PackedLayers:
 
     def serve(self, x, cache, selector) -> bool:
         """True for one token of each text, a cache that has all keys in one table, and a selector
-        that chooses before a layer's queries are there."""
+        that chooses before a layer's queries are there, or none and not too many keys."""
+        if x.shape[1] > 1 or cache.tables is None or not serves(cache.tables):
+            return False
+        if selector is None:
+            numbers = cache.k[0].numel() * (cache.size + 1) // cache.capacity
+            return cache.ragged or cache.k[0].dtype != torch.bfloat16 or not by_products(numbers)
         early = getattr(selector, "early", None)  # what watches a prompt has none
-        return (x.shape[1] == 1 and cache.tables is not None and serves(cache.tables)
-                and (selector is None or bool(early) and early(cache.size)))
+        return bool(early) and early(cache.size)
 
     def __call__(self, x, rope, positions, cache, selector):
         """x [B, 1, C] -> [B, 1, C] float32"""

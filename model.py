@@ -174,7 +174,7 @@ def dense_attention(q, k, v, positions, ragged: bool, dtype=None):
     if T == 1 and ragged and on_gpu(q):
         return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
     if T == 1 and loops.serves(q, k, v):
-        if k.dtype == torch.bfloat16 and not ragged and loops.by_products(k.numel()):
+        if not ragged and loops.by_products(k.dtype, k.numel()):
             return loops.attend_to_many(q, k, v)
         return loops.attend(q, k, v, positions=positions)
     if dtype == fast_dtype() == torch.bfloat16 and T >= 32 and not ragged and loops.serves(q, k, v):
@@ -254,7 +254,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, rope, positions, cache, selector):
-        form = self.packed if few(x) and self.packed else self  # both compute the same
+        form = self.packed if few(x) and self.packed and few(x, self.packed.limit) else self
         if form is self:
             x = x.to(self.input_layernorm.weight.dtype)  # a packed block's are float32
         q, k, v = form.before(x, *rope)
@@ -312,10 +312,10 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache, dense=False) -> Cache:
         """Room for `capacity` tokens a row, where `kind` says (beyond/offload.py); by default as
-        the weights on a GPU, or if steps are `dense` and long; else float32, faster on a CPU."""
+        the weights on a GPU, on a CPU float32: not if steps are `dense` and faster with bfloat16"""
         c, default = self.config, self.embed_tokens.weight.dtype
-        long = dense and loops.by_products(batch * capacity * c.kv_heads * c.head_dim)
-        if self.device.type == "cpu" and not long:
+        size = batch * capacity * c.kv_heads * c.head_dim
+        if self.device.type == "cpu" and not (dense and loops.by_products(default, size)):
             default = torch.float32
         return kind(c, batch, capacity, dtype or default, self.device)
 
@@ -346,7 +346,7 @@ class Llama(nn.Module):
         if last:
             x = x[torch.arange(B, device=x.device), T - 1 if lengths is None else lengths - 1]
             x = x[:, None]
-        if few(x) and self.packed_head:
+        if few(x) and self.packed_head and few(x, self.packed_head.limit):
             return self.packed_head(x)
         return self.lm_head(self.norm(x.to(self.norm.weight.dtype)))
 

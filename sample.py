@@ -113,11 +113,8 @@ class Tally:
                 self.kept += torch.bincount(index[index >= 0].cpu(), minlength=len(self.kept))
 
 
-def generate(llama, ids, selector, config, stop, kind=Cache):
-    """Yields new token ids behind the prompt `ids`, up to a `stop` id or the context limit."""
-    count = min(config.max_new_tokens, llama.config.context - len(ids) + 1)  # one is not cached
-    dense = selector is None and kind is Cache
-    cache = llama.new_cache(1, len(ids) + count - 1, kind=kind, dense=dense)
+def generate(llama, ids, selector, config, stop, cache):
+    """Yields new token ids behind the prompt `ids`, up to a `stop` id or until `cache` is full."""
     if selector:
         selector.read_ahead = cache.read_ahead
     generator = torch.Generator().manual_seed(config.seed)
@@ -126,7 +123,7 @@ def generate(llama, ids, selector, config, stop, kind=Cache):
     for chunk in tqdm(chunks, desc="reading", unit="chunk", file=sys.stderr, leave=False):
         llama.prefill(chunk, cache, selector and selector.watch)
     token, step = prompt[:, -1:], stepper(llama, cache, selector)
-    for _ in range(count):
+    for _ in range(cache.capacity - len(ids) + 1):  # the last token need not be cached
         logits = step(token)
         new = pick(logits[0, -1], config.temperature, config.top_p, generator)
         if new in stop:
@@ -165,13 +162,16 @@ def main(config: Config) -> dict:
     selector = make_selector(config.selector, config.budget, butler, config.drift,
                              dense_below=config.dense_below)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
+    count = min(config.max_new_tokens, llama.config.context - len(ids) + 1)
+    cache = llama.new_cache(1, len(ids) + count - 1, kind=kind,
+                            dense=selector is None and kind is Cache and count < len(ids))
     page = Beside(selector, config.budget) if config.html is not None else None
     tally = Tally(min(len(ids) + config.max_new_tokens, llama.config.context + 1))
     heads, new, first = (llama.config.layers - 1) * llama.config.kv_heads, [], None
     print(text if len(text) < 600 else "[...]" + text[-600:], end="", flush=True)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
-    for token in generate(llama, ids, page or selector, config, tok.eos_ids, kind):
+    for token in generate(llama, ids, page or selector, config, tok.eos_ids, cache):
         first = first or time.perf_counter()
         new.append(token)
         tally.add(selector, len(ids) + len(new) - 1, heads)
@@ -186,7 +186,7 @@ def main(config: Config) -> dict:
         "first_token_s": round(first - start, 3),
         "tokens_per_s": round((len(new) - 1) / (end - first), 2) if len(new) > 1 else None,
         "attended_per_step": round(attended, 1), "cached_tokens": cached,
-        "cache_bytes": cached * llama.new_cache(1, 1).bytes} | provenance()
+        "cache_bytes": cached * llama.new_cache(1, 1, cache.k[0].dtype).bytes} | provenance()
     print("\n")
     if answer:
         print(f"asked for, and told far back in the document:{answer}")

@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -82,9 +82,9 @@ def parse(config_class, arguments=None):
     parser = Parser(
         description=config_class.__doc__, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30))
-    defaults = config_class()
     for f in fields(config_class):
-        default = getattr(defaults, f.name)
+        # the flag's own: what a configuration makes of it may depend on other flags
+        default = f.default_factory() if f.default is MISSING else f.default
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if default is False:
             parser.add_argument(name, action="store_true", help=f"{help} (default: off)")

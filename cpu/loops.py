@@ -29,7 +29,7 @@ from itertools import product
 import numpy as np
 import torch
 
-os.environ.setdefault("NUMBA_OPT", "1")  # a quarter of the compiling less, loops as fast
+os.environ.setdefault("NUMBA_OPT", "1")  # compiling takes a quarter less, loops are as fast
 try:
     import numba
     from numba import njit, prange
@@ -45,7 +45,8 @@ HALF = np.float32(65504)  # the largest number of fp16
 LOG2E = math.log2(math.e)
 NOTHING, NOWHERE = np.empty(0, np.float32), np.empty(0, np.int64)
 ALL_DUE = np.empty((0, 0, 0), np.bool_)  # names none
-FEW = 8  # tokens up to which these loops are faster than PyTorch's operators
+FEW = 32  # tokens up to which these loops were measured to be faster than PyTorch's operators
+MANY = 3 * 2**18  # numbers of keys, measured too: 4,096 tokens of 3 heads of 64 channels
 NO_HALVES = np.empty(0, np.int16), np.empty(0, np.int16)
 called, mine = set(), threading.local()  # compiled functions; how many threads this one has set
 
@@ -56,7 +57,9 @@ def serves(*tensors) -> bool:
 
 
 def compiled(function, parallel=False, fastmath=frozenset({"contract"}), inline="never"):
-    """By Numba, where there is one; kept for the next process, where a folder can be written."""
+    """By Numba, where there is one; kept for the next process, where a folder can be written. Numba
+    notices changes in a function's own file only: whoever changes a function that others call in
+    another file deletes __pycache__."""
     rules = {"parallel": parallel, "error_model": "numpy", "fastmath": set(fastmath),
              "inline": inline}
     if numba is None:
@@ -69,7 +72,7 @@ def compiled(function, parallel=False, fastmath=frozenset({"contract"}), inline=
 
 @compiled
 def most(x):
-    """The largest number of x, or none, if one is none."""
+    """The largest number of x, of one at least; NaN if one is NaN."""
     largest = x[0]
     for number in x:
         if number > largest or number != number:
@@ -307,8 +310,9 @@ def merge(sums, tops, totals, out):
 
 @partial(compiled, fastmath={"contract", "reassoc"})
 def attend_piece(q, k, v, halves, first, row, tokens, start, stop, sums, tops, totals):
-    """A KV head's queries, q [heads, D], and a piece of its tokens, those of `tokens` or, if it is
-    empty, all from start to stop -> maximum, sum of powers and sum of values of each query"""
+    """A KV head's queries, q [heads, D], and a piece of its tokens, start to stop of `tokens` or,
+    if that is empty, of all -> sums [heads, D] of values times powers of 2; tops [heads], the
+    largest exponents; totals [heads] of the powers. `merge` adds the pieces up."""
     heads, D = q.shape
     q = q * np.float32(LOG2E * D**-0.5)
     at, asked, m = np.empty(ROWS + 3, np.int64), np.float32(0), 0
@@ -355,12 +359,12 @@ def attend_piece(q, k, v, halves, first, row, tokens, start, stop, sums, tops, t
 
 
 @partial(compiled, parallel=True)
-def attend_rows(queries, k, v, halves, G, batch, head, row, idx, newest, most, out):
+def attend_rows(queries, k, v, halves, G, batch, head, row, idx, newest, longest, out):
     """queries and out [N, heads, D], N = B * G. k, v: the caches as flat arrays, in which sequences
     are `batch` numbers apart, heads `head`, tokens `row`; float32 or, as `halves`, bfloat16.
-    Tokens: of idx [N, K], or, if that is empty, all up to the `newest` [B]; `most` in any row."""
+    Tokens: of idx [N, K], or, if it is empty, all up to the `newest` [B]; `longest` in any row."""
     N, heads, D = queries.shape
-    pieces = -(-most // ROWS)
+    pieces = -(-longest // ROWS)
     sums = np.empty((N, pieces, heads, D), np.float32)
     tops, totals = np.empty((2, N, pieces, heads), np.float32)
     for program in prange(N * pieces):
@@ -374,8 +378,7 @@ def attend_rows(queries, k, v, halves, G, batch, head, row, idx, newest, most, o
 
 @partial(compiled, fastmath={"contract", "reassoc"})
 def weights_of_row(row):
-    """Scores as exponents of 2, bits of bfloat16 -> in their place powers, over that of the
-    largest; their sum"""
+    """Bits of bfloat16 scores -> in their place 2 ** (score - the largest); returns their sum"""
     total, largest = np.float32(0), np.int16(-(2**15))
     for s in range(len(row)):  # of bits that are in the order of the numbers
         largest = max(largest, np.int16(row[s] ^ (row[s] >> 15 & 0x7FFF)))
@@ -397,7 +400,7 @@ def weights_of_row(row):
 
 @partial(compiled, parallel=True)
 def weights_of(rows, ends, sums):
-    """Of rows [N, S] up to their `ends` [N], 0 from there on -> sums [N]"""
+    """The same for each of rows [N, S] up to its end, of `ends` [N]; 0 behind it -> sums [N]"""
     for n in prange(len(rows)):
         sums[n] = weights_of_row(rows[n, : ends[n]])
         rows[n, ends[n] :] = 0
@@ -432,17 +435,19 @@ def attend(q, k, v, idx=None, positions=None):
         tokens, newest = np.empty((B * G, 0), np.int32), positions.flatten().numpy()
     else:
         tokens, newest = idx.reshape(B * G, idx.shape[3]).numpy(), NOWHERE
-    most = max(tokens.shape[1], 1) if len(newest) == 0 else newest.max() + 1
+    longest = max(tokens.shape[1], 1) if len(newest) == 0 else newest.max() + 1
     out = torch.empty(B, H, 1, D)
     heads = (B * G, H // G, D)
     run(attend_rows, q.float().reshape(heads).numpy(), *caches, G, batch, head, row, tokens, newest,
-        most, out.view(heads).numpy())
+        longest, out.view(heads).numpy())
     return out
 
 
-def by_products(numbers: int) -> bool:
-    """Are so many numbers of bfloat16 keys attended to faster by products of such numbers?"""
-    return numbers >= 3 * 2**18 and torch.cpu._is_avx512_bf16_supported()
+def by_products(dtype, numbers: int) -> bool:
+    """Does attending to so many numbers of keys take PyTorch's products of bfloat16 numbers less
+    time than these loops?"""
+    return (numba is not None and dtype == torch.bfloat16 and numbers >= MANY
+            and torch.cpu._is_avx512_bf16_supported())
 
 
 def attend_to_many(q, k, v):
@@ -533,7 +538,7 @@ def run(function, *arguments) -> None:
         return function(*arguments)
     notice, collecting = threading.Timer(1, tell), gc.isenabled()
     notice.start()
-    gc.disable()  # compiling makes objects by the million, to stay: a tenth of its time
+    gc.disable()  # looking for garbage among what compiling makes takes a tenth of its time
     try:
         function(*arguments)
     finally:

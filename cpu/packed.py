@@ -27,23 +27,28 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cpu.loops import FEW, LOG2E, attend_rows, by_products, compiled, powers, prange, run, serves
+from cpu import loops
+from cpu.loops import FEW, LOG2E, attend_rows, compiled, most, powers, prange, run, serves
 from cpu.pairs import PAIRS, TILE, dot_pairs
 
 GROUP = 2 * PAIRS  # weights of a row with one scale
-UPPER = np.int32(-(2**16))  # half of a word
+UPPER = np.int32(-(2**16))  # of a word, its upper half
 
 
 class Packed(NamedTuple):
-    """A matrix [N, C]: codes of 4, 8 or 16 bits, words of 32 bits [N/64, C * bits/32, 64]: of 8, 4
-    or 2 channels of a row, from the lowest bits on every other one, the rest from the middle on;
-    scales [N/64, C/32, 2, 64], step and offset, or none with 16 bits; bias [N] or none; of how many
-    terms of 16 bits an activation is."""
+    """A matrix [N, C] in 4, 8 or 16 bits. codes: words of 32 bits [N/64, C * bits/32, 64], each of
+    8, 4 or 2 neighbouring channels of a row, the even ones in its lower half, the odd ones in its
+    upper half, the earliest lowest; scales [N/64, C/32, 2, 64]: step and offset, none with 16 bits;
+    bias [N] or none; terms: how many numbers of 16 bits an activation is made of."""
 
     codes: np.ndarray
     scales: np.ndarray
     bias: np.ndarray
     terms: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes + self.bias.nbytes
 
 
 def pack(linear) -> Packed | None:
@@ -121,49 +126,48 @@ def in_pairs(x, terms):
     bits, sizes, left = x.view(np.int32), units.view(np.int32), np.empty(GROUP, np.float32)
     for b in range(C // GROUP):
         for r in range(R):
-            largest, first = np.int32(0), units[b, r * terms]
+            largest = np.int32(0)
             for i in range(b * GROUP, (b + 1) * GROUP):  # without their signs, bits have the order
                 largest = max(largest, bits[r, i] & np.int32(0x7FFFFFFF))  # of the numbers
-            sizes[b, r * terms, 0] = largest
-            scale = last / (first[0] + np.float32(1e-30))
-            first[0] /= last
+            sizes[b, r * terms, 0] = largest  # the memory of units, where it is a number again
+            unit = (units[b, r * terms, 0] + np.float32(1e-30)) / last  # not 0
             for i in range(GROUP):
-                left[i] = x[r, b * GROUP + i] * scale
+                left[i] = x[r, b * GROUP + i] * (np.float32(1) / unit)
             for row in range(r * terms, (r + 1) * terms):
-                total, to, unit = np.int32(0), whole[b, row], units[b, row]
+                total, to = np.int32(0), whole[b, row]
                 for i in range(GROUP):
                     number = np.rint(left[i])
                     to[i] = np.int16(number)
                     total += to[i]
                     left[i] = (left[i] - number) * last
-                unit[0] = first[0] if row == r * terms else first[0] / last
-                unit[1] = unit[0] * np.float32(total)
+                units[b, row, 0], units[b, row, 1] = unit, unit * np.float32(total)
+                unit /= last
     return whole.view(np.int32), units
 
 
 @compiled
 def rows_of_few_bits(x, units, t, codes, scales, out):
-    """64 rows, of tile t: what `in_pairs` gave by codes [C * bits/32, 64] of 4 or 8 bits and scales
-    [C/32, 2, 64], added to out [R, N]"""
-    N, sums, bits = units.shape[1], np.empty((2, TILE), np.int32), len(codes) // len(scales)
-    terms = N // len(out)
+    """Adds to out [R, N], in its columns of tile t, what `in_pairs` gave by codes [C * bits/32, 64]
+    of 4 or 8 bits and scales [C/32, 2, 64]."""
+    count, sums, bits = units.shape[1], np.empty((2, TILE), np.int32), len(codes) // len(scales)
+    terms = count // len(out)
     for b in range(len(scales)):
         words, step, low = codes[b * bits : (b + 1) * bits], scales[b, 0], scales[b, 1]
-        for start in range(0, N, 2):
+        for start in range(0, count, 2):
             some = x[b, start:]
-            if bits == 4 and start + 1 < N:
+            if bits == 4 and start + 1 < count:  # in numbers: code is made for each, see there
                 dot_pairs(4, 2, words, some, sums)
             elif bits == 4:
                 dot_pairs(4, 1, words, some, sums)
-            elif start + 1 < N:
+            elif start + 1 < count:
                 dot_pairs(8, 2, words, some, sums)
             else:
                 dot_pairs(8, 1, words, some, sums)
-            for n in range(start, min(start + 2, N)):
-                rows, whole = out[n // terms, t * TILE : (t + 1) * TILE], sums[n - start]
+            for n in range(start, min(start + 2, count)):
+                rows, products = out[n // terms, t * TILE : (t + 1) * TILE], sums[n - start]
                 unit, total = units[b, n, 0], units[b, n, 1]
                 for j in range(TILE):
-                    rows[j] += step[j] * (unit * np.float32(whole[j])) + low[j] * total
+                    rows[j] += step[j] * (unit * np.float32(products[j])) + low[j] * total
 
 
 @compiled
@@ -187,6 +191,7 @@ def rows_of_halves(x, t, codes, out):
 
 @compiled
 def multiply_tile(t, x, pairs, units, matrix, out):
+    """Columns of tile t of out [R, N]: the bias, and the product added to it"""
     codes, scales, bias, _ = matrix
     for r in range(len(x)):
         rows = out[r, t * TILE : (t + 1) * TILE]
@@ -201,9 +206,9 @@ def multiply_tile(t, x, pairs, units, matrix, out):
 @partial(compiled, parallel=True)
 def multiply(x, matrix, out):
     """x [R, C] by a packed matrix [N, C] -> out [R, N]"""
-    pairs, units = in_pairs(x, matrix.terms)
+    pairs, units = in_pairs(x if matrix.scales.size else x[:0], matrix.terms)
     for t in prange(len(matrix.codes)):
-        multiply_tile(np.int64(t), x, pairs, units, matrix, out)
+        multiply_tile(np.int64(t), x, pairs, units, matrix, out)  # prange's t is another type
 
 
 @compiled
@@ -220,7 +225,7 @@ def normed(x, weight, eps):
     return out
 
 
-@partial(compiled, inline="always")
+@partial(compiled, inline="always")  # as that compiles it once, and not for itself as well
 def before(x, norm, eps, qkv, cos, sin, turned, out):
     """x [R, C] -> queries, keys and values of all heads, out [R, heads * D], the first `turned` of
     which are rotated by cos, sin [R, D]."""
@@ -287,13 +292,12 @@ def one_layer(x, cos, sin, tables, halves, layer, positions, tokens, first, qkv,
                 else:
                     tables[place][d] = new[d]
     stride = tables.shape[4] * D  # from head to head
-    newest, most = positions if tokens.shape[1] == 0 else positions[:0], tokens.shape[1]
-    for position in newest:
-        most = max(most, position + 1)
+    newest = positions if tokens.shape[1] == 0 else positions[:0]
+    longest = most(newest) + 1 if len(newest) else tokens.shape[1]
     out, rows = np.empty((R * G, H // G, D), np.float32), (R * G, H // G, D)
     attend_rows(q.reshape(rows), tables[0, layer].reshape(-1), tables[1, layer].reshape(-1),
-             (halves[0, layer].reshape(-1), halves[1, layer].reshape(-1)), G, G * stride, stride, D,
-             tokens, newest, most, out)
+                (halves[0, layer].reshape(-1), halves[1, layer].reshape(-1)), G, G * stride, stride,
+                D, tokens, newest, longest, out)
     after(x, out.reshape((R, H * D)), o, second, eps[1], gate_up, down)
 
 
@@ -302,9 +306,15 @@ def head(x, norm, eps, matrix, out):
     multiply(normed(x, norm, eps), matrix, out)
 
 
-def few(x) -> bool:
-    """Is this [B, T, C] for these loops?"""
-    return x.shape[0] * x.shape[1] <= FEW and serves(x)
+def few(x, limit=FEW) -> bool:
+    """Is this [B, T, C] for these loops, which take so many tokens?"""
+    return x.shape[0] * x.shape[1] <= limit and serves(x)
+
+
+def limit(*matrices) -> int:
+    """Up to how many tokens products with these take less time than PyTorch's: where weights have
+    16 bits, that has instructions for them."""
+    return FEW if all(m.scales.size for m in matrices) else 4
 
 
 class PackedBlock:
@@ -314,6 +324,7 @@ class PackedBlock:
         self.matrices = self.qkv, self.o, self.gate_up, self.down = matrices
         H, G = block.self_attn.heads, block.self_attn.kv_heads
         self.sizes, self.heads, self.turned = (H, G, G), H + 2 * G, H + G
+        self.limit = limit(*matrices)
         norms = block.input_layernorm, block.post_attention_layernorm
         self.first, self.second = ((numbers(norm.weight), norm.eps) for norm in norms)
 
@@ -350,6 +361,7 @@ class PackedLayers:
     def __init__(self, blocks):
         self.weights = [(b.first[0], b.qkv, b.o, b.second[0], b.gate_up, b.down,
                          (b.first[1], b.second[1])) for b in blocks]
+        self.limit = min(b.limit for b in blocks)
 
     @classmethod
     def of(cls, layers):
@@ -360,11 +372,12 @@ class PackedLayers:
     def serve(self, x, cache, selector) -> bool:
         """True for one token of each text, a cache that has all keys in one table, and a selector
         that chooses before a layer's queries are there, or none and not too many keys."""
-        if x.shape[1] > 1 or cache.tables is None or not serves(cache.tables):
+        if (x.shape[1] > 1 or len(x) > self.limit or cache.tables is None
+                or not serves(cache.tables)):
             return False
         if selector is None:
-            numbers = cache.k[0].numel() * (cache.size + 1) // cache.capacity
-            return cache.ragged or cache.k[0].dtype != torch.bfloat16 or not by_products(numbers)
+            size = cache.k[0].numel() * (cache.size + 1) // cache.capacity
+            return cache.ragged or not loops.by_products(cache.k[0].dtype, size)
         early = getattr(selector, "early", None)  # what watches a prompt has none
         return bool(early) and early(cache.size)
 
@@ -390,7 +403,7 @@ class PackedHead:
     """The last norm and the matrix of the logits."""
 
     def __init__(self, norm, matrix):
-        self.norm, self.matrix = (numbers(norm.weight), norm.eps), matrix
+        self.norm, self.matrix, self.limit = (numbers(norm.weight), norm.eps), matrix, limit(matrix)
 
     @classmethod
     def of(cls, norm, linear):

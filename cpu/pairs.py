@@ -5,8 +5,8 @@
 Processors multiply pairs of 16-bit integers and add the two products of each, 8 or 16 pairs in one
 instruction (x86: `vpmaddwd`). A weight of 4 or 8 bits is such an integer as it is; a product of
 float32 numbers needs it converted first. `plain` defines what is computed, and does it where a
-processor is no x86 with AVX2. Elsewhere Numba takes `dot_pairs` from here in LLVM's own terms: sums
-stay in registers, the rows of a matrix lie side by side in a vector.
+processor is no x86 with AVX2 (on ARM not measured). Elsewhere Numba takes `dot_pairs` from here in
+LLVM's own terms: sums stay in registers, a matrix's rows lie side by side in a vector.
 
     python -m cpu.pairs        nanoseconds of both
 """
@@ -18,23 +18,24 @@ import numpy as np
 from cpu.loops import compiled, numba
 
 PAIRS, TILE = 16, 64  # of a row's group of 32 channels; rows of a matrix side by side
-INSTRUCTIONS = {  # and how many sums it makes, by what a processor has
+INSTRUCTIONS = {  # by what a processor has: LLVM's name, and how many sums it makes
     "+avx512bw": ("llvm.x86.avx512.pmaddw.d.512", 16), "+avx2": ("llvm.x86.avx2.pmadd.wd", 8)}
 
 
 def plain(bits, rows, words, x, sums):
     """The products of 64 rows of a matrix, 32 channels of them, with the first `rows` of x, 1 or 2.
-    A word is of one row: codes of 4 or 8 `bits`, 16/bits pairs, the earliest in the lowest bits of
-    each half."""
+    A word has 32/bits neighbouring channels of one row, 4 or 8 `bits` each, the even ones in its
+    lower half, the odd ones in its upper half, the earliest lowest."""
     mask, each = np.int32(2**bits - 1), 16 // bits
     for r in range(rows):
-        sums[r] = 0
+        total = sums[r]
+        total[:] = 0
         for p in range(PAIRS):
             row, shift = words[p // each], np.int32(p % each * bits)
-            first, second = np.int16(x[r, p] & 0xFFFF), x[r, p] >> 16
+            first, second = np.int32(np.int16(x[r, p] & 0xFFFF)), np.int32(x[r, p] >> 16)
             for j in range(TILE):
-                sums[r, j] += (row[j] >> shift & mask) * first
-                sums[r, j] += (row[j] >> shift + 16 & mask) * second
+                codes = np.int32(row[j] >> shift)
+                total[j] += (codes & mask) * first + (codes >> np.int32(16) & mask) * second
 
 
 dot_pairs = plain
@@ -44,11 +45,11 @@ if numba is not None:
     from numba.extending import intrinsic
     from numba.np.arrayobj import make_array
 
-    HALF, NUMBER = ir.IntType(16), ir.IntType(32)
+    INT16, INT32 = ir.IntType(16), ir.IntType(32)
 
     @intrinsic(prefer_literal=True)
     def dot_pairs(typing, bits, rows, words, x, sums):
-        """bits and rows have to be written as numbers where this is called."""
+        """bits and rows are written as numbers where this is called: code is made for them."""
         return numba.void(bits, rows, words, x, sums), generate
 
     def generate(context, builder, signature, arguments):
@@ -59,33 +60,35 @@ if numba is not None:
         (name, n), (bits, rows) = found[0], (kind.literal_value for kind in signature.args[:2])
         words, x, sums = (make_array(kind)(context, builder, array).data for kind, array
                           in zip(signature.args[2:], arguments[2:], strict=True))
-        vector, pairs = ir.VectorType(NUMBER, n), ir.VectorType(HALF, 2 * n)
-        multiply = builder.module.declare_intrinsic(name, fnty=ir.FunctionType(vector, [pairs] * 2))
-        zeros, mask = vector([0] * n), vector([(2**bits - 1) * 0x10001] * n)
+        of_sums, of_pairs = ir.VectorType(INT32, n), ir.VectorType(INT16, 2 * n)
+        kind = ir.FunctionType(of_sums, [of_pairs, of_pairs])
+        instruction = builder.module.declare_intrinsic(name, fnty=kind)
+        zeros, mask = of_sums([0] * n), of_sums([(2**bits - 1) * 0x10001] * n)
 
-        def vectors(array, at):
-            return builder.bitcast(builder.gep(array, [NUMBER(at)]), vector.as_pointer())
+        def pointer(array, at):
+            return builder.bitcast(builder.gep(array, [INT32(at)]), of_sums.as_pointer())
 
         def spread(array, at):
-            one = builder.insert_element(zeros, builder.load(builder.gep(array, [NUMBER(at)])),
-                                         NUMBER(0))
-            return builder.bitcast(builder.shuffle_vector(one, one, zeros), pairs)
+            one = builder.insert_element(zeros, builder.load(builder.gep(array, [INT32(at)])),
+                                         INT32(0))
+            return builder.bitcast(builder.shuffle_vector(one, one, zeros), of_pairs)
 
-        some = min(8 // rows * n, TILE)  # 8 sums at a time, which fit into registers
+        some = min(8 // rows * n, TILE)  # 8 vectors of sums at most, which fit into registers
         for start in range(0, TILE, some):
             places = range(start, start + some, n)
             totals = {(r, at): zeros for r in range(rows) for at in places}
             for p in range(PAIRS):
-                word, shift = p * bits // 16, vector([p * bits % 16] * n)
+                word, shift = p * bits // 16, of_sums([p * bits % 16] * n)
                 new = [spread(x, r * PAIRS + p) for r in range(rows)]
                 for at in places:
-                    codes = builder.load(vectors(words, word * TILE + at), align=4)
-                    codes = builder.bitcast(builder.and_(builder.lshr(codes, shift), mask), pairs)
+                    codes = builder.load(pointer(words, word * TILE + at), align=4)
+                    codes = builder.and_(builder.lshr(codes, shift), mask)
+                    codes = builder.bitcast(codes, of_pairs)
                     for r in range(rows):
-                        products = builder.call(multiply, [codes, new[r]])
+                        products = builder.call(instruction, [codes, new[r]])
                         totals[r, at] = builder.add(totals[r, at], products)
             for (r, at), total in totals.items():
-                builder.store(total, vectors(sums, r * TILE + at), align=4)
+                builder.store(total, pointer(sums, r * TILE + at), align=4)
         return context.get_dummy_value()
 
 

@@ -279,7 +279,7 @@ def weight_bytes(llama) -> tuple[int, int, int]:
     forms = [(form.matrices, block) for block in llama.layers if (form := block.packed)]
     if form := llama.packed_head:
         forms.append(([form.matrix], llama.lm_head))
-    packed = sum(part.nbytes for matrices, _ in forms for m in matrices for part in m[:3])
+    packed = sum(m.nbytes for matrices, _ in forms for m in matrices)
     instead = sum(m.weight.nbytes for _, module in forms for m in module.modules()
                   if isinstance(m, torch.nn.Linear))
     return plain, plain + packed - instead, plain + packed

@@ -18,7 +18,7 @@ from test_speed import TINY
 import bench
 from baselines import BASELINES, NAMES, make_selector
 from butler import Butler, ButlerConfig, load_for
-from common.cli import processor
+from common.cli import parse, processor
 from common.errors import UsageError
 from measure import speed
 from measure.probe import Probe, mean
@@ -162,6 +162,8 @@ def test_a_context_too_short_for_a_task_is_told(llama, tok):
 
 
 def test_tradeoff_looks_at_one_task_and_length_unless_told_otherwise():
+    told = parse(bench.Config, ["--suite", "tradeoff"])
+    assert (told.task, told.contexts) == (("needle_prose",), ("4096",))
     assert bench.Config(suite="tradeoff").task == ("needle_prose",)
     assert bench.Config(suite="tradeoff").contexts == ("4096",)
     assert bench.Config(suite="tradeoff", contexts=("512",)).contexts == ("512",)

@@ -213,7 +213,7 @@ def test_a_layer_in_one_call_is_a_block_with_its_attention(
         selector = butler.selector(budget, window=2) if budget else None
         model.prefill(prompt, cache, selector and selector.watch, lengths)
         served.append(torch.cat([model.decode(t, cache, selector) for t in steps.split(1, 1)], 1))
-    assert calls == [True] * 7 + [False] * 7
+    assert calls == [False] + [True] * 7 + [False] * 8  # asked for the prompt too
     assert_close("logits", *served, bound)
 
 
@@ -225,8 +225,7 @@ def test_long_dense_steps_are_products_of_bfloat16(half, monkeypatch):
     monkeypatch.setattr(loops, "attend_to_many", lambda *a: (taken.append(1), many(*a))[1])
     found, layers = [], half.config.layers
     for numbers, lengths in (2**20, None), (2 * 37 * 3 * 64, None), (0, [36, 30]):
-        monkeypatch.setattr(loops, "by_products", lambda n, least=numbers: n >= least)
-        monkeypatch.setattr(packed, "by_products", loops.by_products)
+        monkeypatch.setattr(loops, "by_products", lambda _, n, least=numbers: n >= least)
         cache = half.new_cache(2, 40, torch.bfloat16)
         half.prefill(ids[:, :36], cache, lengths=lengths)
         found.append(torch.cat([half.decode(t, cache) for t in ids[:, 36:].split(1, 1)], 1))
@@ -924,7 +923,7 @@ def test_truncate(model):
 
 
 def test_rows_of_different_lengths_in_bfloat16(tiny):
-    """The cache is in float32 on a CPU whatever the weights are in."""
+    """The cache is in float32 on a CPU whatever the weights are in, where dense steps are short."""
     small = copy.deepcopy(tiny).bfloat16()
     x, lengths = random_tokens(tiny, 2, 20), [20, 7]
     cache = small.new_cache(2, 24)

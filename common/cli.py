@@ -83,8 +83,7 @@ def parse(config_class, arguments=None):
         description=config_class.__doc__, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30))
     for f in fields(config_class):
-        # the flag's own: what a configuration makes of it may depend on other flags
-        default = f.default_factory() if f.default is MISSING else f.default
+        default = f.default_factory() if f.default is MISSING else f.default  # the flag's own
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if default is False:
             parser.add_argument(name, action="store_true", help=f"{help} (default: off)")

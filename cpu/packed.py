@@ -372,14 +372,13 @@ class PackedLayers:
     def serve(self, x, cache, selector) -> bool:
         """True for one token of each text, a cache that has all keys in one table, and a selector
         that chooses before a layer's queries are there, or none and not too many keys."""
-        if (x.shape[1] > 1 or len(x) > self.limit or cache.tables is None
-                or not serves(cache.tables)):
-            return False
+        ours = (x.shape[1] == 1 and few(x, self.limit) and cache.tables is not None
+                and serves(cache.tables))
         if selector is None:
             size = cache.k[0].numel() * (cache.size + 1) // cache.capacity
-            return cache.ragged or not loops.by_products(cache.k[0].dtype, size)
+            return ours and (cache.ragged or not loops.by_products(cache.k[0].dtype, size))
         early = getattr(selector, "early", None)  # what watches a prompt has none
-        return bool(early) and early(cache.size)
+        return ours and bool(early) and early(cache.size)
 
     def __call__(self, x, rope, positions, cache, selector):
         """x [B, 1, C] -> [B, 1, C] float32"""

@@ -420,8 +420,7 @@ def wide(halves, at, D):
 def attend(q, k, v, idx=None, positions=None):
     """kernel.sparse_attention of one query a head, q [B, H, 1, D], compiled; without idx of all
     tokens up to those at `positions` [B, 1]. k, v float32 or bfloat16."""
-    B, H, _, D = q.shape
-    G, S = k.shape[1:3]
+    (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
     if k.stride() != v.stride() or k.stride(3) != 1:
         k, v = torch.stack([k, v])  # contiguous
     batch, head, row, _ = k.stride()
@@ -444,8 +443,7 @@ def attend(q, k, v, idx=None, positions=None):
 
 
 def by_products(dtype, numbers: int) -> bool:
-    """Does attending to so many numbers of keys take PyTorch's products of bfloat16 numbers less
-    time than these loops?"""
+    """Is attending to so many numbers of keys faster by PyTorch's products than by these loops?"""
     return (numba is not None and dtype == torch.bfloat16 and numbers >= MANY
             and torch.cpu._is_avx512_bf16_supported())
 
@@ -453,8 +451,7 @@ def by_products(dtype, numbers: int) -> bool:
 def attend_to_many(q, k, v):
     """`attend` of one query a head to all tokens of a long bfloat16 cache: q [B, H, 1, D], k, v
     [B, G, S, D] -> [B, H, 1, D] float32"""
-    B, H, _, D = q.shape
-    G, S = k.shape[1:3]
+    (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
     q = (q * (LOG2E * D**-0.5)).bfloat16().view(B, G, H // G, D)
     scores, sums = q @ k.mT, torch.empty(B, G, H // G, 1)
     run(weights_of, scores.view(torch.int16).view(B * H, S).numpy(), np.full(B * H, S),
@@ -466,8 +463,7 @@ def attend_block(q, k, v):
     """model.dense_attention of T new tokens, the last of S, by products of bfloat16 numbers, a few
     rows of scores at a time, which stay in the processor's cache: q [B, H, T, D], k, v
     [B, G, S, D] -> [B, H, T, D] float32"""
-    B, H, T, D = q.shape
-    G, S = k.shape[1:3]
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     N, some = H // G, min(T, 128)
     q = (q * (LOG2E * D**-0.5)).bfloat16().view(B, G, N, T, D)
     k, v, out = k.bfloat16(), v.bfloat16(), torch.empty(B, G, N, T, D)

@@ -174,8 +174,6 @@ def dense_attention(q, k, v, positions, ragged: bool, dtype=None):
     if T == 1 and ragged and on_gpu(q):
         return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
     if T == 1 and loops.serves(q, k, v):
-        if not ragged and loops.by_products(k.dtype, k.numel()):
-            return loops.attend_to_many(q, k, v)
         return loops.attend(q, k, v, positions=positions)
     if dtype == fast_dtype() == torch.bfloat16 and T >= 32 and not ragged and loops.serves(q, k, v):
         return loops.attend_block(q, k, v)
@@ -310,14 +308,11 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache, dense=False) -> Cache:
+    def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
         """Room for `capacity` tokens a row, where `kind` says (beyond/offload.py); by default as
-        the weights on a GPU, on a CPU float32: not if steps are `dense` and faster with bfloat16"""
-        c, default = self.config, self.embed_tokens.weight.dtype
-        size = batch * capacity * c.kv_heads * c.head_dim
-        if self.device.type == "cpu" and not (dense and loops.by_products(default, size)):
-            default = torch.float32
-        return kind(c, batch, capacity, dtype or default, self.device)
+        the weights on a GPU, float32 on a CPU, where few rows of bfloat16 take longer to read."""
+        default = torch.float32 if self.device.type == "cpu" else self.embed_tokens.weight.dtype
+        return kind(self.config, batch, capacity, dtype or default, self.device)
 
     def forward(self, tokens, cache=None, selector=None, lengths=None, last=False, positions=None):
         """tokens [B, T] -> logits [B, T, V]; [B, 1, V] of each row's last real token if `last`.

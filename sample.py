@@ -163,8 +163,7 @@ def main(config: Config) -> dict:
                              dense_below=config.dense_below)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
     count = min(config.max_new_tokens, llama.config.context - len(ids) + 1)
-    cache = llama.new_cache(1, len(ids) + count - 1, kind=kind,
-                            dense=selector is None and kind is Cache and count < len(ids))
+    cache = llama.new_cache(1, len(ids) + count - 1, kind=kind)
     page = Beside(selector, config.budget) if config.html is not None else None
     tally = Tally(min(len(ids) + config.max_new_tokens, llama.config.context + 1))
     heads, new, first = (llama.config.layers - 1) * llama.config.kv_heads, [], None
@@ -186,7 +185,7 @@ def main(config: Config) -> dict:
         "first_token_s": round(first - start, 3),
         "tokens_per_s": round((len(new) - 1) / (end - first), 2) if len(new) > 1 else None,
         "attended_per_step": round(attended, 1), "cached_tokens": cached,
-        "cache_bytes": cached * llama.new_cache(1, 1, cache.k[0].dtype).bytes} | provenance()
+        "cache_bytes": cached * llama.new_cache(1, 1).bytes} | provenance()
     print("\n")
     if answer:
         print(f"asked for, and told far back in the document:{answer}")

@@ -73,11 +73,10 @@ class Engine(Hold, nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache, dense=False) -> Cache:
+    def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
         """As model.Llama's; steps are no CUDA graphs."""
         shape = replace(self.config, layers=len(self.slots))
-        made = Llama.new_cache(self, batch, capacity, dtype, lambda _, *rest: kind(shape, *rest),
-                               dense)
+        made = Llama.new_cache(self, batch, capacity, dtype, lambda _, *rest: kind(shape, *rest))
         made.capturable = False
         return made
 

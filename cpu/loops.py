@@ -46,7 +46,6 @@ LOG2E = math.log2(math.e)
 NOTHING, NOWHERE = np.empty(0, np.float32), np.empty(0, np.int64)
 ALL_DUE = np.empty((0, 0, 0), np.bool_)  # names none
 FEW = 32  # tokens up to which these loops were measured to be faster than PyTorch's operators
-MANY = 3 * 2**18  # numbers of keys, measured too: 4,096 tokens of 3 heads of 64 channels
 NO_HALVES = np.empty(0, np.int16), np.empty(0, np.int16)
 called, mine = set(), threading.local()  # compiled functions; how many threads this one has set
 
@@ -440,23 +439,6 @@ def attend(q, k, v, idx=None, positions=None):
     run(attend_rows, q.float().reshape(heads).numpy(), *caches, G, batch, head, row, tokens, newest,
         longest, out.view(heads).numpy())
     return out
-
-
-def by_products(dtype, numbers: int) -> bool:
-    """Is attending to so many numbers of keys faster by PyTorch's products than by these loops?"""
-    return (numba is not None and dtype == torch.bfloat16 and numbers >= MANY
-            and torch.cpu._is_avx512_bf16_supported())
-
-
-def attend_to_many(q, k, v):
-    """`attend` of one query a head to all tokens of a long bfloat16 cache: q [B, H, 1, D], k, v
-    [B, G, S, D] -> [B, H, 1, D] float32"""
-    (B, H, _, D), (G, S) = q.shape, k.shape[1:3]
-    q = (q * (LOG2E * D**-0.5)).bfloat16().view(B, G, H // G, D)
-    scores, sums = q @ k.mT, torch.empty(B, G, H // G, 1)
-    run(weights_of, scores.view(torch.int16).view(B * H, S).numpy(), np.full(B * H, S),
-        sums.view(-1).numpy())
-    return (scores @ v / sums).view(B, H, 1, D)
 
 
 def attend_block(q, k, v):

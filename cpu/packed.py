@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cpu import loops
 from cpu.loops import FEW, LOG2E, attend_rows, compiled, most, powers, prange, run, serves
 from cpu.pairs import PAIRS, TILE, dot_pairs
 
@@ -371,14 +370,11 @@ class PackedLayers:
 
     def serve(self, x, cache, selector) -> bool:
         """True for one token of each text, a cache that has all keys in one table, and a selector
-        that chooses before a layer's queries are there, or none and not too many keys."""
-        ours = (x.shape[1] == 1 and few(x, self.limit) and cache.tables is not None
-                and serves(cache.tables))
-        if selector is None:
-            size = cache.k[0].numel() * (cache.size + 1) // cache.capacity
-            return ours and (cache.ragged or not loops.by_products(cache.k[0].dtype, size))
+        that chooses before a layer's queries are there."""
         early = getattr(selector, "early", None)  # what watches a prompt has none
-        return ours and bool(early) and early(cache.size)
+        return (x.shape[1] == 1 and few(x, self.limit) and cache.tables is not None
+                and serves(cache.tables)
+                and (selector is None or bool(early) and early(cache.size)))
 
     def __call__(self, x, rope, positions, cache, selector):
         """x [B, 1, C] -> [B, 1, C] float32"""

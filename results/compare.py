@@ -56,22 +56,18 @@ class Config:
 
 
 def ours(path, room, budget):
-    """The model of this repository; its prompt is read once, and copied to dense steps' format."""
+    """The model of this repository; its dense prompt is read once and shared by both."""
     llama = Llama.from_pretrained(path, fast_dtype())
     butler, cache = load_for(llama), llama.new_cache(1, room)
 
-    def step(cache, selector=None):
-        llama.decode(torch.tensor([[5]]), cache, selector)
-        cache.truncate(cache.size - 1)
-
     def read(ids):
+        def step(selector=None):
+            llama.decode(torch.tensor([[5]]), cache, selector)
+            cache.truncate(ids.shape[1])
+
         cache.truncate(0)
         llama.prefill(ids, cache)
-        dense = llama.new_cache(1, ids.shape[1] + 1, dense=True)
-        dense.tables[..., :-1, :] = cache.tables[..., : ids.shape[1], :]
-        dense.advance(ids.shape[1])
-        return {"dense": partial(step, dense),
-                f"butler {budget:g}": partial(anew, partial(step, cache), butler.selector(budget))}
+        return {"dense": step, f"butler {budget:g}": partial(anew, step, butler.selector(budget))}
 
     return read
 

@@ -217,29 +217,6 @@ def test_a_layer_in_one_call_is_a_block_with_its_attention(
     assert_close("logits", *served, bound)
 
 
-def test_long_dense_steps_are_products_of_bfloat16(half, monkeypatch):
-    """Where a processor multiplies it: in such a cache, of texts of one length, from so many
-    numbers on; near to what the loops compute, which each row of a shorter text takes."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    ids, taken, many = tokens(2, 40, 49152), [], loops.attend_to_many
-    monkeypatch.setattr(loops, "attend_to_many", lambda *a: (taken.append(1), many(*a))[1])
-    found, layers = [], half.config.layers
-    for numbers, lengths in (2**20, None), (2 * 37 * 3 * 64, None), (0, [36, 30]):
-        monkeypatch.setattr(loops, "by_products", lambda _, n, least=numbers: n >= least)
-        cache = half.new_cache(2, 40, torch.bfloat16)
-        half.prefill(ids[:, :36], cache, lengths=lengths)
-        found.append(torch.cat([half.decode(t, cache) for t in ids[:, 36:].split(1, 1)], 1))
-        assert len(taken) == (0 if lengths or numbers == 2**20 else 4 * layers), numbers
-        taken.clear()
-    error = (found[1] - found[0]).norm() / found[0].norm()
-    assert 0 < error < 0.02, f"{error:.1e}"
-    monkeypatch.undo()
-    long = half.new_cache(1, 2**13, dense=True).tables.dtype == torch.bfloat16
-    assert long == torch.cpu._is_avx512_bf16_supported()
-    for cache in half.new_cache(1, 2**13), half.new_cache(1, 2**10, dense=True):
-        assert cache.tables.dtype == torch.float32
-
-
 def greedy(model, prompt, n):
     cache = model.new_cache(len(prompt), prompt.shape[1] + n)
     token = model.prefill(prompt, cache).argmax(-1)
@@ -923,7 +900,7 @@ def test_truncate(model):
 
 
 def test_rows_of_different_lengths_in_bfloat16(tiny):
-    """The cache is in float32 on a CPU whatever the weights are in, where dense steps are short."""
+    """The cache is in float32 on a CPU whatever the weights are in."""
     small = copy.deepcopy(tiny).bfloat16()
     x, lengths = random_tokens(tiny, 2, 20), [20, 7]
     cache = small.new_cache(2, 24)

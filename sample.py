@@ -30,7 +30,7 @@ from butler import Butler, load_for
 from common.cli import DEVICE, flag, processor, provenance, run
 from common.errors import ModelError, UsageError
 from common.files import read_text, writable
-from model import Cache, check_device
+from model import check_device
 from selection import Selector, allowance
 from tasks.coreference import coreference, pools
 

@@ -30,7 +30,7 @@ from butler import Butler, load_for
 from common.cli import DEVICE, flag, processor, provenance, run
 from common.errors import ModelError, UsageError
 from common.files import read_text, writable
-from model import check_device
+from model import Cache, check_device
 from selection import Selector, allowance
 from tasks.coreference import coreference, pools
 
@@ -113,8 +113,11 @@ class Tally:
                 self.kept += torch.bincount(index[index >= 0].cpu(), minlength=len(self.kept))
 
 
-def generate(llama, ids, selector, config, stop, cache):
-    """Yields new token ids behind the prompt `ids`, up to a `stop` id or until `cache` is full."""
+def generate(llama, ids, selector, config, stop, kind=Cache):
+    """Yields new token ids behind the prompt `ids`, up to a `stop` id or the context limit."""
+    room = llama.config.context - len(ids) + 1  # the last token written need not be cached
+    count = min(config.max_new_tokens, room)
+    cache = llama.new_cache(1, len(ids) + count - 1, kind=kind)
     if selector:
         selector.read_ahead = cache.read_ahead
     generator = torch.Generator().manual_seed(config.seed)
@@ -123,7 +126,7 @@ def generate(llama, ids, selector, config, stop, cache):
     for chunk in tqdm(chunks, desc="reading", unit="chunk", file=sys.stderr, leave=False):
         llama.prefill(chunk, cache, selector and selector.watch)
     token, step = prompt[:, -1:], stepper(llama, cache, selector)
-    for _ in range(cache.capacity - len(ids) + 1):  # the last token need not be cached
+    for _ in range(count):
         logits = step(token)
         new = pick(logits[0, -1], config.temperature, config.top_p, generator)
         if new in stop:
@@ -162,15 +165,13 @@ def main(config: Config) -> dict:
     selector = make_selector(config.selector, config.budget, butler, config.drift,
                              dense_below=config.dense_below)
     kind = cache_kind(config.offload, config.offload_dir, config.device)
-    count = min(config.max_new_tokens, llama.config.context - len(ids) + 1)
-    cache = llama.new_cache(1, len(ids) + count - 1, kind=kind)
     page = Beside(selector, config.budget) if config.html is not None else None
     tally = Tally(min(len(ids) + config.max_new_tokens, llama.config.context + 1))
     heads, new, first = (llama.config.layers - 1) * llama.config.kv_heads, [], None
     print(text if len(text) < 600 else "[...]" + text[-600:], end="", flush=True)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
-    for token in generate(llama, ids, page or selector, config, tok.eos_ids, cache):
+    for token in generate(llama, ids, page or selector, config, tok.eos_ids, kind):
         first = first or time.perf_counter()
         new.append(token)
         tally.add(selector, len(ids) + len(new) - 1, heads)

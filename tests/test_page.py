@@ -269,6 +269,6 @@ def test_rows_are_fetched_ahead_beside_the_oracle_too(tiny, tmp_path):
             super().read_ahead(layers, tokens)
 
     beside = Beside(Butler(ButlerConfig.for_model(tiny)).selector(24), 24)
-    cache = tiny.new_cache(1, 62, kind=partial(Told, folder=tmp_path))
-    assert len(list(generate(tiny, list(range(60)), beside, Config(), (), cache))) == 3
+    assert len(list(generate(tiny, list(range(60)), beside, Config(max_new_tokens=3), (),
+                             partial(Told, folder=tmp_path)))) == 3
     assert told == [[1, 2, 3, 4]] * 3

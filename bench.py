@@ -1,319 +1,296 @@
-"""bench.py - what selection costs: perplexity, recall, stale choices, long texts; and time.
+"""bench.py - what a selection costs and what it gains: perplexity, attention kept, milliseconds.
 
-    text file -> windows [N, T] -> the model, every position under its own selection -> a number
-    with its 95 % interval (bootstrap over windows or documents, and over butlers if several)
+    perplexity   of windows of text in which every position attends to its own selection
+    length       at the end of contexts of several lengths, read densely: which share of the true
+                 attention do the selected tokens hold, and how well is the text predicted?
+    speed        milliseconds of a decode step, all candidates by turns, beside what the bytes that
+                 it reads would take at this machine's copy bandwidth
 
-    perplexity  exp of the mean loss; each position keeps its own subset, as if it were decoded
-    recall      share of the true attention kept, error of the attention's output, and Spearman rank
-                correlation of scores and attention, by layer; all on the sparse run's own states
-    length      the same share, and the loss, of the last 32 tokens before each of --contexts, what
-                comes before them being read densely: does a butler choose as well far from where it
-                was trained?
-    drift       the tasks, choices being kept until their queries have turned by more than --drifts:
-                accuracy, and the steps between two choices
-    generation  free text of --length tokens: which share of its 8-grams has been there before?
-    tradeoff    a task's score, as synth_task.py has it, beside milliseconds of a decode step
-    attention, speed    milliseconds of a decode step, see measure/speed.py
-    offload             the same with keys and values elsewhere, see measure/speed_offload.py
+    python bench.py --suite length --contexts 512,2048
+    python bench.py --suite speed --engine fast --budgets 0.05
 
-    python bench.py --suite perplexity --text FILE --budgets 0.1,0.25,0.5
+More suites are in workshop/suites.py (recall, generation, drift, tradeoff) and workshop/timing.py
+(attention, offload, speed of a --shape with random weights).
 """
 
+import json
 import math
+import statistics
 import sys
-from collections import defaultdict
-from dataclasses import dataclass
-from functools import partial
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from baselines import NAMES, every_maker
-from beyond.engine import opened
-from beyond.offload import cache_kind
-from butler import Butler, load_for
-from common.cli import DEVICE, flag, known, names, numbers, processor, provenance, run
-from common.errors import UsageError
-from loading.tokenizer import Tokenizer
-from measure import speed, speed_offload, tables
-from measure.intervals import accuracy, bootstrap, of_oracle, through
-from measure.probe import Probe, at_lengths, mean
-from model import Llama, check_device
-from selection import Selector
-from tasks.corpus import evenly, text_of
-from tasks.evaluation import EVICTING, TASKS, Prompts, at_contexts
+import cli
+from cli import DEVICE, UserError, flag, numbers, plug_in
+from data import evenly_spaced, text_to_measure_on
+from kernel import index_to_mask, true_attention
+from selection import NAMES
+from synth_task import every_maker, interval, print_results, rules_of
+
+BLOCK = 32  # tokens at the end of a context that `length` measures on
+SUITES = ("perplexity", "length", "speed")
+MORE_SUITES = {"workshop.suites": ("recall", "generation", "drift", "tradeoff"),
+               "workshop.timing": ("attention", "offload")}
 
 
-@dataclass
-class Config:
-    """Measures what a selection costs in quality, and what a decode step costs in time."""
+class Probe:
+    """A selector that selects what another one does, and measures it.
 
-    suite: str = flag("perplexity",
-                      "perplexity, recall, length, drift, generation, tradeoff, attention, speed "
-                      "or offload")
-    model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
-    engine: str = flag("own", "what runs the model: own, for a Llama, or transformers")
-    butler: tuple = flag((), "comma-separated files or Hub ids (default: the shipped one)", names)
-    selectors: tuple = flag(("dense", "oracle", "butler"),
-                            f"comma-separated, of {', '.join(NAMES)}", names)
-    budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended",
-                          numbers(kind=float))
-    text: str = flag(None, "text file (default: Python's reference, the part not trained on)")
-    n: int = flag(12, "windows, documents or prompts; of a timed suite rounds or steps", least=1)
-    length: int = flag(512, "tokens of a window; of a generated text", least=64)
-    task: tuple = flag((), "drift: tasks (default: coreference,needle_prose,copy); tradeoff: tasks "
-                           "(default: needle_prose)", names)
-    drifts: tuple = flag(("0", "0.1", "0.2", "0.3", "0.4"), "drift, offload: how far a query may "
-                         "turn before the choice is made anew, 1 - cosine", numbers(0, 2, float))
-    shape: str = flag(None, "attention, speed, offload: random weights in the shape of "
-                            f"{', '.join(speed.SHAPES)} or a config.json")
-    contexts: tuple = flag((), "length, drift, tradeoff (RULER-style), attention, speed, offload: "
-                           "tokens (default: 512,2048,8000; tradeoff: 4096)", numbers(1, 2**20))
-    batch: tuple = flag(("1",), "attention, speed: sequences", numbers(1, 2**16))
-    memory: float = flag(0.0, "offload: share of the keys and values that may be in memory, page "
-                              "cache included; 0: no limit", most=1)
-    offload_dir: str = flag(None, "offload: folder of the file (default: /var/tmp)")
-    seed: int = flag(0, "seed of documents and sampling")
-    write: bool = flag(False, "write results/SUITE[_SHAPE][_PROCESSOR].json, redraw tables")
-    device: str = flag(DEVICE, "cpu or cuda")
+    kept[layer]: the share of the true attention that falls on the selected tokens, averaged over
+    queries and heads.
+    """
 
-    def __post_init__(self):
-        every = ("coreference", "needle_prose", "copy"), ("512", "2048", "8000")
-        tasks, contexts = (("needle_prose",), ("4096",)) if self.suite == "tradeoff" else every
-        self.task, self.contexts = self.task or tasks, self.contexts or contexts
+    def __init__(self, selector):
+        self.selector = selector
+        self.kept = {}
+
+    def __call__(self, layer, x, q, keys, positions):
+        index = self.selector(layer, x, q, keys, positions)
+        if index is not None:
+            selected = index_to_mask(index, keys.shape[2])[:, :, None]  # [B, G, 1, T, S]
+            self.kept[layer] = (true_attention(q, keys) * selected).sum(-1).mean().item()
+        return index
+
+    def mean(self) -> float:
+        return sum(self.kept.values()) / len(self.kept)
 
 
-@dataclass
-class Bench:
-    """What every suite needs: the model, its tokenizer, the butlers, the flags."""
-
-    llama: Llama
-    tok: Tokenizer
-    butlers: list
-    config: Config
-
-    def makers(self, **rules):
-        """See baselines.every_maker."""
-        c = self.config
-        return every_maker(c.selectors, c.budgets, self.butlers, **rules)
-
-    def runs(self, function):
-        """-> (name, budget, [[function(model, window, fresh selector) of each window] of each
-        butler]), every position of a window [--length] under its own selection."""
-        windows = self.windows(self.config.length)
-        for name, budget, makers in tqdm(list(self.makers()), self.config.suite, file=sys.stderr):
-            yield name, budget, [[function(self.llama, window, make()) for window in windows]
-                                 for make in makers]
-
-    def windows(self, length: int) -> torch.Tensor:
-        """[n, length] tokens, spread evenly over the text."""
-        rows = evenly(self.tok, text_of(self.config.text), self.config.n, length)
-        return rows.to(self.llama.device)
+# ---------------------------------------------------------------------------- quality
 
 
-# ---------------------------------------------------------------------------- the suites
-
-empty = partial(defaultdict, partial(defaultdict, dict))  # [task or measure][selector][budget]
-
-
-def perplexity(bench: Bench) -> dict:
-    """Masked perplexity, and its excess over the oracle's at the same budget, window by window."""
-    results, loss = empty(), {(name, budget): runs for name, budget, runs in bench.runs(nats)}
-    for (name, budget), runs in loss.items():
-        results["perplexity"][name][budget] = through(math.exp, bootstrap(runs))
-        if name != "oracle" and ("oracle", budget) in loss:
-            results["over_oracle"][name][budget] = excess(runs, *loss["oracle", budget])
-    return {"results": results}
-
-
-def nats(llama, window, selector) -> float:
-    """Mean loss of a window [T], every position under its own selection."""
-    with torch.inference_mode():
-        logits = llama(window[None], selector=selector)[0, :-1].float()
-    return F.cross_entropy(logits, window[1:]).item()
+@torch.inference_mode()
+def perplexity(llama, windows, makers) -> dict:
+    """windows [n, T]: every position of a window attends to its own selection, as if the window
+    were decoded token by token -> results, see main"""
+    results = {"perplexity": {}, "over oracle": {}}
+    nats = {}
+    for key, make in makers.items():
+        nats[key] = []
+        for window in tqdm(windows, " ".join(key), file=sys.stderr):
+            logits = llama(window[None], None, make())[0, :-1].float()
+            nats[key].append(F.cross_entropy(logits, window[1:]).item())
+    for (name, budget), values in nats.items():
+        results["perplexity"].setdefault(name, {})[budget] = exponential(interval(values))
+        if name != "oracle" and ("oracle", budget) in nats:
+            more = [a - b for a, b in zip(values, nats["oracle", budget], strict=True)]
+            results["over oracle"].setdefault(name, {})[budget] = excess(interval(more))
+    return results
 
 
-def excess(runs: list[list[float]], best: list[float]) -> dict:
-    """Nats [[of each window] of each run] -> share by which perplexity exceeds that of `best`."""
-    more = [[a - b for a, b in zip(run, best, strict=True)] for run in runs]
-    return through(math.expm1, bootstrap(more))
+def exponential(m: dict) -> dict:
+    """The interval of mean nats -> that of perplexity."""
+    return {key: value if key == "n" else math.exp(value) for key, value in m.items()}
 
 
-def recall(bench: Bench) -> dict:
-    """Probe's measures on the sparse run's own hidden states, by layer and on average."""
-    results, layers = empty(), empty()
-    for name, budget, runs in bench.runs(probed):
-        for measure, first in runs[0][0].items():
-            results[measure][name][budget] = bootstrap(
-                [[mean(w[measure]) for w in run] for run in runs])
-            flat = [w[measure] for run in runs for w in run]
-            layers[measure][name][budget] = [sum(w[layer] for w in flat) / len(flat)
-                                             for layer in first]
-    return {"results": results, "layers": layers}
+def excess(m: dict) -> dict:
+    """The interval of a difference in nats -> by which share one perplexity exceeds the other."""
+    return {key: value if key == "n" else math.expm1(value) for key, value in m.items()}
 
 
-def probed(llama, window, selector) -> dict:
-    """{measure: {layer: number}} of a window [T], every position under its own selection."""
-    cache = llama.new_cache(1, len(window))
-    probe = Probe(selector, rank=True, cache=cache)
-    if selector:
-        with torch.inference_mode():
-            llama(window[None], cache, probe, last=True)
-    return {name: by for name in ("mass", "error", "spearman") if (by := getattr(probe, name))}
+@torch.inference_mode()
+def kept_at_lengths(llama, window, contexts, makers):
+    """Reads a window [T] densely, once. Then the last 32 tokens before each of `contexts` go
+    through every selector -> yields (context, (selector, budget), attention kept, mean nats of
+    those tokens). The longest context comes first, so that no run reads what a selection wrote."""
+    contexts = sorted(contexts, reverse=True)
+    cache = llama.new_cache(1, contexts[0])
+    llama.prefill(window[None, : contexts[0]], cache)
+    for context in contexts:
+        block = window[context - BLOCK : context]
+        for key, make in makers.items():
+            cache.truncate(context - BLOCK)
+            selector = make()
+            probe = Probe(selector) if selector else None
+            logits = llama(block[None], cache, probe)[0, :-1].float()
+            nats = F.cross_entropy(logits, block[1:]).item()
+            yield context, key, probe.mean() if probe else 1.0, nats
 
 
-def length(bench: Bench) -> dict:
-    """Attention kept and perplexity at the end of contexts of several lengths, read densely, and
-    what they are of the oracle's, window by window."""
-    contexts, results = [int(c) for c in bench.config.contexts], empty()
-    kept, loss = defaultdict(list), defaultdict(list)
-    makers = {(name, budget): None if name == "dense" else make
-              for name, budget, (make, *_) in bench.makers()}
-    for window in tqdm(bench.windows(max(contexts)), desc="length", file=sys.stderr):
-        for context, key, mass, nats in at_lengths(bench.llama, window, contexts, makers):
-            kept[context, *key].append(mass)
-            loss[context, *key].append(nats)
-    for (context, name, budget), masses in kept.items():
-        losses, best = loss[context, name, budget], (context, "oracle", budget)
-        rows = {"kept": bootstrap([masses]), "perplexity": through(math.exp, bootstrap([losses]))}
-        if name != "oracle" and best in kept:
-            rows |= {"kept of oracle": bootstrap(of_oracle([masses], kept[best])),
-                     "over oracle": excess([losses], loss[best])}
-        for what, row in rows.items():
-            results[f"{what} @{context}"][name][budget] = row
-    return {"results": results}
+def length(llama, windows, contexts, makers) -> dict:
+    """Attention kept and perplexity at several lengths, also as a share of the oracle's."""
+    kept, nats = {}, {}
+    for window in tqdm(windows, "windows", file=sys.stderr):
+        for context, key, share, loss in kept_at_lengths(llama, window, contexts, makers):
+            kept.setdefault((context, *key), []).append(share)
+            nats.setdefault((context, *key), []).append(loss)
+    results = {}
+
+    def add(what, context, name, budget, m):
+        results.setdefault(f"{what} @{context}", {}).setdefault(name, {})[budget] = m
+
+    for (context, name, budget), shares in kept.items():
+        add("kept", context, name, budget, interval(shares))
+        losses = nats[context, name, budget]
+        add("perplexity", context, name, budget, exponential(interval(losses)))
+        oracle = (context, "oracle", budget)
+        if name != "oracle" and oracle in kept:
+            of_oracle = [a / b for a, b in zip(shares, kept[oracle], strict=True)]
+            add("kept of oracle", context, name, budget, interval(of_oracle))
+            more = [a - b for a, b in zip(losses, nats[oracle], strict=True)]
+            add("over oracle", context, name, budget, excess(interval(more)))
+    return results
 
 
-def drift(bench: Bench) -> dict:
-    """Accuracy, and mean steps between two choices, at every drift. One document at a time: steps
-    are counted in it alone."""
-    c, results, steps = bench.config, empty(), defaultdict(dict)
-    makers = {(f"{name}, drift {allowed}" if name == "butler" else name, budget): make
-              for allowed in c.drifts
-              for name, budget, make in bench.makers(drift=float(allowed))}
-    tasks = at_contexts(bench.llama, bench.tok, c.task, c.contexts, c.n, c.seed)
-    for task, documents in tasks.items():
-        scores, intervals = {key: [[] for _ in makers[key]] for key in makers}, defaultdict(list)
-        for document in tqdm(documents, desc=task, file=sys.stderr):
-            prompts = Prompts(bench.llama, bench.tok, [document], "sparse")
-            for key, several in makers.items():
-                for given, make in zip(scores[key], several, strict=True):
-                    selector = make()
-                    given += prompts.answer(selector)
-                    if "drift" in key[0]:
-                        intervals[", ".join(key)].append(selector.reuse.steps_per_choice)
-        for (name, budget), runs in scores.items():
-            results[task][name][budget] = accuracy(runs)
-        steps[task] = {label: sum(v) / len(v) for label, v in intervals.items()}
-    return {"results": results, "steps between choices": steps}
+# ---------------------------------------------------------------------------- speed
 
 
-def generation(bench: Bench) -> dict:
-    """Texts of --length tokens behind prompts of 64, sampled at temperature 0.8 with the same
-    seed for every selector -> share of the 8-grams that occurred in the text before."""
-    c, results, prompts = bench.config, empty(), bench.windows(64)
-    endings = defaultdict(dict)
-    for name, budget, makers in bench.makers():
-        runs = []
-        for make in makers:
-            generator = torch.Generator().manual_seed(c.seed)
-            cache, selector = bench.llama.new_cache(c.n, 64 + c.length), make()
-            logits = bench.llama.prefill(prompts, cache, selector and selector.watch)
-            written = []
-            for _ in tqdm(range(c.length), desc=f"{name} {budget}", file=sys.stderr):
-                p = (logits[:, -1].float() / 0.8).softmax(-1).cpu()
-                written.append(torch.multinomial(p, 1, generator=generator))
-                logits = bench.llama.decode(written[-1].to(prompts.device), cache, selector)
-            rows = torch.cat(written, dim=1).tolist()
-            runs.append([repeated(row) for row in rows])
-        results["repeated_8_grams"][name][budget] = bootstrap(runs)
-        endings[name][budget] = bench.tok.decode(rows[0])[-300:]
-    return {"results": results, "endings": endings}
+def synchronize(device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
-def repeated(ids: list[int]) -> float:
-    """Share of the 8-grams of a text that are not their first occurrence."""
-    grams = [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
-    return 1 - len(set(grams)) / len(grams)
+def copy_bandwidth(device) -> float:
+    """Bytes per second of a large copy, bytes read plus bytes written."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(7):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def step_bytes(llama, cache, butler, name: str, kept: float, batch: int, context: int) -> int:
+    """What a decode step reads at least: the weights, all keys and values of layer 0, those of the
+    tokens kept in the other layers, and the importance keys, which are taken to be 8-bit."""
+    c = llama.config
+    token = 2 * c.kv_heads * c.head_dim * cache.k[0].element_size()  # key and value of one layer
+    tokens = context * kept if kept <= 1 else min(kept, context)
+    read = batch * token * (context + (c.layers - 1) * tokens)
+    if name == "butler":
+        read += batch * (c.layers - 1) * context * c.kv_heads * (butler.config.size + 4)
+    return int(read + llama.weight_bytes())
+
+
+@torch.inference_mode()
+def decode_times(llama, cache, token, context: int, selectors: dict, rounds: int) -> dict:
+    """Every candidate decodes one token per round, in turn, so that a slow moment of the machine
+    hits all of them. Each round stands one token further -> {candidate: median milliseconds}"""
+    times = {key: [] for key in selectors}
+    for turn in tqdm(range(rounds + 2), "rounds", file=sys.stderr, leave=False):
+        for key, selector in selectors.items():
+            cache.truncate(context - 1 + turn)
+            synchronize(llama.device)
+            start = time.perf_counter()
+            llama.decode(token, cache, selector)
+            synchronize(llama.device)
+            if turn > 1:  # the first two compile and warm up
+                times[key].append(1e3 * (time.perf_counter() - start))
+    return {key: statistics.median(ms) for key, ms in times.items()}
+
+
+def speed(llama, butler, windows, contexts, makers, config) -> list[dict]:
+    """-> rows, one for each candidate at each context; `speedup` is over the dense step."""
+    bandwidth = copy_bandwidth(llama.device)
+    rows = []
+    batch = len(windows)
+    for context in contexts:
+        cache = llama.new_cache(batch, context + config.n + 2)
+        llama.prefill(windows[:, : context - 1], cache)
+        selectors = {key: make() for key, make in makers.items()}
+        token = windows[:, context - 1 : context]
+        times = decode_times(llama, cache, token, context, selectors, config.n)
+        for (name, budget), ms in times.items():
+            kept = 1.0 if name == "dense" else float(budget)
+            read = step_bytes(llama, cache, butler, name, kept, batch, context)
+            rows.append({
+                "suite": "speed", "engine": config.engine, "device": str(llama.device),
+                "shape": None, "batch": batch, "context": context, "selector": name, "kept": kept,
+                "ms": ms, "bandwidth_ms": 1e3 * read / bandwidth,
+                "tokens_per_s": 1e3 * batch / ms, "bytes": read,
+                "speedup": times["dense", "1.0"] / ms if ("dense", "1.0") in times else None})
+    return rows
+
+
+def print_rows(rows: list[dict]) -> None:
+    print(f"{'context':>8s} {'batch':>5s}  {'selector':24s} {'kept':>6s} {'ms a step':>10s} "
+          f"{'by bytes':>9s} {'tokens/s':>9s} {'x dense':>8s}")
+    for row in rows:
+        speedup = "" if row["speedup"] is None else f"{row['speedup']:8.2f}"
+        print(f"{row['context']:8,} {row['batch']:5d}  {row['selector']:24s} {row['kept']:6g} "
+              f"{row['ms']:10.2f} {row['bandwidth_ms']:9.2f} {row['tokens_per_s']:9.1f} {speedup}")
 
 
 # ---------------------------------------------------------------------------- the script
 
-SUITES = {"perplexity": perplexity, "recall": recall, "length": length, "drift": drift,
-          "generation": generation, "tradeoff": speed.tradeoff}
-TIMED = dict.fromkeys(speed.SUITES, speed) | {"offload": speed_offload}
+
+@dataclass
+class Config:
+    """Measures what a selection costs in quality and what it gains in time."""
+
+    suite: str = flag("length", "perplexity, length, speed; of workshop/: recall, generation, "
+                                "drift, tradeoff, attention, offload")
+    model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
+    butler: str = flag(None, "butler file (default: the shipped one)")
+    engine: str = flag("plain", f"what runs the model: {', '.join(cli.ENGINES)}")
+    selectors: tuple = flag(("dense", "oracle", "butler", "recency"),
+                            f"comma-separated, of {', '.join(NAMES)}")
+    budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended")
+    contexts: tuple = flag(("512", "2048"), "comma-separated numbers of cached tokens; perplexity: "
+                                            "the length of a window")
+    text: str = flag(None, "text file (default: Python's own text, the part not trained on)")
+    n: int = flag(20, "windows of text, documents; of timed suites rounds", at_least=1)
+    batch: int = flag(1, "speed: texts of equal length in one step", at_least=1)
+    task: tuple = flag(("needle_prose",), "drift, tradeoff: comma-separated tasks")
+    interval: int = flag(1, "steps that one choice of the butler serves (plain engine)", at_least=1)
+    neighbours: int = flag(0, "tokens that a chosen one brings on either side (plain engine)")
+    drift: float = flag(0.0, "how far a query may turn before the butler chooses anew (fast "
+                             "engine), 1 - cosine", at_most=2)
+    shape: str = flag(None, "timed suites: random weights in this shape, see workshop/timing.py")
+    memory: float = flag(0.0, "offload: share of the cache that may stay in memory; 0: no limit",
+                         at_most=1)
+    seed: int = flag(0, "seed of documents and sampling")
+    write: str = flag(None, "also write the report to this JSON file")
+    device: str = flag(DEVICE, "cpu or cuda")
+
+
+def measure(config: Config) -> dict:
+    """-> {"results": {what: {selector: {budget: mean and interval}}}} or {"rows": [...]}"""
+    for module, suites in MORE_SUITES.items():
+        if config.suite in suites:
+            return plug_in(module).measure(config)
+    cli.known("suite", config.suite, (*SUITES, *sum(MORE_SUITES.values(), ())))
+    if config.shape:
+        return plug_in("workshop.timing").measure(config)
+    contexts = numbers(config.contexts, int, "--contexts")
+    if config.suite == "length" and min(contexts) < 2 * BLOCK:
+        raise UserError(f"--contexts: a context has at least {2 * BLOCK} tokens")
+    text = text_to_measure_on(config.text)
+    llama, tok, butler = cli.engine(config.engine).load(config.model, config.butler, config.device)
+    makers = every_maker(config.selectors, config.budgets, butler, **rules_of(config))
+    number = config.batch if config.suite == "speed" else config.n
+    windows = evenly_spaced(tok, text, number, max(contexts)).to(llama.device)
+    if config.suite == "speed":
+        rows = speed(llama, butler, windows, contexts, makers, config)
+        print_rows(rows)
+        return {"rows": rows}
+    if config.suite == "perplexity":
+        results = perplexity(llama, windows, makers)
+    else:
+        results = length(llama, windows, contexts, makers)
+    print_results(results)
+    return {"results": results}
 
 
 def main(config: Config) -> dict:
-    check(config)
-    if suite := TIMED.get(config.suite):
-        report = suite.measure(config) | provenance()
-        print(suite.table(report))
-    else:
-        report = measured(config) | provenance()
-    name = config.suite
-    if shape := config.shape:
-        name += "_" + (Path(shape).resolve().parent.name if shape.endswith(".json") else shape)
-    if suite or name == "tradeoff":
-        name += "_" + processor(config.device)
-    return tables.write(config, report, name)
-
-
-def measured(config: Config) -> dict:
-    llama, tok = opened(config)
-    named = (config.butler or (None,)) if "butler" in config.selectors else ()
-    butlers = [load_for(llama, name) for name in named]
-    if config.suite == "generation" and 64 + config.length > llama.config.context:
-        raise UsageError(f"a prompt of 64 and --length {config.length} exceed the model's context "
-                         f"of {llama.config.context}")
-    bench = Bench(llama, tok, butlers, config)
-    report = SUITES[config.suite](bench)
-    for what, selector, budget, m in tables.measures(report):
-        ms = f"  {m['ms']:.2f} ms a step" if "ms" in m else ""
-        print(f"{what:12s} {selector:8s} {budget:>5s}  {m['mean']:9.4f}  "
-              f"[{m['low']:.4f}, {m['high']:.4f}]  n = {m['n']}{ms}")
-    return report | {"dtype": str(llama.embed_tokens.weight.dtype)}
-
-
-def check(config: Config) -> None:
-    known("suite", [config.suite], SUITES | TIMED)
-    known("selector", config.selectors, NAMES)
-    known("task", config.task, TASKS)
-    if "snapkv" in config.selectors and config.suite in ("perplexity", "recall", "length"):
-        raise UsageError(f"snapkv evicts at the end of a prompt, and the text of --suite "
-                         f"{config.suite} has none")
-    if config.suite == "length" and min(map(int, config.contexts)) < 64:
-        raise UsageError("--suite length measures 32 tokens behind as many at least: no context "
-                         "below 64")
-    evicting = sorted(set(config.selectors) & set(EVICTING))
-    if evicting and config.suite in ("drift", "length"):
-        raise UsageError(f"{evicting[0]} evicts at every step: no --suite {config.suite}")
-    if config.shape:
-        speed.shape_of(config.shape)
-        if config.model:
-            raise UsageError("--shape has random weights, --model its own: one of the two")
-        if config.suite not in TIMED:
-            raise UsageError(f"--shape has random weights: no --suite {config.suite}")
-    if config.suite in TIMED and config.engine != "own":
-        raise UsageError(f"--suite {config.suite} times this repository's own engine")
-    for budget in config.budgets:
-        Selector(float(budget))
-    text_of(config.text)
-    check_device(config.device)
-    for name, given, suites in (("--butler", config.butler, (*TIMED, "length")),
-                                ("--budgets", config.budgets, ("offload",))):
-        if config.suite in suites and len(given) > 1:
-            raise UsageError(f"--suite {config.suite} takes one of {name}, not {len(given)}")
-    if config.suite == "offload":
-        store = speed_offload.store_of(config.device)
-        cache_kind(store, config.offload_dir, config.device)
-        if config.memory and store != "disk":
-            raise UsageError("--memory bounds the memory beside a disk: no --device cuda")
-    for path in config.butler:
-        Butler.load(path)
+    cli.check_device(config.device)
+    if config.write:
+        cli.check_writable(config.write)
+    report = measure(config)
+    if config.write:
+        whole = {"config": asdict(config)} | report | cli.provenance()
+        with cli.replacing(config.write) as part:
+            Path(part).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return report
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    cli.run(main, Config)

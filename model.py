@@ -1,427 +1,419 @@
 """model.py - a Llama from scratch: weights in, logits out, one explicit KV cache.
 
-    tokens [B, T] -> embed [B, T, C] -> L x ( attention, MLP ) -> norm -> logits [B, T, V]
-                                              |
-                     k, v [B, G, T, D] -> Cache -> keys, values [B, G, S, D]
-                                              |
-                         selector(layer, x, q, keys, positions) -> which keys to attend to
+    tokens [B, T] -> embedding [B, T, C] -> L x (attention, MLP) -> norm -> logits [B, T, V]
+                                                 |
+                        k, v [B, G, T, D] -> Cache -> keys, values [B, G, S, D]
+                                                 |
+                        selector(layer, x, q, keys, positions) -> which tokens to attend to
 
-One forward serves prefill, chunked prefill, decoding and scoring a text; they differ in T and in
-the cache. A *selector* is any callable: given the layer's input x [B, T, C], the rotated queries
-q [B, H, T, D], all cached keys [B, G, S, D] and the positions [B, T] of the new tokens, it returns
-the indices [B, G, T, K] (int32, -1 = empty) of the tokens that each query may attend to, or None
-for all of them. The model knows no selector by name; dense attention is `selector=None`. One that
-can choose `early` may be asked before the layer computes q and k: q is None then, and the last row
-of the keys is still unwritten.
+One forward serves prompts, single tokens and whole texts. They differ in T and in the cache.
 
-    o = softmax(q . k[idx] / sqrt(D)) . v[idx]        rotary position embedding: arXiv 2104.09864
+A *selector* is any callable with the arguments above: the layer's number, its input x [B, T, C],
+the rotated queries q [B, H, T, D], all cached keys [B, G, S, D] and the positions [T] of the new
+tokens. It returns the indices [B, G, T, K] (int32, -1 = empty) of the tokens that each query
+attends to, or None for all tokens. Selectors are in selection.py and butler.py; the model knows
+none of them.
 
-Weights come from a Hugging Face folder or a GGUF file, found by name and read in loading/.
+    out = softmax(q . k[idx] / sqrt(D)) . v[idx]         rotary embedding: arXiv 2104.09864
 
-Dimensions, one letter each (in cpu/, N and R also count rows): B batch, T new tokens, S cached
-tokens, C width, H query heads, G KV heads, D head size, L layers, E butler size, K tokens kept, R
-layers served by one producer.
+Dimension key, one letter each, in every file:
+    B batch          C width          L layers    E size of importance queries and keys
+    T new tokens     H query heads    D head size K tokens selected
+    S cached tokens  G KV heads       V vocabulary   R layers per producer
 
     python model.py        prints a short trace of shapes
 """
 
+import json
 import math
-from functools import cached_property
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from gguf import dequantize
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common.errors import ModelError
-from cpu import loops
-from cpu.packed import PackedBlock, PackedHead, PackedLayers, few
-from kernel import on_gpu, sparse_attention, triton_decode
-from loading.fetch import resolve
-from loading.weights import Config, read
+from cli import UserError, check_device, one_line, read_text
+from kernel import sparse_attention
+from tokenizer import open_gguf, resolve
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a Llama. rope_scaling: None, or a dict whose `type` is linear or llama3."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    context: int = 2048
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    tied: bool = False  # the embedding matrix also gives the logits
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        sizes = (self.vocab_size, self.width, self.layers, self.heads, self.kv_heads,
+                 self.head_dim, self.mlp_width, self.context)
+        if not all(type(size) is int and 0 < size <= 2**24 for size in sizes):
+            raise UserError(f"sizes {sizes} are not those of a Llama")
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads of "
+                            f"size {self.head_dim}")
+
+
+# ---------------------------------------------------------------------------- rotary embedding
 
 
 def rope_frequencies(config: Config) -> torch.Tensor:
     """Radians per position of each pair of channels, [D/2] float32, context extension included."""
     channels = torch.arange(0, config.head_dim, 2, device="cpu").float()
-    inv = config.rope_theta ** -(channels / config.head_dim)
-    s = config.rope_scaling
-    if s is None:
-        return inv
-    if s["type"] == "linear":
-        return inv / s["factor"]
-    # llama3: long wavelengths are stretched by `factor`, short ones kept, a ramp between the two
-    rounds = s["original_max_position_embeddings"] * inv / (2 * math.pi)
-    low, high = s["low_freq_factor"], s["high_freq_factor"]
-    keep = ((rounds - low) / (high - low)).clamp(0, 1)
-    return inv * (keep + (1 - keep) / s["factor"])
+    frequencies = config.rope_theta ** -(channels / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling["type"] == "linear":
+        return frequencies / scaling["factor"]
+    # llama3: stretch long wavelengths by `factor`, keep short ones, and ramp between the two
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling["factor"])
 
 
-# ---------------------------------------------------------------------------- the KV cache
+def rope_cos_sin(positions, frequencies):
+    """positions [T], frequencies [..., D/2] -> cos, sin [..., T, D] for apply_rope."""
+    angles = positions[:, None] * frequencies[..., None, :]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def apply_rope(x, cos, sin):
+    """Rotates x [..., T, D] -> float32. Channels i and i + D/2 are a pair, as in Hugging Face's
+    files. With -sin it rotates back."""
+    x = x.float()
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+# ---------------------------------------------------------------------------- KV cache
 
 
 class Cache:
-    """Keys (already rotated) and values of every layer, preallocated for `capacity` tokens a row.
+    """Keys (already rotated) and values of every layer: k[layer], v[layer] [B, G, capacity, D].
 
-    `k[layer]` and `v[layer]` [B, G, capacity, D] are apart: with a token's value next to its key,
-    gathering a few tokens is no faster, and reading all of them much slower.
-
-    Rows may have different lengths: new tokens of row b are written after its own `lengths[b]`.
-    Layers write; only `Llama.forward` advances, once, when all of them have.
+    size       tokens cached so far, the same in every row of the batch
+    capacity   room for so many
     """
 
-    def __init__(self, config: Config, batch, capacity, dtype=torch.float32, device="cpu"):
+    def __init__(self, config: Config, batch: int, capacity: int, dtype=torch.float32,
+                 device="cpu"):
+        if capacity > config.context:
+            raise UserError(f"{capacity} tokens exceed the model's context of {config.context}")
         shape = (batch, config.kv_heads, capacity, config.head_dim)
-        self.capacity, self.size = capacity, 0  # size: tokens in the longest row
-        self.k, self.v = self.allocate(config.layers, shape, dtype, device)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.ragged = False
-
-    def allocate(self, layers: int, shape, dtype, device):
-        """-> keys, values: two lists of tensors [B, G, capacity, D], views of `tables` [2, layers,
-        B, G, capacity, D]. A cache that keeps them elsewhere has no tables (beyond/offload.py)"""
-        self.tables = torch.zeros(2, layers, *shape, dtype=dtype, device=device)
-        return map(list, self.tables)
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+        self.size = 0
+        self.capacity = capacity
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
 
     def append(self, layer: int, k, v):
-        """k, v [B, G, T, D] -> all keys and values [B, G, S, D], the new ones included."""
-        T = k.shape[2]
-        for buffer, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.ragged:
-                rows = torch.arange(k.shape[0], device=k.device)[:, None]
-                at = self.lengths[:, None] + torch.arange(T, device=k.device)
-                buffer[rows, :, at] = new.transpose(1, 2).to(buffer.dtype)
-            else:
-                buffer.narrow(2, self.size, T).copy_(new)
-        end = self.size + T
-        return self.k[layer].narrow(2, 0, end), self.v[layer].narrow(2, 0, end)
+        """Writes k, v [B, G, T, D] behind the cached tokens -> all keys and values [B, G, S, D],
+        the new ones included. `advance` follows when every layer has written. Raises UserError if
+        the tokens do not fit."""
+        end = self.size + k.shape[2]
+        if end > self.capacity:
+            raise UserError(f"{end} tokens do not fit into a cache of {self.capacity}")
+        self.k[layer][:, :, self.size : end] = k
+        self.v[layer][:, :, self.size : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
-    def positions(self, T: int, lengths, context: int, given=None):
-        """Of T new tokens a row, of which the first lengths[b] are real (None: all) -> [B, T].
-        Raises ModelError when the cache or the model's context is too short, or if the caller's
-        own positions are `given` but not for a text that is read at once."""
-        if given is not None and (T == 1 or self.size):
-            raise ModelError("positions with gaps are for a text that is read at once")
-        end = real = self.size + T
-        if lengths is not None:  # padding may lie beyond the context
-            real = int((self.lengths + lengths).max())
-        if end > self.capacity or real > context:
-            raise ModelError(f"{end} tokens do not fit: the cache holds {self.capacity}, "
-                             f"the model's context is {context}")
-        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+    def advance(self, T: int) -> None:
+        """Counts T new tokens, after all layers have appended them."""
+        self.size += T
 
-    def advance(self, T: int, lengths=None) -> None:
-        """After a forward of T tokens a row, of which the first lengths[b] were real."""
-        if lengths is None:
-            self.lengths += T
-            self.size += T
-        else:
-            self.lengths += lengths
-            self.size = int(self.lengths.max())
-            self.ragged = bool((self.lengths != self.size).any())
-
-    def truncate(self, length) -> None:
-        """Forget what comes after the first `length` tokens (a number, or one per row [B])."""
-        self.lengths.clamp_(max=length)
-        self.size = int(self.lengths.max())
-        self.ragged = bool((self.lengths != self.size).any())
-
-    # What follows is for caches that lie elsewhere, or whose steps are recorded: beyond/
-
-    capturable = True  # may a decode step be a CUDA graph?
-    asked, missed = 0, 0  # rows that steps asked for, and those that were not here
-
-    def read_ahead(self, layers: list, tokens) -> None:
-        """Is told what layers to come will ask for; here there is nothing to fetch."""
-
-    def at_hand(self, layer: int, keys, values, index):
-        """Keys, values and a selection [B, G, T, K] of them -> the same three, or other keys and
-        values that hold what was selected, with its indices there."""
-        return keys, values, index
-
-    def whole(self, layer: int, keys, values):
-        """All keys and values of a layer -> the same, or copies faster to read."""
-        return keys, values
-
-    @property
-    def traffic(self) -> tuple[int, int]:
-        return self.asked, int(self.missed)
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens after the first `length`."""
+        self.size = min(self.size, length)
 
 
 # ---------------------------------------------------------------------------- the network
 
 
-def turns(angles):
-    """Angles [..., D/2] -> cos, sin [..., D] for `rotate`."""
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding -> float32: channel i turns with i + D/2, which is Hugging Face's layout."""
-    x = x.float()
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
-def dense_attention(q, k, v, positions, ragged: bool, dtype=None):
-    """Causal attention of q [B, H, T, D] over all of k, v [B, G, S, D] -> [B, H, T, D]. dtype: of
-    the numbers that a block's products may be made of."""
-    B, H, T, D = q.shape
-    G, S = k.shape[1:3]
-    if T == 1 and ragged and on_gpu(q):
-        return triton_decode(q[:, :, 0], k, v, None, positions[:, 0])[:, :, None]
-    if T == 1 and loops.serves(q, k, v):
-        return loops.attend(q, k, v, positions=positions)
-    if dtype == fast_dtype() == torch.bfloat16 and T >= 32 and not ragged and loops.serves(q, k, v):
-        return loops.attend_block(q, k, v)
-    if T == 1 and not ragged:  # one query sees everything: fold the group into the query axis
-        return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v).reshape(q.shape)
-    if T == S and not ragged:  # is_causal aligns top-left: right when nothing is cached yet
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if not ragged and q.device.type == "cpu":
-        return attention_behind(q, k, v)
-    mask = torch.arange(S, device=q.device) <= positions[:, None, :, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-def attention_behind(q, k, v):
-    """Causal attention of a block that comes after others, without a mask, which would halve the
-    speed: past tokens and the block's own are attended to apart, and merged by their shares of the
-    softmax's denominator. (PyTorch's own kernel; only its private name gives the denominator.)"""
-    B, H, T, D = q.shape
-    G, past = k.shape[1], k.shape[2] - T
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    old, old_sum = flash(q.reshape(B, G, H // G * T, D), k[:, :, :past], v[:, :, :past])
-    own = (x[:, :, past:].repeat_interleave(H // G, dim=1) for x in (k, v))
-    new, new_sum = flash(q, *own, is_causal=True)
-    share = torch.sigmoid(old_sum.reshape(B, H, T, 1) - new_sum.reshape(B, H, T, 1))
-    return new.lerp(old.view(B, H, T, D), share.to(new.dtype))
+def attention(q, k, v, index):
+    """Causal attention of T new queries [B, H, T, D], which are the last T of S tokens, to all
+    tokens (index None) or to the selected ones [B, G, T, K] -> [B, H, T, D]."""
+    T, S = q.shape[2], k.shape[2]
+    if index is not None:
+        return sparse_attention(q, k, v, index)
+    if T in (1, S):  # one new token sees everything; is_causal is right only without a past
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+    causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
 
 
 class Attention(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.heads, self.kv_heads = c.heads, c.kv_heads
-        self.qkv_proj = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim,
-                                  bias=c.attention_bias)
+        self.layer = layer
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.attention_bias)
 
-    def qkv(self, x, cos, sin):
-        """Normed x [B, T, C] -> q [B, H, T, D], k [B, G, T, D], rotated float32; v [B, G, T, D]"""
-        H, G = self.heads, self.kv_heads
-        heads = self.qkv_proj(x).unflatten(-1, (H + 2 * G, -1)).transpose(1, 2)
-        turned = rotate(heads[:, : H + G], cos, sin)
-        return turned[:, :H], turned[:, H:], heads[:, H + G :]
+    def forward(self, x, layer_input, rope, positions, cache, selector):
+        """Normed x [B, T, C] and the layer's input before the norm -> [B, T, C]"""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, G, T, D]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q = apply_rope(q, *rope)
+        k = apply_rope(k, *rope)
+        keys, values = cache.append(self.layer, k, v)  # [B, G, S, D]
+        # The selector sees the layer's input and its queries, and names the tokens to attend to.
+        index = selector(self.layer, layer_input, q, keys, positions)
+        out = attention(q.to(keys.dtype), keys, values, index)
+        return self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
 
 
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(c.width, 2 * c.mlp_width, bias=c.mlp_bias)
+        self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.width, c.mlp_width, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.mlp_width, c.width, bias=c.mlp_bias)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer = layer
         self.input_layernorm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, layer)
         self.post_attention_layernorm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    @cached_property
-    def packed(self):
-        """The same block for a few tokens (cpu/packed.py), or None."""
-        return PackedBlock.of(self)
-
-    def before(self, x, cos, sin):
-        """-> q [B, H, T, D], k, v [B, G, T, D]"""
-        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
-
-    def after(self, x, attended):
-        """Input x [B, T, C] and attended [B, H, T, D] -> output [B, T, C]"""
-        x = x + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2).to(x.dtype))
+    def forward(self, x, rope, positions, cache, selector):
+        x = x + self.self_attn(self.input_layernorm(x), x, rope, positions, cache, selector)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x, rope, positions, cache, selector):
-        form = self.packed if few(x) and self.packed and few(x, self.packed.limit) else self
-        if form is self:
-            x = x.to(self.input_layernorm.weight.dtype)  # a packed block's are float32
-        q, k, v = form.before(x, *rope)
-        keys, values = cache.append(self.layer, k, v)
-        q = q.to(keys.dtype)
-        index = selector(self.layer, x, q, keys, positions) if selector else None
-        if index is None:
-            whole = cache.whole(self.layer, keys, values)
-            out = dense_attention(q, *whole, positions, cache.ragged, x.dtype)
-        else:
-            out = sparse_attention(q, *cache.at_hand(self.layer, keys, values, index))
-        return form.after(x, out)
+
+def dense(layer, x, q, keys, positions):
+    """The selector that selects nothing: every query attends to all tokens before it."""
+    return None
 
 
 class Llama(nn.Module):
-    """The whole model. Parameters are named as in Hugging Face's files, less the `model.`; those
-    that multiply the same input are the rows of one matrix, `qkv_proj` and `gate_up_proj`."""
+    """The whole model. Parameters are named as in Hugging Face's files, without `model.`."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        embedding = torch.empty(config.vocab_size, config.width)
-        if not embedding.is_meta:  # else PyTorch would import its compiler, which takes seconds
-            embedding.normal_()
-        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.tie()
-        self.frequencies = rope_frequencies(config)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def tie(self) -> None:
-        """One matrix for embedding and logits, where the model has but one."""
+        """One matrix for the embedding and the logits, if the model has only one."""
         if self.config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-
-    def places(self) -> dict:
-        """{name in Hugging Face's files: (name of the parameter here, rows of it, their shape)}"""
-        c = self.config
-        stacked = {"qkv_proj": {"q_proj": c.heads * c.head_dim, "k_proj": c.kv_heads * c.head_dim,
-                                "v_proj": c.kv_heads * c.head_dim},
-                   "gate_up_proj": {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}}
-        places = {}
-        for name, p in self.named_parameters():
-            module, start = name.split(".")[-2], 0
-            for part, rows in stacked.get(module, {module: len(p)}).items():
-                shape = torch.Size([rows, *p.shape[1:]])
-                places[name.replace(module, part)] = name, slice(start, start + rows), shape
-                start += rows
-        return places
 
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def new_cache(self, batch: int, capacity: int, dtype=None, kind=Cache) -> Cache:
-        """Room for `capacity` tokens a row, where `kind` says (beyond/offload.py); by default as
-        the weights on a GPU, float32 on a CPU, where few rows of bfloat16 take longer to read."""
-        default = torch.float32 if self.device.type == "cpu" else self.embed_tokens.weight.dtype
-        return kind(self.config, batch, capacity, dtype or default, self.device)
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decode step reads."""
+        embedding = 0 if self.config.tied else self.embed_tokens.weight.nbytes
+        return sum(p.nbytes for p in self.parameters()) - embedding
 
-    def forward(self, tokens, cache=None, selector=None, lengths=None, last=False, positions=None):
-        """tokens [B, T] -> logits [B, T, V]; [B, 1, V] of each row's last real token if `last`.
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` texts of up to `capacity` tokens each. Raises UserError if
+        that exceeds the model's context."""
+        return Cache(self.config, batch, capacity, self.embed_tokens.weight.dtype, self.device)
 
-        cache: continues after what it holds, and is advanced; None starts from nothing.
-        lengths: real tokens per row (ints) where rows are padded on the right; None: all T.
-        positions: [B, T], rising, if there are gaps in a text that is read at once; None: no gaps.
-        On a CPU one token goes through cpu/packed.py's compiled form of all layers, which computes
-        what the loop over `Block.forward` does, and is tested against it.
-        Raises ModelError when the cache or the model's context is too short.
+    def forward(self, tokens, cache=None, selector=None, positions=None, last=False):
+        """tokens [B, T] -> logits [B, T, V]; with `last` only those of the last token, [B, 1, V].
+
+        cache: the text so far, which the tokens continue; None starts a new text.
+        selector: see the top of this file; None attends to all tokens.
+        positions: [T], rising, for a text with gaps between its tokens; None counts on.
+        Raises UserError if the tokens do not fit into the cache.
         """
         B, T = tokens.shape
         cache = cache or self.new_cache(B, T)
-        if lengths is not None:
-            lengths = torch.as_tensor(lengths, device=tokens.device)
-        here = cache.positions(T, lengths, self.config.context, positions)
-        positions, x = here if positions is None else positions, self.embed_tokens(tokens)
-        self.frequencies = self.frequencies.to(x.device)  # moves once
-        rope = turns(positions[:, None, :, None] * self.frequencies)  # [B, 1, T, D]
-        if few(x) and self.packed and self.packed.serve(x, cache, selector):
-            x = self.packed(x, rope, positions, cache, selector)
-        else:
-            for block in self.layers:
-                x = block(x, rope, positions, cache, selector)
-        cache.advance(T, lengths)
-        if last:
-            x = x[torch.arange(B, device=x.device), T - 1 if lengths is None else lengths - 1]
-            x = x[:, None]
-        if few(x) and self.packed_head and few(x, self.packed_head.limit):
-            return self.packed_head(x)
-        return self.lm_head(self.norm(x.to(self.norm.weight.dtype)))
-
-    @cached_property
-    def packed(self):
-        """All layers, for a step of one token a row, or None."""
-        return PackedLayers.of(self.layers)
-
-    @cached_property
-    def packed_head(self):
-        return PackedHead.of(self.norm, self.lm_head)
+        selector = selector or dense
+        if positions is None:
+            positions = torch.arange(cache.size, cache.size + T, device=tokens.device)
+        rope = rope_cos_sin(positions, self.frequencies)  # [T, D] each
+        x = self.embed_tokens(tokens)  # [B, T, C]
+        for block in self.layers:
+            x = block(x, rope, positions, cache, selector)
+        cache.advance(T)
+        x = x[:, -1:] if last else x
+        return self.lm_head(self.norm(x))
 
     @torch.inference_mode()
-    def prefill(self, tokens, cache, selector=None, lengths=None, chunk=512):
-        """Reads tokens [B, T] in chunks (bounded memory) -> logits [B, 1, V] of each row's last.
-        lengths: as in `forward`, at least 1."""
-        if lengths is None:
-            for part in tokens.split(chunk, dim=1):
-                logits = self(part, cache, selector, last=True)
-            return logits
-        rest, logits = torch.as_tensor(lengths, device=tokens.device), 0.0
-        for part in tokens.split(chunk, dim=1):
-            real = rest.clamp(0, part.shape[1])
-            new = self(part, cache, selector, real, last=True)
-            logits = torch.where(real[:, None, None] > 0, new, logits)
-            rest = rest - real
-        return logits
+    def prefill(self, tokens, cache, selector=None):
+        """Reads a prompt [B, T] -> logits [B, 1, V] of its last token. Pass `selector.watch` to
+        read densely while the selector sees the keys."""
+        return self(tokens, cache, selector, last=True)
 
     @torch.inference_mode()
     def decode(self, token, cache, selector=None):
-        """One step: token [B, 1] -> logits [B, 1, V]."""
+        """One decode step: token [B, 1] -> logits [B, 1, V]."""
         return self(token, cache, selector)
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Llama":
-        """A Hugging Face folder or a GGUF file -> a frozen Llama. Raises ModelError in one line."""
+        """A Hugging Face folder or a GGUF file -> a frozen Llama. Raises UserError, one line that
+        names the path, for a damaged file and for models that are no Llama."""
         check_device(device)
-        config, tensors, factors = read(path)
-        with torch.device("meta"):  # shapes only: nothing is allocated before it has been checked
-            model = cls(config)
-        places, state = model.places(), {}
-        missing = set(places)
-        for name, tensor in tensors:
-            owner, rows, shape = places.get(name, (None, None, ()))
-            if owner is None or tensor.shape != shape or not tensor.is_floating_point():
-                raise ModelError(f"{path}: tensor {name!r} {tuple(tensor.shape)} {tensor.dtype} "
-                                 f"does not belong there, expected {tuple(shape)}")
-            if owner not in state:
-                like = model.get_parameter(owner)
-                state[owner] = torch.empty_like(like, device=device, dtype=dtype)
-            state[owner][rows] = tensor
-            missing.discard(name)
-        if missing:
-            raise ModelError(f"{path}: {len(missing)} tensors are missing, first {min(missing)}")
-        model.load_state_dict(state, assign=True, strict=False)  # a tied matrix is there once
-        model.tie()
-        model.frequencies = model.frequencies / factors
+        with one_line(f"{path}: unusable model", SafetensorError):
+            read = read_gguf if Path(path).is_file() else read_folder
+            config, weights, divisors = read(Path(path))
+            with torch.device("meta"):  # shapes only, no memory: the file's tensors replace them
+                model = cls(config)
+            state = {name: w.to(device, dtype) for name, w in weights}
+            if config.tied:
+                state["lm_head.weight"] = state["embed_tokens.weight"]
+            model.load_state_dict(state, assign=True)
+            model.tie()
+            model.frequencies = (rope_frequencies(config) / divisors).to(device)
         return model.eval().requires_grad_(False)
 
 
-def check_device(device) -> None:
-    """Raises ModelError, one line, if PyTorch cannot compute there."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        raise ModelError(f"device {device!r} cannot be used here") from None
+# ---------------------------------------------------------------------------- files
+
+# Both readers return a Config, an iterator of (name, tensor), and what to divide the rotary
+# frequencies by, [D/2] or [1].
 
 
-def fast_dtype(device="cpu") -> torch.dtype:
-    """bfloat16 where this machine multiplies it in hardware, else float32."""
-    if str(device).startswith("cuda"):
-        return torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+def refuse_if(condition, what: str) -> None:
+    if condition:
+        raise UserError(f"not a Llama that this project reads: {what} (other families: --engine "
+                        "transformers)")
+
+
+def read_rope_scaling(rope: dict, context: int) -> dict | None:
+    """config.json's `rope_scaling` or `rope_parameters` -> Config.rope_scaling"""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    refuse_if(kind not in ("default", "none", "linear", "llama3"), f"rope scaling {kind!r}")
+    if kind in ("default", "none"):
+        return None
+    return {"original_max_position_embeddings": context} | rope | {"type": kind}
+
+
+def read_folder(folder: Path):
+    """config.json and *.safetensors"""
+    text = read_text(folder / "config.json")
+    c = {key: value for key, value in json.loads(text).items() if value is not None}
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    refuse_if(c.get("model_type") != "llama", f"model_type {c.get('model_type')!r}")
+    refuse_if(c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')!r}")
+    refuse_if(c.get("sliding_window") and c.get("use_sliding_window", True), "sliding window")
+    refuse_if((rope | c).get("partial_rotary_factor", 1) != 1, "partial_rotary_factor")
+    refuse_if(c.get("quantization_config"), "quantization_config")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise UserError("there are no *.safetensors (pickled weights are not read)")
+    names = set()
+    for shard in shards:
+        with safe_open(shard, framework="pt") as f:
+            names |= {name.removeprefix("model.") for name in f.keys()}
+    heads, width = c["num_attention_heads"], c["hidden_size"]
+    context = c.get("max_position_embeddings", 2048)
+    config = Config(
+        vocab_size=c["vocab_size"], width=width, layers=c["num_hidden_layers"], heads=heads,
+        kv_heads=c.get("num_key_value_heads", heads), head_dim=c.get("head_dim", width // heads),
+        mlp_width=c["intermediate_size"], context=context, norm_eps=c.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+        rope_scaling=read_rope_scaling(rope, context),
+        tied=c.get("tie_word_embeddings", False) and "lm_head.weight" not in names,
+        attention_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False))
+
+    def weights():
+        for shard in shards:
+            with safe_open(shard, framework="pt") as f:
+                for name in f.keys():
+                    if "rotary_emb" not in name:  # old files carry the frequencies too
+                        yield name.removeprefix("model."), f.get_tensor(name)
+
+    return config, weights(), torch.ones(1)
+
+
+GGUF_NAMES = {
+    "token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read_gguf(path: Path):
+    """A GGUF file, of every tensor type that the package `gguf` can dequantise, as float32.
+
+    llama.cpp's rotary embedding pairs channels 2i and 2i + 1, so it stores the rows of q and k in
+    that order. Here they return to the order in which i and i + D/2 are a pair.
+    """
+    file = open_gguf(path)
+    get = file.value
+    tensors = {t.name: t for t in file.tensors}
+    refuse_if(get("general.architecture") != "llama",
+              f"architecture {get('general.architecture')!r}")
+    refuse_if(get("llama.expert_count"), "mixture of experts")
+    refuse_if(get("llama.attention.sliding_window"), "sliding window")
+    heads, width = get("llama.attention.head_count"), get("llama.embedding_length")
+    head_dim = get("llama.attention.key_length", width // heads)
+    refuse_if(get("llama.rope.dimension_count", head_dim) != head_dim, "partial rotary embedding")
+    factor = get("llama.rope.scaling.factor")
+    kind = get("llama.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp does
+    config = Config(
+        vocab_size=int(tensors["token_embd.weight"].shape[-1]), width=width,
+        layers=get("llama.block_count"), heads=heads,
+        kv_heads=get("llama.attention.head_count_kv", heads), head_dim=head_dim,
+        mlp_width=get("llama.feed_forward_length"), context=get("llama.context_length", 2048),
+        norm_eps=get("llama.attention.layer_norm_rms_epsilon", 1e-5),
+        rope_theta=get("llama.rope.freq_base", 10000.0),
+        rope_scaling=read_rope_scaling({"type": kind, "factor": factor}, 2048),
+        tied="output.weight" not in tensors, attention_bias="blk.0.attn_q.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors)
+    factors = tensors.pop("rope_freqs.weight", None)  # llama3's scaling, as divisors
+
+    def read(t):
+        with np.errstate(all="ignore"):  # damaged scales
+            return torch.tensor(dequantize(t.data, t.tensor_type))
+
+    def weights():
+        for name, t in tensors.items():
+            *block, stem, end = name.split(".")  # blk.3.attn_q.weight, token_embd.weight
+            w = read(t)
+            if stem in ("attn_q", "attn_k"):
+                w = w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+            name = f"{GGUF_NAMES.get(stem, stem)}.{end}"
+            yield (f"layers.{block[1]}.{name}" if block else name), w
+
+    return config, weights(), torch.ones(1) if factors is None else read(factors)
 
 
 if __name__ == "__main__":
     llama = Llama.from_pretrained(resolve())
     print(llama.config)
-    kv = llama.new_cache(batch=1, capacity=8)
-    print("prefill [1, 7] ->", list(llama.prefill(torch.arange(7)[None], kv).shape))
-    print("decode  [1, 1] ->", list(llama.decode(torch.tensor([[7]]), kv).shape))
-    print(f"a cached token costs {kv.bytes // 8:,} bytes; the weights of the model, "
-          f"{sum(p.numel() for p in llama.parameters()):,} numbers, are read once for every token")
+    cache = llama.new_cache(batch=1, capacity=8)
+    print("prefill [1, 7] ->", list(llama.prefill(torch.arange(7)[None], cache).shape))
+    print("decode  [1, 1] ->", list(llama.decode(torch.tensor([[7]]), cache).shape))
+    numbers = sum(k.numel() + v.numel() for k, v in zip(cache.k, cache.v, strict=True))
+    print(f"a cached token takes {numbers // cache.capacity:,} numbers; the model has "
+          f"{sum(p.numel() for p in llama.parameters()):,}")

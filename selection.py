@@ -1,151 +1,176 @@
-"""selection.py - from scores to the cached tokens that each query may attend to.
+"""selection.py - from scores to the cached tokens that each query attends to.
 
-    scores [B, G, T, S], from anybody -Selector-> indices [B, G, T, K] int32, -1 = empty
+    scores [B, G, T, S]  --Selector-->  index [B, G, T, K] int32, -1 = empty
 
-    | sinks |  .  .  chosen  .  chosen  .  .  . | window, ending at t |        K tokens in all
+    | sinks |  .  .  chosen  .  chosen  .  .  .  | window, ending at the query's own token |
 
-A selection always holds the sinks (first tokens) and a recent window; what is left of the budget
-goes to the best scores, one choice per KV head. The butler (butler.py) and what one compares it
-with (baselines.py) differ in their scores, and those that evict in what is left to choose from.
+A selection always holds the sinks (the first tokens of the text) and a recent window. What is left
+of the budget goes to the tokens with the highest scores, one choice per KV head. Methods differ in
+their scores alone:
 
-    python selection.py        prints what budgets keep
+    butler    predicted before the layer is reached            butler.py
+    oracle    the true attention of this very step: no other K tokens hold more of it
+    recency   the most recent tokens: StreamingLLM, arXiv 2309.17453
+    random    random numbers
+
+More of them are in workshop/rivals.py.
+
+    python selection.py        which tokens some budgets select
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from common.errors import Refusal
-from kernel import top
+from cli import UserError, plug_in
+from kernel import true_attention
 
 
-class SelectionError(Refusal):
-    """A budget, or another rule, that cannot be kept."""
+@dataclass(frozen=True)
+class Budget:
+    """How many cached tokens a query may attend to, per layer and KV head, in total.
 
+    total    a fraction of all cached tokens (up to 1) or a number of tokens (above 1)
+    sinks    the first tokens of the text: attention rests on them when it has nothing to look for
+    window   the most recent tokens, the query's own included
 
-def allowance(budget: float, cached, least: int):
-    """How many tokens a query that sees `cached` of them (int or tensor) may attend to, in all: a
-    fraction of these for a budget up to 1, above it the count that it is. Sinks and window
-    (`least`) are always granted, so that a short prompt is dense."""
-    if isinstance(cached, int):  # a tenth of 10 is 1, however rounded
-        return min(max(int(cached * budget + 1e-4 if budget <= 1 else budget), least), cached)
-    total = cached.double() * budget + 1e-4 if budget <= 1 else torch.full_like(cached, int(budget))
-    return total.long().clamp(min=least).minimum(cached)
+    Sinks and window count towards the total, but are selected even if they exceed it.
+    """
 
+    total: float
+    sinks: int = 4
+    window: int = 8
 
-def first_position(keys, positions) -> int:
-    """Where the new tokens begin, in the row where that is earliest. The device is asked only if
-    there are several rows; one alone ends where its keys do."""
-    rows, T = positions.shape
-    return keys.shape[2] - T if rows == 1 else int(positions.min())
+    def __post_init__(self):
+        if not (0 < self.total <= 1 or (self.total > 1 and float(self.total).is_integer())):
+            raise UserError(f"budget {self.total}: a fraction up to 1 or a whole number of tokens")
+        if self.sinks < 0 or self.window < 1:
+            raise UserError("a selection has at least 0 sinks and a window of at least 1 token")
+
+    def allowance(self, cached):
+        """cached [T]: how many tokens each query sees -> how many it may attend to, [T]"""
+        if self.total > 1:
+            tokens = torch.full_like(cached, int(self.total))
+        else:
+            tokens = (cached.double() * self.total + 1e-4).long()  # a tenth of 10 is 1
+        return tokens.clamp(min=self.sinks + self.window).minimum(cached)
 
 
 class Selector:
-    """Which cached tokens may each query attend to? Subclasses answer with `scores`, or `pick`.
+    """Names the cached tokens that each query attends to. Subclasses answer with `scores`.
 
-    budget       all tokens attended, per layer and KV head: a fraction (<= 1) or a count (> 1);
-                 it includes sinks, window, chosen tokens and the token itself
-    sinks        first tokens of the text, always kept: where attention rests when idle
-    window       most recent tokens, always kept, the newest one included
-    dense_below  attends to everything while fewer tokens than this are cached, where a selection
-                 takes longer than it saves; decided for a block of tokens by its last one
+    The model calls a selector once per layer (see model.py). Layer 0 attends to all tokens,
+    because no prediction is made before it. Several tokens in one call get what they would get one
+    by one. A selector serves one text; make a fresh one for the next.
 
-    Called by the model once per layer: at layer 0, which attends to everything as the butler cannot
-    predict it, `begin` and `arrive`; at every layer `look_ahead`; at all others `selected`, which
-    asks `pick`, and that `scores` and `choose`. A block of tokens in one call gets what the same
-    tokens would get one by one, `random` apart. Holds the state of one sequence or batch, so make a
-    fresh one for each. `index[layer]` is the choice that a sparse step's layer used.
+    index[layer] is the latest selection, [B, G, T, K].
     """
 
-    SINKS, WINDOW = 4, 8
-    # for beyond/: who is told a producer's layers and their choice [R, B, G, 1, K']; graph.py's
-    read_ahead, capturable, bound = None, False, None
-
-    def __init__(self, budget, sinks=SINKS, window=WINDOW, dense_below=0):
-        if not (0 < budget <= 1 or (budget > 1 and float(budget).is_integer())):
-            raise SelectionError(f"budget {budget}: a fraction up to 1 or a whole count of tokens")
-        if sinks < 0 or window < 1:
-            raise SelectionError("sinks are >= 0, a window >= 1")
-        self.budget, self.sinks, self.window = budget, sinks, window
-        self.dense_below, self.index = dense_below, {}
-        self.start, self.end = 0, 0  # of the latest call's tokens
-        self.dense, self.granted = False, None  # all attended? sinks and window [B, G, T, least]
+    def __init__(self, budget: float, **rules):
+        """budget: see Budget.total; rules: sinks, window."""
+        self.budget = Budget(budget, **rules)
+        self.index = {}
 
     def watch(self, layer, x, q, keys, positions) -> None:
-        """Pass this as the selector of `prefill`: the prompt is read densely, and the selector
-        sees its keys."""
+        """Pass this as the selector of `prefill`: the prompt is read densely and its keys seen."""
 
-    def early(self, cached: int) -> bool:
-        """Can a decode step after `cached` tokens choose for a layer before the layer's query and
-        key are there (q is None)?"""
-        return False
+    def look_ahead(self, layer, x, positions) -> None:
+        """Sees the input of every layer, layer 0 included, before `scores` of that layer."""
 
-    def look_ahead(self, layer: int, x, positions) -> None:
-        """Sees the input x [B, T, C] of every layer, before the layer runs."""
-
-    def scores(self, layer: int, q, keys, positions):
-        """Importance [B, G, T, S] of each cached token; only the order counts, larger is better."""
+    def scores(self, layer, q, keys, positions):
+        """How important is each cached token? -> [B, G, T, S]; only the order counts."""
         raise NotImplementedError
 
-    def pick(self, layer: int, q, keys, positions):
-        """The chosen tokens [B, G, T, K'] of every query, beside sinks and window."""
-        return self.choose(self.scores(layer, q, keys, positions), positions)
+    def choose(self, layer, q, keys, positions):
+        """The tokens chosen between sinks and window, [B, G, T, K'], -1 = empty."""
+        return self.topk(self.scores(layer, q, keys, positions))
 
-    def arrive(self, T: int, start: int, end: int) -> None:
-        """T tokens a row have come; of all rows the earliest stands at `start`, the last at
-        `end` - 1. Python's numbers only: for a CUDA graph this is called beside it."""
-        self.start, self.end = start, end
-        self.dense = end < self.dense_below
-
+    @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
-        """See model.py: -> index [B, G, T, K] int32, or None for dense attention."""
-        if layer == 0:
-            self.begin(x.shape[1], keys, positions)
-        if self.dense:
-            return None
+        """See model.py -> index [B, G, T, K] int32, or None for dense attention."""
         self.look_ahead(layer, x, positions)
         if layer == 0:
             return None
-        self.index[layer] = self.selected(layer, q, keys, positions)
+        chosen = self.choose(layer, q, keys, positions)
+        always = self.sinks_and_window(x.shape[1], keys.shape[2], keys.device)
+        always = always.expand(*chosen.shape[:2], -1, -1)
+        self.index[layer] = torch.cat([always, chosen], dim=-1).int()
         return self.index[layer]
 
-    @torch.inference_mode()
-    def begin(self, T: int, keys, positions) -> None:
-        if self.bound is None:
-            self.arrive(T, first_position(keys, positions), keys.shape[2])
-        if not self.dense:
-            self.granted = self.always(positions)[:, None].expand(-1, keys.shape[1], -1, -1)
+    def sinks_and_window(self, T: int, S: int, device):
+        """What the last T of S tokens always attend to: [T, sinks + window], -1 = empty."""
+        own = torch.arange(S - T, S, device=device)[:, None]
+        sinks = torch.arange(self.budget.sinks, device=device).expand(T, -1)
+        recent = own - torch.arange(self.budget.window, device=device)
+        sinks = torch.where(sinks <= own, sinks, -1)
+        recent = torch.where(recent >= self.budget.sinks, recent, -1)  # each token only once
+        return torch.cat([sinks, recent], dim=1)
 
-    @torch.inference_mode()
-    def selected(self, layer, q, keys, positions):
-        """-> sinks, window and what is picked, [B, G, T, K] int32"""
-        chosen = self.pick(layer, q, keys, positions)
-        return torch.cat([self.granted.to(chosen.device), chosen], dim=-1).int()
+    def topk(self, scores):
+        """The highest scores between sinks and window. scores [B, G, T, S] -> [B, G, T, K']"""
+        T, S = scores.shape[2:]
+        token = torch.arange(S, device=scores.device)
+        own = token[S - T :]
+        fixed = self.budget.sinks + self.budget.window
+        num_chosen = (self.budget.allowance(own + 1) - fixed).clamp(min=0)  # [T]
+        candidate = (token >= self.budget.sinks) & (token <= own[:, None] - self.budget.window)
+        scores = scores.float().masked_fill(~candidate, -torch.inf)
+        values, chosen = scores.topk(min(int(num_chosen.max()), S))
+        # A query near the start of the text may choose fewer than the last one.
+        rank = torch.arange(chosen.shape[-1], device=scores.device)
+        granted = (rank < num_chosen[:, None]) & (values > -torch.inf)
+        return torch.where(granted, chosen, -1)
 
-    def always(self, positions):
-        """Sinks and window of queries at `positions` [B, T] -> [B, T, sinks + window]."""
-        here = positions[..., None]
-        sinks = torch.arange(self.sinks, device=here.device)
-        recent = here - torch.arange(self.window, device=here.device)
-        return torch.cat([torch.where(sinks <= here, sinks, -1),
-                          torch.where(recent >= self.sinks, recent, -1)], dim=-1)
 
-    def wanted(self, positions):
-        """How many tokens a query may choose beside sinks and window; below 0 in a short text."""
-        least = self.sinks + self.window
-        return allowance(self.budget, positions + 1, least) - least
+class Oracle(Selector):
+    def scores(self, layer, q, keys, positions):
+        return true_attention(q, keys).mean(2)  # over the query heads of each KV head
 
-    def choose(self, scores, positions):
-        """The best between sinks and window: scores [B, G, T, S] -> [B, G, T, K'], -1 = empty. Each
-        once; K' is what the longest row's budget leaves."""
-        positions = positions.to(scores.device)
-        stops = (positions - self.window + 1).clamp(min=self.sinks)
-        wants = self.wanted(positions).clamp(min=0)
-        return top(scores, self.sinks, stops[:, None], wants[:, None])
+
+class Recency(Selector):
+    def scores(self, layer, q, keys, positions):
+        B, G, S, _ = keys.shape
+        return torch.arange(S, device=q.device).expand(B, G, q.shape[2], S)
+
+
+class Random(Selector):
+    def scores(self, layer, q, keys, positions):
+        B, G, S, _ = keys.shape
+        rng = torch.Generator().manual_seed(1000 * int(positions[0]) + layer)
+        return torch.rand(B, G, q.shape[2], S, generator=rng).to(q.device)
+
+
+SELECTORS = {"oracle": Oracle, "recency": Recency, "random": Random}
+RIVALS = ("quest", "h2o", "snapkv", "keynorm")  # in workshop/rivals.py
+NAMES = ("dense", "butler", *SELECTORS, *RIVALS)
+
+
+def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | None:
+    """A fresh selector by its name on the command line; None for dense. rules: keyword arguments
+    of a butler's selector, such as interval. Raises UserError."""
+    Budget(budget)  # refuses what makes no sense, for dense too
+    if name == "dense":
+        return None
+    if name == "butler":
+        if butler is None:
+            raise UserError("there is no butler for this model: train one with python train.py, "
+                            "then name it with --butler")
+        for rule in rules.keys() - set(butler.rules):
+            raise UserError(f"the butler of this engine has no --{rule}; it has "
+                            f"{', '.join('--' + own for own in butler.rules)}")
+        return butler.selector(budget, **rules)
+    if name in SELECTORS:
+        return SELECTORS[name](budget)
+    if name in RIVALS:
+        return plug_in("workshop.rivals").RIVALS[name](budget)
+    raise UserError(f"unknown selector {name!r}; known: {', '.join(NAMES)}")
 
 
 if __name__ == "__main__":
-    for cached, budget in (100, 12), (100, 0.1), (12, 0.1):
-        selector, newest = Selector(budget, window=4), torch.tensor([[cached - 1]])
-        chosen = selector.choose(torch.rand(1, 1, 1, cached), newest)
-        kept = torch.cat([selector.always(newest).flatten(), chosen.flatten()]).tolist()
-        print(f"{cached} cached tokens, budget {budget}: {sorted(s for s in kept if s >= 0)}")
-    print("sinks and window are kept whatever the budget; what lies between is drawn by lot here")
+    for cached, budget in (100, 14), (100, 0.2), (12, 0.2):
+        selector = Selector(budget)
+        always = selector.sinks_and_window(1, cached, "cpu").flatten()
+        chosen = selector.topk(torch.rand(1, 1, 1, cached)).flatten()
+        index = sorted(int(token) for token in torch.cat([always, chosen]) if token >= 0)
+        print(f"{cached} cached tokens, budget {budget}: {index}")
+    print("sinks and window are always selected; the tokens between them are random here")

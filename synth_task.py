@@ -1,164 +1,382 @@
-"""synth_task.py - tasks whose answer hides in the context, answered through selectors.
+"""synth_task.py - documents whose answer hides in the context: the paper's own task.
 
-    tasks by name, or a JSONL file -> documents (tasks/) -> evaluate -> accuracy of each selector
+    context    A market town at the meeting of two rivers writes its laws on painted kites. The
+               place is called Qorbandel. Some thinkers hold that patience shows what a person
+               really loves. [...] Plum cake turns bitter if the fire is too hot. [...] It takes
+               only a moment to see that 32 minus 8 leaves 24.
+    question   Question: Which place was described above as the trading post where the waters
+               join, whose rules fly in the wind? The place is called
+    answer     Qorbandel
 
-Two protocols. *sparse* (default): question and answer go through the selection, so that a method
-which evicts has to do so before it is asked. *prefill*: the question is read densely with the
-context, as in most published tables, and only its last token and the answer go through the
-selection.
+The shape is the co-reference task of the TokenButler paper (arXiv 2503.07518): an introduction of a
+place and its name, philosophy, food, arithmetic, then a question that ties back to the place.
 
-A score is between 0 and 1, see tasks/document.py; how it comes about, tasks/evaluation.py. With
---data (tasks/longbench.py) there is also the loss of the first accepted answer, in nats a token,
-and how much of it a selection adds, which tells something where scores are near zero; each data set
-has results of its own, several have a mean.
+Why it is hard for a cache that drops tokens: the name is invented, so it is several tokens that can
+only be copied from the context. The question uses other words, so nothing in the text resembles the
+name until it is asked for. A method that evicts tokens sees a few odd syllables that no later
+sentence attends to, and drops them long before the question. A method that keeps the whole cache
+and selects late can still find them.
 
-Means come with a 95 % interval: a bootstrap over documents and, where several butlers are given,
-over these, which is where training seeds differ.
+The cue "The place is called" stands before the name both times, because the default model has only
+135M parameters and seldom understands without it that a name is wanted.
 
-    python synth_task.py --selectors dense,oracle,butler,h2o --budgets 0.1,0.5
-    python synth_task.py --task needle_noise,copy --context 1024,2048 --n 20
-    python synth_task.py --data questions.jsonl        your own, LongBench's or RULER's lines
+Phrases are made of a head and a tail, "Plum cake" + "tastes best on the second day". The tails are
+split between training and test, so a test sentence is never one that was trained on.
+
+Protocol "sparse" (default): the context is read densely; question and answer go through the
+selection. Protocol "prefill": the question is read densely too, except for its last token, as in
+most published tables. An answer is right when all its tokens are the model's most likely ones.
+
+    python synth_task.py --selectors dense,oracle,butler --budgets 0.1,0.5
+    python synth_task.py --task needle_prose --context 2048        tasks of workshop/ruler.py
+    python synth_task.py --data questions.jsonl                    own questions: workshop/longbench.py
 """
 
-from dataclasses import asdict, dataclass
+import json
+import random
+import sys
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, cycle, islice
+from math import gcd
+from pathlib import Path
 
-from baselines import NAMES
-from beyond.engine import found, opened
-from beyond.offload import STORES, cache_kind
-from butler import SHIPPED, Butler, fingerprint, load_for
-from common.cli import DEVICE, flag, known, names, numbers, provenance, run
-from common.errors import UsageError
-from common.files import writable
-from loading.fetch import butler_file, digest
-from measure.intervals import above_dense, accuracy, bootstrap, each, of_oracle
-from model import check_device
-from selection import Selector
-from tasks.evaluation import TASKS, Scores, evaluate, fits, task_documents
-from tasks.longbench import cut, read_data
+import torch
+from tqdm import tqdm
+
+import cli
+from cli import DEVICE, UserError, flag, known, numbers, plug_in
+from selection import NAMES, make_selector
+
+# ---------------------------------------------------------------------------- documents
+
+
+@dataclass(frozen=True)
+class Document:
+    """One question about one context. context + question + answer reads as one text."""
+
+    context: str
+    question: str  # ends in the cue of the answer
+    answer: str
+
+    def encode(self, tok) -> list[list[int]]:
+        """-> ids of context, question and answer: those of the joined text, cut at the borders. A
+        part whose first token would reach into the part before is encoded by itself."""
+        text, known_ids, parts = "", [], []
+        for part in (self.context, self.question, " " + self.answer.strip()):
+            text += part
+            ids = tok.encode(text)
+            joined = ids[: len(known_ids)] == known_ids
+            parts.append(ids[len(known_ids) :] if joined else tok.encode(part))
+            known_ids = known_ids + parts[-1]
+        return [tok.bos + parts[0], *parts[1:]]
+
+    def room(self, answer: list[int]) -> int:
+        """How many tokens behind the question the cache must have room for."""
+        return len(answer)
+
+    def grade(self, llama, tok, cache, question, answer, selector, stepwise: bool) -> float:
+        """The score, 0 to 1, of an answer to the question (ids), behind a cache that holds the
+        context. Here the answer is forced upon the model, token by token, and all tokens must be
+        the most likely ones. stepwise: see `answers`."""
+        forced = torch.tensor([question + answer[:-1]], device=llama.device)
+        blocks = forced.split(1 if stepwise else forced.shape[1], dim=1)
+        logits = torch.cat([llama(block, cache, selector) for block in blocks], dim=1)
+        likeliest = logits[0, -len(answer) :].argmax(-1)
+        return float(likeliest.tolist() == answer)
+
+
+CUE = "The place is called"
+QUESTIONS = (
+    "Question: Which place was described above as {}?",
+    "Question: Which place was described above as {}?\nAnswer:",
+    "Question: Which place does the text describe as {}?")
+
+# {kind: [heads, tails]}. For places both are pairs: the words of the introduction, and the other
+# words of the question.
+PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))["coreference"]
+
+# The phrases of one split. Neighbours in each list share neither head nor tail.
+Pools = namedtuple("Pools", "places names philosophy food arithmetic")
+Place = namedtuple("Place", "introduction tie_back")
+
+
+def pools(split: str) -> Pools:
+    """The phrases of "train" or of "test". No entry of one is in the other."""
+    pairs = {kind: head_tail_pairs(*halves, split) for kind, halves in PHRASES.items()}
+    places = tuple(Place(f"{setting[0]} {custom[0]}.", f"{setting[1]}, {custom[1]}")
+                   for setting, custom in pairs.pop("places"))
+    names = tuple(map("".join, pairs.pop("names")))
+    sentences = {kind: tuple(f"{head} {tail}." for head, tail in some)
+                 for kind, some in pairs.items()}
+    return Pools(places, names, **sentences)
+
+
+def head_tail_pairs(heads, tails, split: str) -> list[tuple]:
+    """Every head with every tail of the split: 60 % of the tails train, 40 % test.
+
+    The list runs down the diagonals of the table. The numbers of heads and tails are coprime, so
+    the diagonal meets every pair once, and neighbours differ in both halves.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    shuffled = random.Random(0).sample(tails, len(tails))
+    cut = 3 * len(tails) // 5
+    tails = shuffled[:cut] if split == "train" else shuffled[cut:]
+    return [(heads[i % len(heads)], tails[i % len(tails)]) for i in range(len(heads) * len(tails))]
+
+
+def walk(rng: random.Random, pool):
+    """Entries of a pool without end: from a random place in random equal strides.
+
+    A stride that is coprime to the pool's size visits every entry before any comes back.
+    """
+    size = len(pool)
+    at = rng.randrange(size)
+    stride = rng.choice([s for s in range(1, size) if gcd(s, size) == 1])
+    for place in count(at, stride):
+        yield pool[place % size]
+
+
+def num_words(text: str) -> int:
+    return len(text.split())
+
+
+def distractors(rng: random.Random, pools: Pools, words: int) -> list[str]:
+    """Sentences of about `words` words: philosophy, then food, then arithmetic, equally many."""
+    kinds = [(walk(rng, pool), []) for pool in (pools.philosophy, pools.food, pools.arithmetic)]
+    for entries, chosen in cycle(kinds):
+        sentence = next(entries)
+        if words < num_words(sentence) / 2:  # too few by half a sentence at most
+            return [s for _, chosen in kinds for s in chosen]
+        chosen.append(sentence)
+        words -= num_words(sentence)
+
+
+def interleave(introductions: list[str], fractions: list[float], sentences: list[str]) -> str:
+    """One text. Each introduction stands where its fraction of all other words has passed."""
+    total = sum(map(num_words, introductions + sentences))
+    waiting = [(fraction * (total - num_words(introduction)), introduction)
+               for fraction, introduction in sorted(zip(fractions, introductions, strict=True))]
+    text, passed = [], 0
+    for sentence in sentences:
+        while waiting and passed + num_words(sentence) / 2 > waiting[0][0]:
+            text.append(waiting.pop(0)[1])
+            passed += num_words(text[-1])
+        text.append(sentence)
+        passed += num_words(sentence)
+    return " ".join(text + [introduction for _, introduction in waiting])
+
+
+def coreference(rng: random.Random, pools: Pools, referents=1, words=250,
+                position: float | None = None) -> Document:
+    """One co-reference document.
+
+    referents  places introduced, 1 to 8, each with a name; the question asks for one of them
+    words      length of the context, within half a sentence
+    position   where the introduction of that place stands, 0 (start) to 1 (end); None spreads all
+               introductions evenly from the start on and picks one of them at random
+
+    Raises UserError for a value out of range, or when the introductions alone exceed `words`.
+    """
+    if not 1 <= referents <= 8:
+        raise UserError(f"referents must be 1 to 8, not {referents}")
+    if position is not None and not 0 <= position <= 1:
+        raise UserError(f"position must be 0 to 1, not {position}")
+    places = list(islice(walk(rng, pools.places), referents))
+    names = list(islice(walk(rng, pools.names), referents))
+    introductions = [f"{place.introduction} {CUE} {name}."
+                     for place, name in zip(places, names, strict=True)]
+    room = words - sum(map(num_words, introductions))
+    if room < 0:
+        raise UserError(f"{referents} introductions do not fit into {words} words")
+    asked = rng.randrange(referents)
+    fractions = [i / referents for i in range(referents)]
+    if position is not None:
+        fractions[asked] = position
+    context = interleave(introductions, fractions, distractors(rng, pools, room))
+    question = rng.choice(QUESTIONS).format(places[asked].tie_back)
+    return Document(context, f"\n\n{question} {CUE}", names[asked])
+
+
+def coreference_documents(split: str, n: int, seed: int, **options) -> list[Document]:
+    """`n` documents of a split, the same for the same seed; options as in `coreference`."""
+    rng, phrases = random.Random(seed), pools(split)
+    return [coreference(rng, phrases, **options) for _ in range(n)]
+
+
+def training_text(rng: random.Random, pools: Pools) -> str:
+    """A document as plain text to train on: 1 to 3 places in a context of 120 to 300 words."""
+    document = coreference(rng, pools, rng.randint(1, 3), rng.randint(120, 300))
+    return f"{document.context}{document.question} {document.answer}"
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def answers(llama, tok, document, makers, protocol="sparse", stepwise=False) -> list[float]:
+    """Reads the context once, then asks its question once through each selector -> scores.
+
+    makers: functions that return a fresh selector, or None for dense. stepwise: one token per call,
+    for selectors that reuse a choice from step to step; otherwise all tokens of a forced answer go
+    through in one call, each with its own selection, which gives the same and is faster.
+    Raises UserError if the document exceeds the model's context.
+    """
+    context, question, answer = document.encode(tok)
+    if protocol == "prefill":
+        context, question = context + question[:-1], question[-1:]
+    cache = llama.new_cache(1, len(context) + len(question) + document.room(answer))
+    selectors = [make() for make in makers]
+
+    def watch(*seen):
+        for selector in selectors:
+            if selector:
+                selector.watch(*seen)
+
+    llama.prefill(torch.tensor([context], device=llama.device), cache, watch)
+    scores = []
+    for selector in selectors:
+        cache.truncate(len(context))
+        scores.append(document.grade(llama, tok, cache, question, answer, selector, stepwise))
+    return scores
+
+
+def interval(values: list[float], proportion=False) -> dict:
+    """Mean and its 95 % interval: a bootstrap over documents, 2,000 draws.
+
+    proportion: values are scores from 0 to 1. If all are 0, or all are 1, there is nothing to draw
+    from, and the interval is what n equal scores cannot exclude (Clopper and Pearson).
+    """
+    x = torch.tensor(values, dtype=torch.double)
+    n = len(x)
+    draws = torch.randint(n, (2000, n), generator=torch.Generator().manual_seed(0))
+    low, high = x[draws].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    bound = 0.025 ** (1 / n)
+    if proportion and low == 1:
+        low = bound
+    if proportion and high == 0:
+        high = 1 - bound
+    return {"mean": x.mean().item(), "low": low, "high": high, "n": n}
+
+
+def every_maker(selectors, budgets, butler=None, **rules) -> dict:
+    """{(selector, budget as text): function that returns a fresh selector}; dense has the budget
+    "1.0" alone. rules: keyword arguments of the butler's selector. Raises UserError."""
+    made = {}
+    for name in selectors:
+        known("selector", name, NAMES)
+        for budget in ("1.0",) if name == "dense" else budgets:
+            total = numbers([budget], float, "--budgets")[0]
+            own = rules if name == "butler" else {}
+            made[name, budget] = partial(make_selector, name, total, butler, **own)
+            made[name, budget]()  # refuses now what would be refused later
+    return made
+
+
+def evaluate(llama, tok, documents, makers: dict, protocol="sparse", stepwise=False,
+             title="documents") -> dict:
+    """makers: see every_maker -> {selector: {budget: mean and interval}}"""
+    scores = [answers(llama, tok, document, makers.values(), protocol, stepwise)
+              for document in tqdm(documents, title, file=sys.stderr)]
+    table = {}
+    for (name, budget), column in zip(makers, zip(*scores, strict=True), strict=True):
+        table.setdefault(name, {})[budget] = interval(column, proportion=True)
+    return table
+
+
+def print_results(results: dict) -> None:
+    """{task: {selector: {budget: mean and interval}}} as lines of text."""
+    for task, table in results.items():
+        for name, by_budget in table.items():
+            for budget, m in by_budget.items():
+                print(f"{task:20s} {name:8s} {budget:>6s}  {m['mean']:8.3f}  "
+                      f"[{m['low']:.3f}, {m['high']:.3f}]  n = {m['n']}")
+
+
+# ---------------------------------------------------------------------------- the script
 
 
 @dataclass
 class Config:
-    """Answers questions about a context through selectors at equal budgets."""
+    """Answers questions about a context through several selectors at equal budgets."""
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
-    engine: str = flag("own", "what runs the model: own, for a Llama, or transformers")
-    butler: tuple = flag((), "files or Hub ids, comma-separated: their seeds are resampled "
-                             "(default: the shipped one)", names)
-    task: tuple = flag(("coreference",), f"comma-separated, of {', '.join(TASKS)}", names)
-    data: str = flag(None, "instead of a task: JSONL file, your own, LongBench's or RULER's")
-    selectors: tuple = flag(NAMES, f"comma-separated, of {', '.join(NAMES)}", names)
-    budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended",
-                          numbers(kind=float))
-    drift: float = flag(0.0, "a butler's choice is kept until its query has turned by more than "
-                             "this (1 - cosine, 16 steps at most)", most=2)
-    n: int = flag(100, "documents for each seed", least=1)
-    seeds: tuple = flag(("0",), "comma-separated seeds of the documents", numbers())
-    referents: int = flag(1, "coreference: places introduced in a document", least=1, most=8)
-    context: tuple = flag((), "comma-separated tokens of context, question and answer "
-                              "(default: about 355 for coreference, else 1024)", numbers(1))
-    question: str = flag("sparse", "sparse: question and answer go through the selection; "
-                                   "prefill: only the answer does")
-    batch: int = flag(4, "documents at a time", least=1)
-    out: str = flag(None, "JSONL file of single scores; an interrupted run goes on from it")
-    offload: str = flag("none", f"where keys and values live, of {', '.join(STORES)}")
-    offload_dir: str = flag(None, "disk: folder of the file (default: /var/tmp)")
+    butler: str = flag(None, "butler file (default: the shipped one)")
+    engine: str = flag("plain", f"what runs the model: {', '.join(cli.ENGINES)}")
+    task: tuple = flag(("coreference",), "comma-separated: coreference, or tasks of "
+                                         "workshop/ruler.py such as needle_prose")
+    data: str = flag(None, "a JSONL file instead of a task: lines with context, question and "
+                           "answer, or LongBench's or RULER's")
+    selectors: tuple = flag(("dense", "oracle", "butler", "recency", "random"),
+                            f"comma-separated, of {', '.join(NAMES)}")
+    budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended")
+    question: str = flag("sparse", "how the question is read: sparse or prefill (densely)")
+    n: int = flag(100, "documents for each seed", at_least=1)
+    seeds: tuple = flag(("0",), "comma-separated seeds of the documents")
+    context: tuple = flag((), "comma-separated lengths of the context in tokens (default: about "
+                              "300, of tasks in workshop/ 1024)")
+    referents: int = flag(1, "coreference: places introduced", at_least=1, at_most=8)
+    interval: int = flag(1, "steps that one choice of the butler serves (plain engine)", at_least=1)
+    neighbours: int = flag(0, "tokens that a chosen one brings on either side (plain engine)")
+    drift: float = flag(0.0, "how far a query may turn before the butler chooses anew (fast "
+                             "engine), 1 - cosine", at_most=2)
     device: str = flag(DEVICE, "cpu or cuda")
 
 
+def rules_of(config) -> dict:
+    """The flags of a butler's selector that are not at their defaults. An engine's selector
+    refuses those that it does not have."""
+    rules = {"interval": config.interval, "neighbours": config.neighbours, "drift": config.drift}
+    defaults = {"interval": 1, "neighbours": 0, "drift": 0}
+    return {name: value for name, value in rules.items() if value != defaults[name]}
+
+
+def task_documents(config, tok) -> dict:
+    """{task: its documents}, or {task@context: ...} where --context names several."""
+    if config.data:
+        return plug_in("workshop.longbench").read_data(config.data, tok, config.n)
+    found = {}
+    for task in config.task:
+        for context in config.context or (None,):
+            length = context and numbers([context], int, "--context")[0]
+            name = f"{task}@{context}" if len(config.context) > 1 else task
+            found[name] = []
+            for seed in numbers_or_zero(config.seeds):
+                if task == "coreference":
+                    # 1.3 of the default model's tokens per word, and 36 for the question
+                    words = 250 if length is None else max(0, round((length - 36) / 1.3))
+                    found[name] += coreference_documents(
+                        "test", config.n, seed, referents=config.referents, words=words)
+                else:
+                    ruler = plug_in("workshop.ruler")
+                    known("task", task, ("coreference", *ruler.TASKS))
+                    found[name] += ruler.documents(task, tok, config.n, seed, length or 1024)
+    return found
+
+
+def numbers_or_zero(words) -> list[int]:
+    if not all(word.isdigit() for word in words):
+        raise UserError(f"--seeds: {','.join(words)} are not all whole numbers")
+    return [int(word) for word in words]
+
+
 def main(config: Config) -> dict:
-    data = check(config)
-    path, tok = found(config)
-    tasks = data or named(config, tok.count)
-    llama, tok = opened(config, place=(path, tok))
-    dtype = str(llama.embed_tokens.weight.dtype)
-    butlers = [load_for(llama, p) for p in config.butler or (SHIPPED,)
-               if "butler" in config.selectors]
-    tasks = {name: [cut(tok, d, llama.config.context) for d in documents]
-             for name, documents in tasks.items()}
-    fits(llama, tasks, tok.count)
-    weights = {"weights": str(path), "fingerprint": fingerprint(llama), "dtype": dtype}
-    scores = Scores(config.out, identity(config) | weights)
-    kind = cache_kind(config.offload, config.offload_dir, config.device)
-    report = {"results": {}, "kept of oracle": {}, "selected_tokens": {},
-              "question": config.question, "dtype": dtype}
-    if data:
-        report |= {"loss": {}, "loss above dense": {}}
-    tables, losses = {}, {}
-
-    def tell(what, name, table, form):
-        """Reports {selector: {budget: interval}} of a task, a line for each."""
-        report[what][name] = table
-        for selector, by in table.items():
-            for budget, m in by.items():
-                print(f"{name:20s} {selector:8s} {budget:>5s}  {form.format(**m)}")
-
-    def means(name, *tasks):
-        """The scores of a task, or the means of several, and the losses of their references."""
-        tell("results", name, each(accuracy, *(tables[task] for task in tasks)),
-             "{mean:.3f}  [{low:.3f}, {high:.3f}]  n = {n}")
-        if data:
-            loss = [losses[task] for task in tasks]
-            tell("loss", name, each(bootstrap, *loss), "loss {mean:.4f}  [{low:.4f}, {high:.4f}]")
-            tell("loss above dense", name, each(bootstrap, *map(above_dense, loss)),
-                 "loss {mean:+.4f} above dense  [{low:+.4f}, {high:+.4f}]")
-
-    for name, documents in tasks.items():
-        shares, losses[name] = {}, {}
-        tables[name] = evaluate(llama, tok, documents, config.selectors, config.budgets, butlers,
-                                config.question, config.batch, scores, name, kind, shares,
-                                losses[name] if data else None, drift=config.drift)
-        means(name, name)
-        tell("kept of oracle", name,
-             {s: {b: bootstrap(of_oracle(runs, *shares["oracle"][b])) for b, runs in by.items()}
-              for s, by in shares.items() if "oracle" in shares and s not in ("dense", "oracle")},
-             "keeps {mean:.1%} of the oracle's attention  [{low:.1%}, {high:.1%}]")
-        sizes = [tok.count(d.question if config.question == "sparse" else "")
-                 + (d.new_tokens or tok.count(d.answer)) for d in documents]
-        report["selected_tokens"][name] = size = sum(sizes) / len(sizes)
-        print(f"{name:20s} up to {size:.0f} tokens went through the selection "
-              f"(--question {config.question})", flush=True)
-    if data and len(tasks) > 1:
-        means("mean", *tasks)
-    return report | provenance()
-
-
-def identity(config) -> dict:
-    """What single scores belong to, beside the weights."""
-    files = [digest(butler_file(f)) for f in (*config.butler, SHIPPED, config.data) if f]
-    settings = asdict(config) | provenance() | {"files": files}
-    return {name: v for name, v in settings.items() if name not in ("out", "command")}
-
-
-def check(config: Config) -> dict | None:
-    """What can be known to be wrong before anything slow starts -> the documents of --data."""
-    known("task", config.task, TASKS)
-    known("selector", config.selectors, NAMES)
-    if config.question not in ("sparse", "prefill"):
-        raise UsageError(f"--question is sparse or prefill, not {config.question!r}")
-    for budget in config.budgets:
-        Selector(float(budget))
-    check_device(config.device)
-    cache_kind(config.offload, config.offload_dir, config.device)
-    for path in config.butler:
-        Butler.load(path)
-    if config.out is not None:
-        writable(config.out)
-    if config.data is not None:
-        for name in ("task", "context", "n", "seeds", "referents"):
-            if getattr(config, name) != getattr(Config, name):
-                raise UsageError(f"--{name} is for tasks by name, --data has its own documents")
-        return read_data(config.data)
-    return None
-
-
-def named(config: Config, count) -> dict:
-    """{task, with its context where there are several: documents}; count(text) -> tokens."""
-    contexts = [int(c) for c in config.context] or [None]
-    return {task if len(contexts) == 1 else f"{task}@{context}":
-            task_documents(task, context, config.n, config.seeds, count, config.referents)
-            for context in contexts for task in config.task}
+    known("--question", config.question, ("sparse", "prefill"))
+    engine = cli.engine(config.engine)
+    cli.check_device(config.device)
+    llama, tok, butler = engine.load(config.model, config.butler, config.device)
+    rules = rules_of(config)
+    makers = every_maker(config.selectors, config.budgets, butler, **rules)
+    tasks = task_documents(config, tok)
+    results = {}
+    for task, documents in tasks.items():
+        results[task] = evaluate(llama, tok, documents, makers, config.question,
+                                 stepwise=bool(rules), title=task)
+    print_results(results)
+    return {"results": results}
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    cli.run(main, Config)

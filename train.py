@@ -1,85 +1,83 @@
-"""train.py - distillation: the butler learns to guess where the frozen base model attends.
+"""train.py - distillation: the butler learns to predict where the frozen base model attends.
 
-    text -> base model (frozen, one forward) -> x, q and k of every layer
-        teacher  p = mean over a KV head's query heads of softmax(q . k / sqrt(D))
-        student  b = softmax(q_imp . k_imp / sqrt(E))      what the butler expects of the KV head
-    loss = mean over layers, KV heads and sampled rows of mass * KL(p || b); only the butler learns.
+    text -> base model, one dense forward -> inputs x, queries q and keys of every layer
+        teacher   p = mean over a KV head's query heads of softmax(q . k / sqrt(D))
+        student   b = softmax(importance query . importance key / sqrt(E))
+    loss = mean over layers, KV heads and sampled queries of KL(p || b), weighted by p's mass
 
-Both are distributions over the tokens that a selection has to choose from, between sinks and
-window, p after division by mass, the share of the attention that falls on these.
+Teacher and student are distributions over the tokens that a selection can choose from, between
+sinks and window. The teacher's attention is divided by its mass, the share of attention that falls
+on those tokens; a query with little mass there counts little. Only the butler learns.
 
-The trainer looks at the base model through the very hook that a selector uses (`Recorder`), so what
-a producer reads here is what it reads when decoding. Rows are sampled because neighbouring queries
-say nearly the same, and the softmaxes of all rows would cost more than the base model. Most steps
-look at short texts, which are cheap; every fourth at longer ones with gaps between their positions,
-which span up to the model's whole context without as many tokens.
+The trainer looks at the base model through the selector hook (`Recorder`), so a producer reads in
+training what it reads when decoding. Queries are sampled, because neighbouring queries say nearly
+the same and the softmaxes of all of them would cost more than the base model. Most steps look at
+short texts, which are cheap. Every fourth step looks at longer texts with gaps between their
+positions, which span up to the model's whole context without as many tokens.
 
-    python train.py                         trains the default butler, ends in a table
-    python train.py --model DIR --data TEXT ...  another Llama, your own text
-    python train.py --resume                goes on where a run was stopped (beyond/survive.py)
-    torchrun --nproc-per-node N train.py    the same on N processes, or N GPUs
+    python train.py                                     the default butler, then a table
+    python train.py --model DIR --data TEXT --out FILE  another Llama, your own text
+    python train.py --resume                            continue after Ctrl-C
+    torchrun --nproc-per-node 2 train.py                several processes or GPUs
 """
 
+import json
 import math
+import os
 import random
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.special import entr  # - p log p, 0 of 0
+import torch.distributed as dist
+from torch.special import entr  # -p log p, and 0 for p = 0
 from tqdm import tqdm
 
-from baselines import make_selector
-from beyond import survive
-from beyond.engine import opened
+import cli
+from bench import kept_at_lengths
 from butler import Butler, ButlerConfig
-from common.cli import DEVICE, flag, peak_memory, provenance, run
-from common.errors import UsageError
-from common.files import writable
+from cli import DEVICE, UserError, flag
+from data import Mixture, default_texts, hold_out, positions_with_gaps, read_texts
 from kernel import true_attention
-from measure import card, tables
-from measure.intervals import accuracy, bootstrap
-from measure.probe import at_lengths
-from model import check_device
-from selection import Selector
-from tasks.coreference import pools
-from tasks.corpus import Mixture, default_texts, hold_out, read_texts, spread
-from tasks.evaluation import evaluate, fitting
+from selection import Budget
+from synth_task import coreference_documents, evaluate, every_maker, interval, pools
+
+SAVE_EVERY = 50  # steps
 
 
 @dataclass
 class Config:
-    """Distils a butler from a frozen model and compares it with the oracle."""
+    """Trains a butler for a frozen model and compares its selections with the oracle's."""
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
-    engine: str = flag("own", "what runs the model: own, for a Llama, or transformers")
+    engine: str = flag("plain", f"what runs the model: {', '.join(cli.ENGINES)}")
     data: list = flag([], "text files or folders to train on (default: this Python's own text)")
-    out: str = flag("out/butler.safetensors", "where the butler goes, its model card beside it")
-    report: str = flag(None, "where the JSON with all results goes (default: beside the butler)")
-    steps: int = flag(320, "optimiser steps", least=1)
-    batch: int = flag(2, "texts per step, of all processes together", least=1)
-    length: int = flag(512, "tokens per text", least=64)
-    long: int = flag(2048, "tokens of a long text, at most the model's context", least=64)
-    span: int = flag(8192, "positions that a long text is spread over by gaps, at most the model's "
+    out: str = flag("out/butler.safetensors", "where the butler goes; its report is beside it, with "
+                                              ".json behind the name")
+    steps: int = flag(320, "optimiser steps", at_least=1)
+    batch: int = flag(2, "texts per step, over all processes", at_least=1)
+    length: int = flag(512, "tokens per text", at_least=64)
+    long: int = flag(2048, "tokens of a long text, at most the model's context", at_least=64)
+    span: int = flag(8192, "positions over which gaps spread a long text, at most the model's "
                            "context; 0: no gaps")
-    long_every: int = flag(4, "every so many steps look at long texts; 0: none does", least=0)
-    repeats: int = flag(2, "strings that come twice in every 512 tokens of text")
-    rows: int = flag(32, "queries per text that a step looks at", least=1)
-    reuse: int = flag(8, "steps that a batch of texts serves, each with fresh rows", least=1)
-    learning_rate: float = flag(1e-2, "peak learning rate", least=1e-9)
-    stride: int = flag(5, "layers served by one producer (R)", least=1, most=2**20)
-    size: int = flag(32, "channels of importance space (E)", least=2, most=2**20)
-    rotated_keys: bool = flag(False, "the paper's form: keys as cached, no importance pair turns")
-    hidden: int = flag(176, "hidden width of a producer", least=1, most=2**20)
-    documents: int = flag(60, "co-reference documents in the final table", least=1)
-    windows: int = flag(20, "held-out texts in the final table", least=1)
-    longest: int = flag(4096, "tokens of these, at most the model's context", least=64)
-    save_every: float = flag(60.0, "seconds between two states to resume from, 0: every step")
-    seed: int = flag(0, "seed of initialisation, data and rows")
-    resume: bool = flag(False, "go on from OUT.state, or from the beginning where there is none")
+    long_every: int = flag(4, "every so many steps look at long texts; 0: never")
+    repeats: int = flag(2, "random strings that come twice, in every 512 tokens")
+    rows: int = flag(32, "queries per text that a step looks at", at_least=1)
+    reuse: int = flag(8, "steps that one batch of texts serves, each with other queries",
+                      at_least=1)
+    learning_rate: float = flag(1e-2, "peak learning rate", at_least=1e-9)
+    layers_per_producer: int = flag(5, "layers that one producer serves (R)", at_least=1)
+    size: int = flag(32, "channels of importance queries and keys (E), a multiple of 4",
+                     at_least=4, at_most=1024)
+    hidden: int = flag(176, "hidden width of a producer", at_least=1, at_most=2**16)
+    rotated_keys: bool = flag(False, "the paper's form: project keys as they are cached")
+    windows: int = flag(20, "held-out texts in the final table", at_least=1)
+    longest: int = flag(2048, "tokens of each of them, at most the model's context", at_least=64)
+    documents: int = flag(60, "co-reference documents in the final table", at_least=1)
+    resume: bool = flag(False, "continue from OUT.state, or start where there is none")
+    seed: int = flag(0, "seed of initialisation, texts and queries")
     device: str = flag(DEVICE, "cpu or cuda")
 
 
@@ -87,136 +85,147 @@ class Config:
 
 
 class Recorder:
-    """Stands where a selector stands, attends to everything, and keeps what passes by: the keys of
-    all tokens, inputs and queries of the given rows [N] (None: of all)."""
+    """A selector that selects nothing and keeps what it sees: the keys of all tokens, and the
+    layer inputs and queries of the sampled rows [N]. Each is a dictionary by layer."""
 
-    def __init__(self, rows=None):
-        self.rows, self.positions = rows, None  # positions: of all tokens [T]
-        self.x, self.q, self.keys = {}, {}, {}
+    def __init__(self, rows):
+        self.rows = rows
+        self.positions = None  # [T]
+        self.x = {}  # [B, N, C]
+        self.q = {}  # [B, H, N, D]
+        self.keys = {}  # [B, G, T, D]
 
     def __call__(self, layer, x, q, keys, positions):
-        self.positions = positions[0]
-        if self.rows is None:
-            self.rows = torch.arange(len(self.positions), device=x.device)
-        self.x[layer], self.q[layer], self.keys[layer] = x[:, self.rows], q[:, :, self.rows], keys
+        self.positions = positions
+        self.x[layer] = x[:, self.rows]
+        self.q[layer] = q[:, :, self.rows]
+        self.keys[layer] = keys
 
 
-def distillation(butler, record, some=slice(None), sinks=Selector.SINKS, window=Selector.WINDOW):
-    """KL(teacher || student) of some of the recorded rows (indices [N]) at every layer >= 1 ->
-    [L-1], with gradient.
+def record(llama, tokens, rows, positions=None) -> Recorder:
+    """One dense forward of the frozen base model over tokens [B, T]."""
+    recorder = Recorder(rows)
+    with torch.no_grad():
+        llama(tokens, None, recorder, positions, last=True)  # `last`: the logits are not needed
+    return recorder
 
-    Both are distributions [B, G, N, S] over the tokens between sinks and window; a row counts by
-    the teacher's share of attention there. The entropy of the teacher has no gradient: minimising
-    KL is minimising the paper's cross-entropy.
+
+def distillation(butler, recorder, some=slice(None), budget=Budget(1.0)):
+    """The mean KL divergence of every layer above 0 -> [L-1], with gradients.
+
+    some: which of the recorded rows to look at. budget: its sinks and window are left out of both
+    distributions, because a selection always holds them.
     """
-    losses, queries, rows = [], {}, record.rows[some]
-    here = torch.arange(record.keys[0].shape[2], device=rows.device)
-    free = (here >= sinks) & (here <= rows[:, None] - window)  # [N, S]
-    taken = torch.where(free, 0.0, -1e4)  # finite: the teacher's 0 times it must be 0
-    for layer, keys in record.keys.items():
-        queries |= butler.queries(layer, record.x[layer][:, some], record.positions[None, rows])
+    losses = []
+    queries = {}
+    rows = recorder.rows[some]  # [N]
+    token = torch.arange(recorder.keys[0].shape[2], device=rows.device)
+    candidate = (token >= budget.sinks) & (token <= rows[:, None] - budget.window)  # [N, T]
+    # -1e4, not -inf: the teacher's probability is 0 there, and 0 * -inf is NaN
+    masked = torch.where(candidate, 0.0, -1e4)
+    for layer, keys in recorder.keys.items():
+        x = recorder.x[layer][:, some]
+        queries |= butler.importance_queries(layer, x, recorder.positions[rows])
         if layer == 0:
             continue
         with torch.no_grad():
-            p = true_attention(record.q[layer][:, :, some], keys, rows[None]).mean(2) * free
-            # p sums to its mass m, and m KL(p / m || b) = - sum p log b - (sum entr p - entr m)
-            entropy = entr(p).sum(-1) - entr(p.sum(-1))
-        scores = butler.scores(queries[layer], butler.project(layer, keys, record.positions))
-        log_b = (scores + taken).log_softmax(dim=-1)
-        losses.append((-torch.linalg.vecdot(p, log_b) - entropy).mean())
+            q = recorder.q[layer][:, :, some]
+            # The queries are not the last tokens, so true_attention must know their places.
+            p = true_attention(q, keys, rows).mean(2) * candidate  # [B, G, N, T]
+            mass = p.sum(-1)
+            # mass * KL(p / mass || b) = -sum(p log b) - (sum(entr p) - entr(mass))
+            teacher_entropy = entr(p).sum(-1) - entr(mass)
+        importance_keys = butler.importance_keys(layer, keys, recorder.positions)
+        scores = butler.scores(queries[layer], importance_keys)
+        log_b = (scores + masked).log_softmax(dim=-1)
+        losses.append((-torch.linalg.vecdot(p, log_b) - teacher_entropy).mean())
     return torch.stack(losses)
 
 
-def distil(llama, butler, mixture, config, log):
-    """The loop: trains the butler in place; continues from OUT.state when asked to.
+# ---------------------------------------------------------------------------- the loop
 
-    A batch of texts serves several steps, each with rows of its own: the base model's forward is
-    most of the cost, and what it says about a text is worth more than one look.
-    """
+
+def distil(llama, butler, mixture, config) -> list[float]:
+    """Trains the butler in place -> the loss of every step."""
     optimizers = make_optimizers(butler, config.learning_rate)
-    text = mixture.digest()
-    start = survive.begin(butler, optimizers, config, log, text)
+    losses = load_state(config, butler, optimizers, mixture) if config.resume else []
     batches = Batches(llama, mixture, config)
-    guard = survive.Guard(butler, optimizers, config, log, text)
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, file=sys.stderr,
-               mininterval=1, disable=survive.rank() > 0)
-    with guard, bar:
+    bar = tqdm(range(len(losses), config.steps), initial=len(losses), total=config.steps,
+               file=sys.stderr, disable=rank() > 0)
+    try:
         for step in bar:
-            kl = distillation(butler, *batches.look(step))
-            layers = kl.detach().clone()
-            survive.average([layers])
-            loss, worst = layers.mean().item(), int(layers.argmax())
-            survive.check_loss(log, loss)
-            guard.keep()
-            rate = config.learning_rate * schedule(step, config.steps)
-            update(butler, optimizers, kl.mean(), rate)
-            log.append(loss)
-            bar.set_postfix_str(f"KL {loss:.3f} a layer, worst {layers[worst]:.2f} at {worst + 1}",
-                                refresh=False)
-        guard.keep()
+            recorder, some = batches.look(step)
+            loss = distillation(butler, recorder, some).mean()
+            if not loss.isfinite():
+                raise UserError(f"training diverges at step {step}: try a lower --learning-rate")
+            loss.backward()
+            average_over_processes([p.grad for p in butler.parameters()])
+            torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * schedule(step, config.steps)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            bar.set_postfix_str(f"KL {losses[-1]:.3f}", refresh=False)
+            if step % SAVE_EVERY == SAVE_EVERY - 1:
+                save_state(config, butler, optimizers, mixture, losses)
+    except KeyboardInterrupt:
+        save_state(config, butler, optimizers, mixture, losses)
+        note(f"stopped after {len(losses)} of {config.steps} steps; --resume continues")
+        raise
+    return losses
 
 
 class Batches:
-    """What the steps look at: two streams of batches, of short and of long texts, each recorded
-    once and then served in parts. Step n depends on the seed alone, so that a resumed run sees
-    what one that nothing stopped saw."""
+    """The batches of two streams, short texts and long ones. Each batch is recorded once and then
+    serves several steps, every time with other rows: the base model's forward is most of the cost.
+    What a step sees depends on the seed and the step's number alone."""
 
     def __init__(self, llama, mixture, config):
-        self.llama, self.mixture, self.config = llama, mixture, config
-        self.records = {}  # long or not: which batch, what was recorded of it
+        self.llama = llama
+        self.mixture = mixture
+        self.config = config
+        self.latest = {}  # {is it long?: (seed of the batch, its Recorder)}
 
     def look(self, step: int):
-        """-> the record of a batch, and which of its rows [N] this step looks at."""
-        c, device, context = self.config, self.llama.device, self.llama.config.context
-        every = c.long_every or c.steps + 1  # 0: at none of the steps
-        long_steps, rest = divmod(step, every)  # that there were before
-        long = rest == every - 1
-        length = min(c.long, context) if long else c.length
-        number, part = divmod(long_steps if long else step - long_steps, c.reuse)
-        seed, share = f"{c.seed} {length} {number}", c.batch // survive.world()
-        seed += " long" * (long and length == c.length)  # else known by its length
-        if self.records.get(long, ("",))[0] != seed:
-            self.records.pop(long, None)  # before there is another: memory for one of each
-            rows = sample_rows(random.Random(seed), c.reuse * c.rows, length)
-            tokens = texts(self.mixture, seed, share, length, share * survive.rank())
-            span = min(c.span, context) if long else 0
-            positions = spread(random.Random(f"{seed} gaps"), length, span).to(device)
-            self.records[long] = seed, record(self.llama, tokens.to(device), rows.to(device),
-                                              positions)
-        seen = self.records[long][1]
-        return seen, torch.arange(part, len(seen.rows), c.reuse, device=device)
+        """-> the Recorder of this step's batch, and which of its rows the step looks at."""
+        c, context = self.config, self.llama.config.context
+        every = c.long_every or c.steps + 1
+        long_steps, rest = divmod(step, every)  # long steps before this one
+        is_long = rest == every - 1
+        length = min(c.long if is_long else c.length, context)
+        number, part = divmod(long_steps if is_long else step - long_steps, c.reuse)
+        seed = f"{c.seed} {length} {number}" + " long" * (is_long and length == c.length)
+        if self.latest.get(is_long, ("",))[0] != seed:
+            self.latest.pop(is_long, None)  # frees the memory of the last one first
+            self.latest[is_long] = seed, self.record(seed, length, min(c.span, context) * is_long)
+        recorder = self.latest[is_long][1]
+        return recorder, torch.arange(part, len(recorder.rows), c.reuse, device=self.llama.device)
 
-
-def texts(mixture, seed: str, count: int, length: int, first: int = 0):
-    """Tokens of the `count` texts of a batch from number `first` on. -> [count, length]"""
-    rows = range(first, first + count)
-    return torch.tensor([mixture.window(f"{seed} {row}", length) for row in rows])
+    def record(self, seed: str, length: int, span: int) -> Recorder:
+        c, device = self.config, self.llama.device
+        rows = random.Random(seed).sample(range(length), min(c.reuse * c.rows, length))
+        mine = range(rank() * c.batch // world(), (rank() + 1) * c.batch // world())
+        texts = [self.mixture.window(f"{seed} {i}", length) for i in mine]
+        positions = positions_with_gaps(random.Random(f"{seed} gaps"), length, span)
+        return record(self.llama, torch.tensor(texts).to(device), torch.tensor(rows).to(device),
+                      positions.to(device))
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate: 5 % warm-up, then a cosine down to nothing."""
-    return min(1, (step + 1) / (0.05 * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-def update(butler, optimizers: list, loss, rate: float) -> None:
-    """One step of every optimiser; gradients are averaged over the processes, clipped at 10."""
-    loss.backward()
-    survive.average([p.grad for p in butler.parameters()])
-    torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+    """Share of the peak learning rate: 5 % warm-up, then a cosine down to 0."""
+    warm_up = min(1, (step + 1) / (0.05 * steps))
+    return warm_up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is made orthogonal (Muon, Keller Jordan 2024), as long as AdamW's.
-    torch.optim.Muon is the same in bfloat16, which processors without it multiply so slowly that
-    it took 0.8 of the 1.0 seconds of a step; here float32. For matrices only."""
+    """Momentum whose every step is made orthogonal (Muon, Keller Jordan 2024), with AdamW's step
+    size. For matrices only. torch.optim.Muon computes in bfloat16, which processors without it
+    multiply so slowly that it took 0.8 of the 1.0 seconds of a step; this one uses float32."""
 
-    def __init__(self, matrices, rate: float):
-        super().__init__(matrices, {"lr": rate})
+    def __init__(self, matrices, learning_rate: float):
+        super().__init__(matrices, {"lr": learning_rate})
 
     @torch.no_grad()
     def step(self):
@@ -224,149 +233,219 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                length = group["lr"] * 0.2 * max(p.shape) ** 0.5
-                p -= length * orthogonal(p.grad.lerp(momentum, 0.95))
+                size = group["lr"] * 0.2 * max(p.shape) ** 0.5
+                p -= size * orthogonal(p.grad.lerp(momentum, 0.95))
 
 
 def orthogonal(matrix):
-    """The nearest matrix whose singular values are all about 1: five Newton-Schulz steps."""
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / x.norm().clamp(min=1e-7)
+    """The nearest matrix whose singular values are all about 1: five Newton-Schulz iterations."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return x if wide is matrix else x.T
 
 
-def make_optimizers(butler, rate: float) -> list:
-    """Muon for the producers' matrices, AdamW for the key projections and norms, which are none."""
+def make_optimizers(butler, learning_rate: float) -> list:
+    """Muon for the producers' matrices, AdamW for key projections and norms."""
     matrices = [p for p in butler.parameters() if p.ndim == 2]
     others = [p for p in butler.parameters() if p.ndim != 2]
-    return [Muon(matrices, rate), torch.optim.AdamW(others, rate, weight_decay=0.0)]
+    return [Muon(matrices, learning_rate),
+            torch.optim.AdamW(others, learning_rate, weight_decay=0.0)]
 
 
-def record(llama, tokens, rows=None, positions=None) -> Recorder:
-    """One dense forward of the frozen base model over tokens [B, T], at positions [1, T] if there
-    are gaps, looking at rows [N]."""
-    recorder = Recorder(rows)
+# ---------------------------------------------------------------------------- several processes
+
+
+def rank() -> int:
+    """This process's number, as torchrun counts; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average_over_processes(tensors: list) -> None:
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= world()
+
+
+def note(text: str) -> None:
+    """A line on stderr, by the first process alone."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def identity(config, butler, mixture) -> dict:
+    """What must be the same when a run is resumed."""
+    free = ("resume", "out", "windows", "longest", "documents", "device", "learning_rate")
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    return settings | {"base model": butler.config.fingerprint, "text": mixture.digest()}
+
+
+def save_state(config, butler, optimizers, mixture, losses) -> None:
+    """Writes OUT.state: everything that the next step depends on."""
+    if rank() == 0:
+        state = {"identity": identity(config, butler, mixture), "losses": losses,
+                 "butler": butler.state_dict(),
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        with cli.replacing(f"{config.out}.state") as part:
+            torch.save(state, part)
+
+
+def load_state(config, butler, optimizers, mixture) -> list[float]:
+    """Puts butler and optimizers where OUT.state ends -> the losses so far. Raises UserError for
+    the state of another run."""
+    path = Path(f"{config.out}.state")
+    if not path.exists():
+        note(f"there is no {path}: training starts from the beginning")
+        return []
+    with cli.one_line(f"{path}: unusable state", Exception):
+        state = torch.load(path, weights_only=True)
+        for key, value in identity(config, butler, mixture).items():
+            if state["identity"][key] != value:
+                raise UserError(f"it belongs to another run: {key} was {state['identity'][key]}, "
+                                f"now it is {value}")
+        butler.load_state_dict(state["butler"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return state["losses"]
+
+
+# ---------------------------------------------------------------------------- the final table
+
+
+def held_out_kl(llama, butler, windows):
+    """Mean KL of each layer above 0 over held-out windows [n, T], every fourth row -> [L-1]"""
+    rows = torch.arange(3, windows.shape[1], 4, device=windows.device)
     with torch.no_grad():
-        # last: the vocabulary's logits are not needed
-        llama(tokens, selector=recorder, last=True, positions=positions)
-    return recorder
+        return torch.stack([distillation(butler, record(llama, window[None], rows))
+                            for window in windows]).mean(0)
 
 
-def sample_rows(rng: random.Random, count: int, length: int):
-    """Query rows for the loss, in an order drawn by lot. -> [N]"""
-    return torch.tensor(rng.sample(range(length), min(count, length)))
+def fitting_documents(llama, tok, n: int, seed: int) -> list:
+    """Co-reference documents of 250 words, or of fewer where the model's context is short."""
+    for words in (250, 125, 62):
+        documents = coreference_documents("test", n, seed, words=words)
+        longest = max(sum(map(len, document.encode(tok))) for document in documents)
+        if longest <= llama.config.context:
+            break
+    return documents
 
 
-# ---------------------------------------------------------------------------- the verdict
+def final_table(llama, tok, butler, windows, documents) -> dict:
+    """What 10 % of the tokens keep: {selector: {"coreference": answers right, "kept": {context:
+    share of the attention, at the end of windows [n, T] and of their first 512 tokens}}}"""
+    names = ("dense", "oracle", "butler", "recency", "random")
+    makers = every_maker(names, ("0.1",), butler)
+    right = evaluate(llama, tok, documents, makers, title="co-reference")
+    contexts = {min(512, windows.shape[1]), windows.shape[1]}
+    kept = {}
+    for window in tqdm(windows, "attention kept", file=sys.stderr):
+        for context, (name, _), share, _ in kept_at_lengths(llama, window, contexts, makers):
+            kept.setdefault((name, context), []).append(share)
+    table = {}
+    for name, budget in makers:
+        table[name] = {"coreference": right[name][budget],
+                       "kept": {str(c): interval(kept[name, c]) for c in sorted(contexts)}}
+    return table
 
 
-def held_out_kl(llama, butler, unseen):
-    """Mean KL per layer over texts [N, T] that were never trained on, every 4th row. -> [L-1]"""
-    rows = torch.arange(3, unseen.shape[1], 4, device=unseen.device)
-    with torch.no_grad():
-        return torch.stack([distillation(butler, record(llama, w[None], rows))
-                            for w in unseen]).mean(0)
+def print_table(report: dict) -> None:
+    contexts = list(report["table"]["dense"]["kept"])
+    heads = "".join(f"  kept at {int(context):>5,}" for context in contexts)
+    print(f"\nselector  attended{heads}  co-reference right")
+    for name, row in report["table"].items():
+        m = row["coreference"]
+        shares = "".join(f"{row['kept'][context]['mean']:15.3f}" for context in contexts)
+        print(f"{name:8s}  {'100 %' if name == 'dense' else '10 %':>8s}{shares}  {m['mean']:6.2f} "
+              f"[{m['low']:.2f}, {m['high']:.2f}]")
+    print(f"\nkept: share of the attention that falls on the selected tokens, "
+          f"{report['config']['windows']} held-out texts; co-reference: {m['n']} documents")
+    print(f"KL on held-out text: {report['kl_before']:.3f} before, {report['kl']:.3f} after "
+          f"{report['config']['steps']} steps")
+    print(f"the butler has {report['parameters']:,} parameters, {report['share']:.2%} of the base "
+          f"model's; {report['training_s'] / 60:.1f} minutes of training, "
+          f"{report['seconds'] / 60:.1f} in all")
 
 
-def verdict(llama, tok, butler, windows, documents) -> dict:
-    """The table: share of the attention kept at 10 % of the tokens, at the end of the first 512 and
-    of all tokens of windows [N, T], and co-reference answers with 10 % of the tokens attended."""
-    names, rows = ("dense", "oracle", "butler", "recency", "random"), {}
-    for name, scores in evaluate(llama, tok, documents, names, ("0.1",), [butler]).items():
-        (runs,) = scores.values()
-        rows[name] = {"coreference": accuracy(runs)}
-    makers = {name: partial(make_selector, name, 0.1, butler) for name in names[1:]}
-    contexts = sorted({min(512, windows.shape[1]), windows.shape[1]})
-    kept = {("dense", context): [1.0] * len(windows) for context in contexts}
-    for window in tqdm(windows, desc="attention kept", file=sys.stderr):
-        for context, name, mass, _ in at_lengths(llama, window, contexts, makers):
-            kept.setdefault((name, context), []).append(mass)
-    for name, row in rows.items():
-        row["kept"] = {str(context): bootstrap([kept[name, context]]) for context in contexts}
-    return rows
+# ---------------------------------------------------------------------------- the script
 
 
-def main(config: Config) -> dict | None:
-    """-> the report; None in all processes but the first."""
-    check(config)
-    began = time.perf_counter()
-    torch.manual_seed(config.seed)
-    sources = [read_texts(config.data)] if config.data else default_texts()
-    training, held = zip(*map(hold_out, sources), strict=True)
-    device = survive.join(config.device)
-    llama, tok = opened(config, device)
-    if config.length > llama.config.context:
-        raise UsageError(f"--length {config.length}: the model's context is {llama.config.context}")
-    documents = fitting(llama, tok, config.documents, config.seed)
-    sizes = {name: getattr(config, name) for name in ("stride", "size", "rotated_keys", "hidden")}
-    butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
-    share = parameters(butler) / parameters(llama)
-    survive.note(f"{parameters(butler):,} parameters to train, {share:.2%} of the base model's")
-
-    mixture, log = Mixture(tok, training, pools("train"), repeats=config.repeats), []
-    if survive.rank():
-        distil(llama, butler, mixture, config, log)
-        return survive.leave()
-    unseen = Mixture(tok, held, pools("test"), synthetic=0.0)
-    short = texts(unseen, "held out", 16, config.length).to(device)
-    longest = min(config.longest, llama.config.context)
-    long = texts(unseen, "held out, long", config.windows, longest).to(device)
-    before = held_out_kl(llama, butler, short).mean().item()
-    survive.note(f"held-out KL before: {before:.3f} a layer")
-    distil(llama, butler, mixture, config, log)
-    survive.leave()
-    layers = held_out_kl(llama, butler, short)
-    kl = layers.mean().item()
-    survive.check_loss(log, kl)
-    trained = time.perf_counter() - began
-    butler.save(config.out, {"config": asdict(config), "kl": kl})
-    report = {
-        "config": asdict(config), "parameters": parameters(butler), "share": share,
-        "kl_before": before, "kl": kl, "kl_layers": layers.tolist(),
-        "table": verdict(llama, tok, butler, long, documents), "loss": log,
-        "processes": survive.world(), "training_s": round(trained, 1),
-        "seconds": round(time.perf_counter() - began, 1),
-        "peak_memory_gb": peak_memory(), "fingerprint": butler.config.fingerprint,
-    } | provenance()
-    written = card.write(report, report_path(config))
-    survive.state_path(config).unlink(missing_ok=True)
-    print(f"\n{tables.training(report)}\n\nsaved {config.out}, {' and '.join(written)}")
-    return report
-
-
-def report_path(config) -> Path:
-    return Path(config.report or Path(config.out).with_suffix(".json"))
-
-
-def parameters(module) -> int:
+def num_parameters(module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
 def check(config) -> None:
-    """Everything that can be known to be wrong before anything slow starts."""
-    check_device(config.device)
+    """Refuses early what would fail late."""
+    cli.check_device(config.device)
+    cli.check_writable(config.out)
     if config.size % 4:
-        raise UsageError(f"--size {config.size}: importance space has channels in fours")
-    shortest = min(config.length, config.long) if config.long_every else config.length
-    if config.reuse > shortest:
-        raise UsageError(f"--reuse {config.reuse}: a text of {shortest} tokens has fewer rows")
-    survive.check_processes(config)
-    if survive.rank():
-        return
-    writable(config.out)
-    taken, places = {}, {"--report": report_path(config), "--out": Path(config.out),
-                         "the state": survive.state_path(config),
-                         "the model card": card.free(config.out)}
-    for name, path in places.items():
-        writable(path)
-        if (other := taken.setdefault(path.resolve(), name)) != name:
-            raise UsageError(f"{other} and {name} are both {path}")
-    if config.resume:
-        survive.check_state(config)
+        raise UserError(f"--size {config.size} is no multiple of 4")
+    if config.batch % world():
+        raise UserError(f"--batch {config.batch} does not divide among {world()} processes")
+
+
+def main(config: Config) -> dict | None:
+    """-> the report, or None in all processes but the first."""
+    check(config)
+    start = time.perf_counter()
+    sources = [read_texts(config.data)] if config.data else default_texts()
+    training, held_out = zip(*map(hold_out, sources), strict=True)
+    device = config.device
+    if world() > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        dist.init_process_group()
+    torch.manual_seed(config.seed)
+    llama, tok, _ = cli.engine(config.engine).load(config.model, None, device)
+    sizes = {name: getattr(config, name)
+             for name in ("layers_per_producer", "size", "hidden", "rotated_keys")}
+    butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
+    share = num_parameters(butler) / num_parameters(llama)
+    note(f"{num_parameters(butler):,} parameters to train, {share:.2%} of the base model's")
+    mixture = Mixture(tok, training, pools("train"), repeats=config.repeats)
+
+    unseen = Mixture(tok, held_out, pools("test"), synthetic=0.0)
+
+    def held_out_windows(n: int, length: int):
+        length = min(length, llama.config.context)
+        ids = [unseen.window(f"held out {length} {i}", length) for i in range(n)]
+        return torch.tensor(ids, device=device)
+
+    short = held_out_windows(16, config.length)
+    kl_before = held_out_kl(llama, butler, short).mean().item()
+    losses = distil(llama, butler, mixture, config)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # the first process finishes alone
+    if rank() > 0:
+        return None
+    kl_layers = held_out_kl(llama, butler, short)
+    training_s = time.perf_counter() - start
+    butler.save(config.out, {"config": asdict(config), "kl": kl_layers.mean().item()})
+    documents = fitting_documents(llama, tok, config.documents, config.seed)
+    table = final_table(llama, tok, butler, held_out_windows(config.windows, config.longest),
+                        documents)
+    report = {
+        "parameters": num_parameters(butler), "share": share, "kl_before": kl_before,
+        "kl": kl_layers.mean().item(), "kl_layers": kl_layers.tolist(), "table": table,
+        "loss": losses, "processes": world(), "fingerprint": butler.config.fingerprint,
+        "training_s": round(training_s, 1), "seconds": round(time.perf_counter() - start, 1)}
+    whole = {"config": asdict(config)} | report | cli.provenance()
+    with cli.replacing(f"{config.out}.json") as part:
+        part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    Path(f"{config.out}.state").unlink(missing_ok=True)
+    print_table(whole)
+    print(f"saved {config.out} and {config.out}.json")
+    return report
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    cli.run(main, Config)

@@ -1,4 +1,4 @@
-"""What the tests share: the default model, a tiny one, and an assertion that says how far."""
+"""What the tests share: the default model, a tiny one, and an assertion that says how far off."""
 
 import json
 import os
@@ -9,26 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # kernel.py's Triton then runs in the interpreter, on the CPU
+if not torch.cuda.is_available():  # Triton kernels then run in the interpreter, on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
-from common import cli
-from loading import fetch, tokenizer, weights
-from model import Llama, fast_dtype
+import cli
+import tokenizer
+from model import Config, Llama
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(min(2, torch.get_num_threads()))
-MEASURED = {}  # test -> what its assertions measured, for `--record FILE`
-
-
-def pytest_addoption(parser):
-    parser.addoption("--record", metavar="FILE", help="write the errors measured to a JSON file")
-
-
-def pytest_sessionfinish(session):
-    if path := session.config.getoption("--record"):
-        report = cli.provenance() | {"max_error": MEASURED}
-        Path(path).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def assert_close(name, actual, expected, atol):
@@ -37,8 +26,6 @@ def assert_close(name, actual, expected, atol):
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"
     error = actual - expected
     worst = error.abs().max().item()
-    test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
-    MEASURED.setdefault(test, {})[name] = worst
     ratio = (error.square().mean() / expected.square().mean()).sqrt().item()
     assert worst <= atol, f"{name}: max error {worst:.3e} > {atol:g}, RMS ratio {ratio:.3e}"
 
@@ -58,26 +45,14 @@ def randomise(module, seed=0):
 
 @pytest.fixture(scope="session")
 def model_path():
-    """The default model; fetched on first use, then in the user's cache directory."""
-    return fetch.resolve()
+    """The default model; downloaded on first use, then in the user's cache folder."""
+    return tokenizer.resolve()
 
 
 @pytest.fixture(scope="session")
 def llama(model_path):
-    """The default model in float32."""
+    """The default model, plain, in float32."""
     return Llama.from_pretrained(model_path)
-
-
-@pytest.fixture(scope="session")
-def half(model_path):
-    """The default model in bfloat16, its 4-bit and 8-bit matrices packed."""
-    return Llama.from_pretrained(model_path, torch.bfloat16)
-
-
-@pytest.fixture(scope="session")
-def fast(request):
-    """The default model as the scripts take it."""
-    return request.getfixturevalue("half" if fast_dtype() == torch.bfloat16 else "llama")
 
 
 @pytest.fixture(scope="session")
@@ -85,47 +60,53 @@ def tok(model_path):
     return tokenizer.load(model_path)
 
 
-@pytest.fixture
-def tok_in_memory(model_path, tok, monkeypatch):
-    """Whoever reads the default model's tokenizer gets the one that has been read."""
-    load = tokenizer.load
-    monkeypatch.setattr(tokenizer, "load", lambda path: tok if path == model_path else load(path))
+@pytest.fixture(scope="session")
+def butler(llama):
+    """The shipped butler."""
+    from butler import load_for
+
+    return load_for(llama)
 
 
 @pytest.fixture
-def in_memory(model_path, llama, half, tok_in_memory, monkeypatch):
+def in_memory(model_path, llama, tok, monkeypatch):
     """Whoever reads the default model or its tokenizer gets the one that has been read."""
-    read, kinds = Llama.from_pretrained, {torch.float32: llama, torch.bfloat16: half}
+    read_model, read_tokenizer = Llama.from_pretrained, tokenizer.load
 
     def from_pretrained(path, dtype=torch.float32, device="cpu"):
-        return kinds[dtype] if (path, device) == (model_path, "cpu") else read(path, dtype, device)
+        same = (path, dtype, device) == (model_path, torch.float32, "cpu")
+        return llama if same else read_model(path, dtype, device)
+
+    def load(path, vocab_size=None):
+        return tok if path == model_path else read_tokenizer(path, vocab_size)
 
     monkeypatch.setattr(Llama, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(tokenizer, "load", load)
 
 
 @pytest.fixture
 def main(in_memory, capsys, monkeypatch):
-    """main("bench.py", "--n", 1): the script runs in this process -> its last line."""
+    """main("bench.py", "--n", 1): the script runs in this process -> its last line, parsed."""
     def main(script, *arguments):
         path = str(ROOT / script)
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-        inside = runpy.run_path(path)
-        cli.run(inside["main"], inside["Config"])
+        script = runpy.run_path(path)
+        cli.run(script["main"], script["Config"])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return main
 
 
-def tiny_llama():
-    config = weights.Config(
-        vocab_size=256, width=64, layers=5, heads=4, kv_heads=2, head_dim=16, mlp_width=128)
-    return randomise(Llama(config))
+def tiny_config(**changes):
+    sizes = {"vocab_size": 256, "width": 64, "layers": 5, "heads": 4, "kv_heads": 2,
+             "head_dim": 16, "mlp_width": 128}
+    return Config(**sizes | changes)
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """A small random Llama with grouped heads: 5 layers, 4 query heads over 2 KV heads."""
-    return tiny_llama()
+    return randomise(Llama(tiny_config()))
 
 
 @pytest.fixture(scope="session")

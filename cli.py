@@ -1,0 +1,253 @@
+"""cli.py - what every script shares: flags in, one JSON line out, one line for an error.
+
+    a dataclass --parse--> flags --main(config)--> a report --run--> one JSON object on stdout
+
+Each script declares one dataclass. Its fields are the flags, so `--max-new-tokens` is the field
+`max_new_tokens`. `run` calls the script's `main`, prints its report as the last line on stdout and
+turns every `UserError` into one line on stderr and exit code 2.
+
+    python sample.py --budget x        shows such an error
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, field, fields
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ENGINES = {"plain": "butler", "fast": "fast", "transformers": "workshop.transformers"}
+RENAMED = {  # flags and values of earlier versions
+    "--stride": "--layers-per-producer",
+    "--drifts": "--drift",
+    "--seed-documents": "--seeds",
+}
+
+
+class UserError(ValueError):
+    """Something that the user can put right, told in one line of at most 500 characters."""
+
+    def __init__(self, message: str):
+        line = " ".join(str(message).split())
+        super().__init__(line if len(line) <= 500 else f"{line[:200]} ... {line[-290:]}")
+
+
+# What a damaged file may raise while it is read. RuntimeError: PyTorch's wrong shapes and memory.
+DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError,
+          RuntimeError, ImportError)
+
+
+@contextmanager
+def one_line(what: str, *more):
+    """Whatever a damaged file raises inside becomes one UserError that starts with `what`.
+    more: further types of exceptions."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{what}: {e}") from None
+    except (*DAMAGE, *more) as e:
+        raise UserError(f"{what}: {type(e).__name__}: {e}") from None
+
+
+# ---------------------------------------------------------------------------- flags
+
+
+def flag(default, help: str, at_least=0, at_most=2**31):
+    """A dataclass field that is a flag. False makes a switch, a list takes several words, a tuple
+    takes comma-separated words, None is an optional text; the bounds are for numbers."""
+    meta = {"help": help, "at_least": at_least, "at_most": at_most}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+def comma_separated(text: str) -> tuple[str, ...]:
+    """`a,b,a` -> ("a", "b")"""
+    words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise argparse.ArgumentTypeError("is empty")
+    return words
+
+
+def bounded(kind, at_least, at_most):
+    """-> a function from text to a number of this kind (int or float) within bounds."""
+    def number(text: str):
+        value = kind(text)
+        if not at_least <= value <= at_most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {at_least:,} to {at_most:,}")
+        return value
+
+    number.__name__ = {int: "whole number", float: "number"}[kind]  # argparse's own message
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line instead of argparse's usage block."""
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(config_class, arguments=None):
+    """Command line (default: this process's) -> an instance of the dataclass."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for word in arguments:
+        if new := RENAMED.get(word.split("=")[0]):
+            raise UserError(f"{word.split('=')[0]} is now {new}")
+    parser = Parser(description=config_class.__doc__, allow_abbrev=False)
+    for f in fields(config_class):
+        default = f.default_factory() if f.default is MISSING else f.default
+        name = "--" + f.name.replace("_", "-")
+        help = f.metadata["help"].replace("%", "%%")
+        if default is False:
+            parser.add_argument(name, action="store_true", help=help)
+            continue
+        kind = type(default)
+        if kind in (int, float):
+            kind = bounded(kind, f.metadata["at_least"], f.metadata["at_most"])
+        elif kind is tuple:
+            kind = comma_separated
+        else:
+            kind = str
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        if shown not in (None, "", []) and "(default" not in help:
+            help += f" (default: {shown})"
+        nargs = "+" if isinstance(default, list) else None
+        parser.add_argument(name, type=kind, default=default, help=help, nargs=nargs,
+                            metavar=f.name.split("_")[-1].upper())
+    return config_class(**vars(parser.parse_args(arguments)))
+
+
+def numbers(words, kind=int, what="number") -> list:
+    """Words of a comma-separated flag -> positive numbers. Raises UserError."""
+    try:
+        values = [kind(word) for word in words]
+    except ValueError:
+        raise UserError(f"{what}: {','.join(words)} are not all numbers") from None
+    if not all(value > 0 for value in values):
+        raise UserError(f"{what}: {','.join(words)} are not all positive")
+    return values
+
+
+def known(what: str, name: str, names) -> None:
+    """Raises UserError if `name` is none of `names`; `what` says what they are."""
+    if name not in names:
+        raise UserError(f"unknown {what} {name!r}; known: {', '.join(names)}")
+
+
+# ---------------------------------------------------------------------------- plugging in
+
+
+def plug_in(module: str):
+    """Imports a module of fast/ or workshop/, which the course can do without. Raises UserError."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as e:
+        raise UserError(f"this needs {module}, which cannot be imported: {e}") from None
+
+
+def engine(name: str):
+    """--engine -> a module with the function load(model, butler, device); see butler.py's."""
+    known("engine", name, ENGINES)
+    return plug_in(ENGINES[name])
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def read_text(path, errors="strict") -> str:
+    """A UTF-8 text file, without a byte order mark. Raises UserError."""
+    with one_line(f"cannot read {path}"):
+        return Path(path).read_text(encoding="utf-8-sig", errors=errors)
+
+
+@contextmanager
+def replacing(path):
+    """Gives a temporary path beside `path` and, after the block, moves it to `path`: an interrupted
+    write never leaves half a file. Raises UserError where nothing can be written."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with one_line(f"cannot write {path}"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def check_writable(path) -> None:
+    """Raises UserError at once if a script could not write `path` at its end."""
+    if Path(path).is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    probe = Path(f"{path}.probe")
+    with replacing(probe) as part:
+        part.touch()
+    probe.unlink()
+
+
+# ---------------------------------------------------------------------------- running
+
+
+def check_device(device: str) -> None:
+    """Raises UserError if PyTorch cannot compute there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device {device!r} cannot be used here") from None
+
+
+def processor(device="cpu") -> str:
+    """The kind of processor, as result files are named: avx2, avx512-bf16, nvidia-h200 ..."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return capability + "-bf16" * torch.cpu._is_avx512_bf16_supported()
+
+
+def provenance() -> dict:
+    """What a number must not travel without: command, hardware, versions and commit."""
+    info = Path("/proc/cpuinfo")  # Linux only
+    model = info.exists() and re.search(r"model name\s*: (.*)", info.read_text())
+    hardware = f"{model[1] if model else platform.processor()} ({processor()})"
+    hardware += f", {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        hardware = f"{torch.cuda.get_device_name()}; {hardware}"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=9"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware, "commit": commit,
+            "python": platform.python_version(), "torch": torch.__version__}
+
+
+def run(main, config_class) -> None:
+    """What stands under `__main__` of every script. Exit codes: 2 for a UserError, 130 after
+    Ctrl-C, 141 when nobody reads stdout any more (`| head`)."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack a character
+    try:
+        config = parse(config_class)
+        report = main(config)
+        if report is not None:  # of several processes only the first one reports
+            print(json.dumps({"config": asdict(config)} | report | provenance()), flush=True)
+    except UserError as e:
+        print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        print(f"{sys.argv[0]}: error: {UserError(f'not enough memory: {e}')}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+        sys.exit(141)

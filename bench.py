@@ -30,7 +30,7 @@ from cli import DEVICE, UserError, flag, numbers, plug_in
 from data import evenly_spaced, text_to_measure_on
 from kernel import index_to_mask, true_attention
 from selection import NAMES
-from synth_task import every_maker, interval, print_results, rules_of
+from synth_task import check_selectors, every_maker, interval, print_results, rules_of
 
 BLOCK = 32  # tokens at the end of a context that `length` measures on
 SUITES = ("perplexity", "length", "speed")
@@ -187,8 +187,22 @@ def decode_times(llama, cache, token, context: int, selectors: dict, rounds: int
     return {key: statistics.median(ms) for key, ms in times.items()}
 
 
+def timed_rows(times: dict, reads: dict, batch: int, context: int, config, bandwidth) -> list[dict]:
+    """times, reads: {(selector, budget): milliseconds, bytes} of a step -> rows; `speedup` is over
+    the dense step."""
+    dense = times.get(("dense", "1.0"))
+    return [{"suite": config.suite, "engine": config.engine, "device": config.device,
+             "shape": config.shape, "batch": batch, "context": context, "selector": name,
+             "kept": float(budget), "ms": ms,
+             "bandwidth_ms": 1e3 * reads[name, budget] / bandwidth,
+             "tokens_per_s": 1e3 * batch / ms, "bytes": reads[name, budget],
+             "speedup": dense and dense / ms}
+            for (name, budget), ms in times.items()]
+
+
+@torch.inference_mode()
 def speed(llama, butler, windows, contexts, makers, config) -> list[dict]:
-    """-> rows, one for each candidate at each context; `speedup` is over the dense step."""
+    """Decode steps behind windows [B, T] of text -> rows, one for each candidate and context."""
     bandwidth = copy_bandwidth(llama.device)
     rows = []
     batch = len(windows)
@@ -198,15 +212,9 @@ def speed(llama, butler, windows, contexts, makers, config) -> list[dict]:
         selectors = {key: make() for key, make in makers.items()}
         token = windows[:, context - 1 : context]
         times = decode_times(llama, cache, token, context, selectors, config.n)
-        for (name, budget), ms in times.items():
-            kept = 1.0 if name == "dense" else float(budget)
-            read = step_bytes(llama, cache, butler, name, kept, batch, context)
-            rows.append({
-                "suite": "speed", "engine": config.engine, "device": str(llama.device),
-                "shape": None, "batch": batch, "context": context, "selector": name, "kept": kept,
-                "ms": ms, "bandwidth_ms": 1e3 * read / bandwidth,
-                "tokens_per_s": 1e3 * batch / ms, "bytes": read,
-                "speedup": times["dense", "1.0"] / ms if ("dense", "1.0") in times else None})
+        reads = {(name, budget): step_bytes(llama, cache, butler, name, float(budget), batch,
+                                            context) for name, budget in makers}
+        rows += timed_rows(times, reads, batch, context, config, bandwidth)
     return rows
 
 
@@ -282,6 +290,7 @@ def measure(config: Config) -> dict:
 
 def main(config: Config) -> dict:
     cli.check_device(config.device)
+    check_selectors(config.selectors, config.budgets)
     if config.write:
         cli.check_writable(config.write)
     report = measure(config)

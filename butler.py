@@ -72,6 +72,10 @@ class ButlerConfig:
     rotated_keys: bool = False  # the paper's form: keys as they are cached, nothing turns
     fingerprint: str = ""
 
+    def __post_init__(self):
+        if self.layers > 1000:  # a damaged file's; building a million producers would take hours
+            raise UserError(f"no Llama has {self.layers} layers")
+
     @classmethod
     def for_model(cls, model, **sizes) -> "ButlerConfig":
         c = model.config
@@ -245,9 +249,11 @@ class ButlerSelector(Selector):
 
     def choose(self, layer, q, keys, positions):
         """Between two choices of an interval, the latest choice is used again."""
-        single = len(positions) == 1
-        if single and layer in self.index and int(positions[0]) % self.interval > 0:
-            return self.index[layer][:, :, -1:, self.budget.sinks + self.budget.window :]
+        position = int(positions[0])
+        if len(positions) == 1 and position % self.interval > 0 and layer in self.index:
+            latest = self.index[layer][:, :, -1:]
+            if latest.max() < position:  # not so after a cut: then it may name what is gone
+                return latest[..., self.budget.sinks + self.budget.window :]
         return self.topk(self.scores(layer, q, keys, positions))
 
     def scores(self, layer, q, keys, positions):
@@ -256,7 +262,8 @@ class ButlerSelector(Selector):
         scores = self.butler.scores(self.queries[layer], importance_keys)
         if self.neighbours:  # each token takes the highest score near it
             N = self.neighbours
-            scores = F.max_pool1d(scores.flatten(0, 2), 2 * N + 1, 1, N).view_as(scores)
+            highest = F.max_pool1d(scores.flatten(0, 2), 2 * N + 1, 1, N).view_as(scores)
+            scores = highest.lerp(scores, 1e-3)  # among neighbours, its own score breaks the tie
         return scores
 
     def project_new(self, layer: int, keys, T: int):
@@ -275,19 +282,20 @@ class ButlerSelector(Selector):
 # ---------------------------------------------------------------------------- loading
 
 
-def load_for(model, path=None) -> Butler:
+def load_for(model, path=None, cls=Butler) -> Butler:
     """The butler at `path` (None: the shipped one) for this base model, on its device. Raises
-    UserError if it was trained for another one."""
-    butler = Butler.load(path or SHIPPED)
+    UserError if it was trained for another one. cls: a subclass, of engines with a selector of
+    their own."""
+    butler = cls.load(path or SHIPPED)
     butler.check(model)
     return butler.to(model.device)
 
 
-def find_butler(model, path=None) -> Butler | None:
+def find_butler(model, path=None, cls=Butler) -> Butler | None:
     """load_for, but None where no path is named and the shipped butler is not this model's."""
     if path is None and fingerprint(model) != Butler.load(SHIPPED).config.fingerprint:
         return None
-    return load_for(model, path)
+    return load_for(model, path, cls)
 
 
 def load(model=None, butler=None, device="cpu"):
@@ -295,6 +303,8 @@ def load(model=None, butler=None, device="cpu"):
     file or None for the shipped one -> model, tokenizer, butler (None if there is none for this
     model). Every engine has this function; see cli.ENGINES. Raises UserError."""
     path = resolve(model)
+    if butler is not None:
+        Butler.load(butler)  # a damaged file is noticed before the model is read
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
     llama = Llama.from_pretrained(path, dtype, device)
     tok = tokenizer.load(path, llama.config.vocab_size)

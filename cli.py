@@ -26,11 +26,7 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENGINES = {"plain": "butler", "fast": "fast", "transformers": "workshop.transformers"}
-RENAMED = {  # flags and values of earlier versions
-    "--stride": "--layers-per-producer",
-    "--drifts": "--drift",
-    "--seed-documents": "--seeds",
-}
+RENAMED = {"--stride": "--layers-per-producer", "--drifts": "--drift"}  # flags of earlier versions
 
 
 class UserError(ValueError):
@@ -169,15 +165,20 @@ def read_text(path, errors="strict") -> str:
         return Path(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
+def part_of(path: Path) -> Path:
+    """A temporary name beside `path`, different for every process. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
 @contextmanager
 def replacing(path):
     """Gives a temporary path beside `path` and, after the block, moves it to `path`: an interrupted
     write never leaves half a file. Raises UserError where nothing can be written."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with one_line(f"cannot write {path}"):
+        part = part_of(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield part
             part.replace(path)
         finally:
@@ -186,12 +187,13 @@ def replacing(path):
 
 def check_writable(path) -> None:
     """Raises UserError at once if a script could not write `path` at its end."""
-    if Path(path).is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    probe = Path(f"{path}.probe")
-    with replacing(probe) as part:
+    path = Path(path)
+    with one_line(f"cannot write {path}"):
+        if path.is_dir():
+            raise UserError("it is a folder")
+        part = part_of(path)
         part.touch()
-    probe.unlink()
+        part.unlink()
 
 
 # ---------------------------------------------------------------------------- running

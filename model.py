@@ -63,7 +63,8 @@ class Config:
     def __post_init__(self):
         sizes = (self.vocab_size, self.width, self.layers, self.heads, self.kv_heads,
                  self.head_dim, self.mlp_width, self.context)
-        if not all(type(size) is int and 0 < size <= 2**24 for size in sizes):
+        possible = all(type(size) is int and 0 < size <= 2**24 for size in sizes)
+        if not possible or self.layers > 1000:  # building a million layers would take hours
             raise UserError(f"sizes {sizes} are not those of a Llama")
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads of "
@@ -337,7 +338,8 @@ def read_folder(folder: Path):
     config = Config(
         vocab_size=c["vocab_size"], width=width, layers=c["num_hidden_layers"], heads=heads,
         kv_heads=c.get("num_key_value_heads", heads), head_dim=c.get("head_dim", width // heads),
-        mlp_width=c["intermediate_size"], context=context, norm_eps=c.get("rms_norm_eps", 1e-6),
+        mlp_width=c["intermediate_size"], context=context,
+        norm_eps=float(c.get("rms_norm_eps", 1e-6)),
         rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
         rope_scaling=read_rope_scaling(rope, context),
         tied=c.get("tie_word_embeddings", False) and "lm_head.weight" not in names,
@@ -385,7 +387,7 @@ def read_gguf(path: Path):
         layers=get("llama.block_count"), heads=heads,
         kv_heads=get("llama.attention.head_count_kv", heads), head_dim=head_dim,
         mlp_width=get("llama.feed_forward_length"), context=get("llama.context_length", 2048),
-        norm_eps=get("llama.attention.layer_norm_rms_epsilon", 1e-5),
+        norm_eps=float(get("llama.attention.layer_norm_rms_epsilon", 1e-5)),
         rope_theta=get("llama.rope.freq_base", 10000.0),
         rope_scaling=read_rope_scaling({"type": kind, "factor": factor}, 2048),
         tied="output.weight" not in tensors, attention_bias="blk.0.attn_q.bias" in tensors,

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 import cli
-from cli import DEVICE, UserError, flag, plug_in, read_text
-from selection import NAMES, make_selector
+from cli import DEVICE, UserError, flag, known, plug_in, read_text
+from selection import NAMES, Budget, make_selector
 from synth_task import coreference, pools, rules_of
 
 
@@ -130,6 +130,8 @@ def token_texts(tok, ids) -> list[str]:
 
 
 def main(config: Config) -> dict:
+    Budget(config.budget)  # refused before anything slow starts
+    known("selector", config.selector, NAMES)
     text, answer = read_prompt(config)
     engine = cli.engine(config.engine)
     cli.check_device(config.device)

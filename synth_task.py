@@ -29,7 +29,7 @@ most published tables. An answer is right when all its tokens are the model's mo
 
     python synth_task.py --selectors dense,oracle,butler --budgets 0.1,0.5
     python synth_task.py --task needle_prose --context 2048        tasks of workshop/ruler.py
-    python synth_task.py --data questions.jsonl                    own questions: workshop/longbench.py
+    python synth_task.py --data questions.jsonl                    see workshop/longbench.py
 """
 
 import json
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import cli
 from cli import DEVICE, UserError, flag, known, numbers, plug_in
-from selection import NAMES, make_selector
+from selection import NAMES, Budget, make_selector
 
 # ---------------------------------------------------------------------------- documents
 
@@ -80,11 +80,16 @@ class Document:
         """The score, 0 to 1, of an answer to the question (ids), behind a cache that holds the
         context. Here the answer is forced upon the model, token by token, and all tokens must be
         the most likely ones. stepwise: see `answers`."""
+        return float(all(self.tokens_right(llama, cache, question, answer, selector, stepwise)))
+
+    @staticmethod
+    def tokens_right(llama, cache, question, answer, selector, stepwise: bool) -> list[bool]:
+        """For each token of the forced answer: is it the most likely one?"""
         forced = torch.tensor([question + answer[:-1]], device=llama.device)
         blocks = forced.split(1 if stepwise else forced.shape[1], dim=1)
         logits = torch.cat([llama(block, cache, selector) for block in blocks], dim=1)
-        likeliest = logits[0, -len(answer) :].argmax(-1)
-        return float(likeliest.tolist() == answer)
+        likeliest = logits[0, -len(answer) :].argmax(-1).tolist()
+        return [a == b for a, b in zip(likeliest, answer, strict=True)]
 
 
 CUE = "The place is called"
@@ -261,16 +266,23 @@ def interval(values: list[float], proportion=False) -> dict:
     return {"mean": x.mean().item(), "low": low, "high": high, "n": n}
 
 
+def check_selectors(selectors, budgets) -> None:
+    """Refuses unknown selectors and budgets that make no sense, before anything slow starts."""
+    for name in selectors:
+        known("selector", name, NAMES)
+    for total in numbers(budgets, float, "--budgets"):
+        Budget(total)
+
+
 def every_maker(selectors, budgets, butler=None, **rules) -> dict:
     """{(selector, budget as text): function that returns a fresh selector}; dense has the budget
     "1.0" alone. rules: keyword arguments of the butler's selector. Raises UserError."""
+    check_selectors(selectors, budgets)
     made = {}
     for name in selectors:
-        known("selector", name, NAMES)
         for budget in ("1.0",) if name == "dense" else budgets:
-            total = numbers([budget], float, "--budgets")[0]
             own = rules if name == "butler" else {}
-            made[name, budget] = partial(make_selector, name, total, butler, **own)
+            made[name, budget] = partial(make_selector, name, float(budget), butler, **own)
             made[name, budget]()  # refuses now what would be refused later
     return made
 
@@ -335,8 +347,6 @@ def rules_of(config) -> dict:
 
 def task_documents(config, tok) -> dict:
     """{task: its documents}, or {task@context: ...} where --context names several."""
-    if config.data:
-        return plug_in("workshop.longbench").read_data(config.data, tok, config.n)
     found = {}
     for task in config.task:
         for context in config.context or (None,):
@@ -364,12 +374,17 @@ def numbers_or_zero(words) -> list[int]:
 
 def main(config: Config) -> dict:
     known("--question", config.question, ("sparse", "prefill"))
+    check_selectors(config.selectors, config.budgets)
     engine = cli.engine(config.engine)
     cli.check_device(config.device)
     llama, tok, butler = engine.load(config.model, config.butler, config.device)
     rules = rules_of(config)
     makers = every_maker(config.selectors, config.budgets, butler, **rules)
-    tasks = task_documents(config, tok)
+    if config.data:
+        limit = llama.config.context
+        tasks = plug_in("workshop.longbench").read_data(config.data, tok, config.n, limit)
+    else:
+        tasks = task_documents(config, tok)
     results = {}
     for task, documents in tasks.items():
         results[task] = evaluate(llama, tok, documents, makers, config.question,

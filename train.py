@@ -25,8 +25,10 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,8 +56,8 @@ class Config:
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     engine: str = flag("plain", f"what runs the model: {', '.join(cli.ENGINES)}")
     data: list = flag([], "text files or folders to train on (default: this Python's own text)")
-    out: str = flag("out/butler.safetensors", "where the butler goes; its report is beside it, with "
-                                              ".json behind the name")
+    out: str = flag("out/butler.safetensors", "where the butler goes; its report goes to the same "
+                                              "name with .json behind it")
     steps: int = flag(320, "optimiser steps", at_least=1)
     batch: int = flag(2, "texts per step, over all processes", at_least=1)
     length: int = flag(512, "tokens per text", at_least=64)
@@ -110,17 +112,18 @@ def record(llama, tokens, rows, positions=None) -> Recorder:
     return recorder
 
 
-def distillation(butler, recorder, some=slice(None), budget=Budget(1.0)):
+def distillation(butler, recorder, some=slice(None), sinks=Budget.sinks,
+                 window=Budget.window):
     """The mean KL divergence of every layer above 0 -> [L-1], with gradients.
 
-    some: which of the recorded rows to look at. budget: its sinks and window are left out of both
+    some: which of the recorded rows to look at. Sinks and window are left out of both
     distributions, because a selection always holds them.
     """
     losses = []
     queries = {}
     rows = recorder.rows[some]  # [N]
     token = torch.arange(recorder.keys[0].shape[2], device=rows.device)
-    candidate = (token >= budget.sinks) & (token <= rows[:, None] - budget.window)  # [N, T]
+    candidate = (token >= sinks) & (token <= rows[:, None] - window)  # [N, T]
     # -1e4, not -inf: the teacher's probability is 0 there, and 0 * -inf is NaN
     masked = torch.where(candidate, 0.0, -1e4)
     for layer, keys in recorder.keys.items():
@@ -161,12 +164,13 @@ def distil(llama, butler, mixture, config) -> list[float]:
             loss.backward()
             average_over_processes([p.grad for p in butler.parameters()])
             torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * schedule(step, config.steps)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
+            with uninterrupted():
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.learning_rate * schedule(step, config.steps)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(loss.item())
             bar.set_postfix_str(f"KL {losses[-1]:.3f}", refresh=False)
             if step % SAVE_EVERY == SAVE_EVERY - 1:
                 save_state(config, butler, optimizers, mixture, losses)
@@ -282,6 +286,19 @@ def note(text: str) -> None:
 
 
 # ---------------------------------------------------------------------------- resuming
+
+
+@contextmanager
+def uninterrupted():
+    """Ctrl-C waits for the end of the block: half a step must not be saved."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def identity(config, butler, mixture) -> dict:

@@ -1,8 +1,7 @@
 """Compiles the Triton kernels for sm_90, no GPU needed: python tests/compile_for_hopper.py
 
-`dense` is `attend` without indices; a number is the size of a head. Prints a JSON object for each:
-bytes of every wide load and asynchronous copy in the PTX, and what cuobjdump says of registers and
-stack.
+A number behind a kernel's name is the size of a head. Prints one JSON object per kernel: the bytes
+of every load and asynchronous copy in the PTX, and what cuobjdump says of registers and stack.
 """
 
 import json
@@ -20,49 +19,57 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import kernel
-from cpu.loops import LINE
+from fast import gpu
 
-NAMES = ("attend 64", "attend 128", "dense 64", "dense 128", "merge", "score", "select",
-         "renew 128")
-KINDS = {"idx": "*i32", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "scale": "fp32",
-         "scales": "*fp32", "codes": "*i16", "due": "*i32", "histogram": "*i32",
-         "positions": "*i64", "wants": "*i64", "out": "*bf16",
-         "k": "*bf16", "v": "*bf16", "tokens": "*i32", "had": "*i32",
-         "places": "*i32", "missed": "*i64", "table": "*bf16", "old": "*bf16", "new": "*bf16"}
+KERNELS = [("attend_chunk", 64), ("attend_chunk", 128), ("merge_chunks", 64), ("score", None),
+           ("select", None)]
+TYPES = {
+    "q": "*bf16", "k": "*bf16", "v": "*bf16", "idx": "*i32", "sums": "*fp32", "top": "*fp32",
+    "total": "*fp32", "scale": "fp32", "queries": "*fp32", "int8_codes": "*i8", "scales": "*fp32",
+    "codes": "*i16", "histogram": "*i32", "position": "*i64", "num_chosen": "*i64"}
+# `out` of attend_chunk is a sum, that of merge_chunks is the result; k of bin_of_kth is no pointer
+OUT = {"attend_chunk": "*fp32", "merge_chunks": "*bf16"}
 
 
-def compiled(name: str, D: int):
-    sizes = {"N": 4, "E": 32, "HALF": kernel.HALF, "D": D, "DP": D, "EXACT": False, "CHUNK": 128,
-             "BINS": kernel.BINS, "ROW": 2 * D, "RP": 2 * D}
-    if name == "dense":
-        name, sizes["idx"] = "attend", None
-    sizes |= {"attend": {"NP": 16, "BLOCK": 64}, "merge": {"CP": 16},
-              "score": {"BLOCK": kernel.BLOCK, "LINE": LINE}, "select": {"BLOCK": 4096},
-              "renew": {"BLOCK": 32}}[name]
-    kinds = KINDS | {"q": "*bf16" if name == "attend" else "*fp32",
-                     "k": "*i8" if name == "score" else "*bf16"}
-    function = getattr(kernel, name)
+def compiled(name: str, D: int | None):
+    """The kernel as the default budget and a Llama of 4 query heads per KV head launch it."""
+    constants = {
+        "attend_chunk": {"N": 4, "NP": 16, "D": D, "DP": D, "CHUNK": 128, "BLOCK": 64,
+                         "FLOAT32": False},
+        "merge_chunks": {"D": D, "DP": D, "CP": 16},
+        "score": {"E": 32, "LINE": gpu.LINE, "BLOCK": gpu.BLOCK, "BINS": gpu.BINS,
+                  "MAX_HALF": gpu.MAX_HALF},
+        "select": {"BLOCK": 4096, "BINS": gpu.BINS}}[name]
+    function = getattr(gpu if name in ("score", "select") else kernel, name)
+    types = TYPES | {"out": OUT.get(name)}
     names = function.arg_names
-    constants = {(i,): sizes[n] for i, n in enumerate(names) if n in sizes}
-    signature = {n: "constexpr" if n in sizes else kinds.get(n, "i32") for n in names}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    # What a launch finds out by itself: addresses and strides are multiples of 16.
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
-               if signature[n].startswith("*") or n in ("K", "S") or "_" in n}
-    return triton.compile(ASTSource(function, signature, constants, aligned),
+               if signature[n].startswith("*") or n in ("K", "S") or n[1:2] == "_"
+               or n.startswith("row_")}
+    values = {(i,): constants[n] for i, n in enumerate(names) if n in constants}
+    return triton.compile(ASTSource(function, signature, values, aligned),
                           target=GPUTarget("cuda", 90, 32))
 
 
-for words in NAMES:
-    name, *size = words.split()
-    asm = compiled(name, int(*size or [64])).asm
+def resources(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = subprocess.run([Path(backend).parent / "bin" / "cuobjdump",
-                                "--dump-resource-usage", file.name], capture_output=True,
-                               text=True).stdout
+        tool = Path(backend).parent / "bin" / "cuobjdump"
+        shown = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True,
+                               text=True)
+    return shown.stdout.strip().splitlines()[-1]
+
+
+for name, D in KERNELS:
+    asm = compiled(name, D).asm
     copies = re.findall(r"cp\.async\.\w+\.shared\.global +\[[^]]*\], *\[[^]]*\], *(\w+)",
                         asm["ptx"])
     loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", asm["ptx"])
-    print(json.dumps({"name": words, "copies": [int(n, 16) for n in copies],
-                      "loads": [int(n or 1) * int(bits) // 8 for n, bits in loads],
-                      "usage": usage.strip().splitlines()[-1]}), flush=True)
+    print(json.dumps({
+        "name": f"{name} {D}" if D else name,
+        "copies": [int(n, 16) for n in copies],
+        "loads": [int(n or 1) * int(bits) // 8 for n, bits in loads],
+        "usage": resources(asm["cubin"])}), flush=True)

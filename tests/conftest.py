@@ -73,14 +73,14 @@ def in_memory(model_path, llama, tok, monkeypatch):
     """Whoever reads the default model or its tokenizer gets the one that has been read."""
     read_model, read_tokenizer = Llama.from_pretrained, tokenizer.load
 
-    def from_pretrained(path, dtype=torch.float32, device="cpu"):
-        same = (path, dtype, device) == (model_path, torch.float32, "cpu")
-        return llama if same else read_model(path, dtype, device)
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        same = (cls, path, dtype, device) == (Llama, model_path, torch.float32, "cpu")
+        return llama if same else read_model.__func__(cls, path, dtype, device)
 
     def load(path, vocab_size=None):
         return tok if path == model_path else read_tokenizer(path, vocab_size)
 
-    monkeypatch.setattr(Llama, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(Llama, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(tokenizer, "load", load)
 
 
@@ -107,6 +107,16 @@ def tiny_config(**changes):
 def tiny():
     """A small random Llama with grouped heads: 5 layers, 4 query heads over 2 KV heads."""
     return randomise(Llama(tiny_config()))
+
+
+@pytest.fixture(scope="session")
+def tiny_butler(tiny):
+    """An untrained butler for it: producers at layers 0 and 2 serve two layers each."""
+    from butler import Butler, ButlerConfig
+
+    torch.manual_seed(3)
+    config = ButlerConfig.for_model(tiny, layers_per_producer=2, size=8, hidden=16)
+    return Butler(config).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -2,213 +2,172 @@
 
 import json
 import math
-import shutil
-import subprocess
-import sys
-from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_close, randomise
-from test_scripts import script
-from test_speed import TINY
 
 import bench
-from baselines import BASELINES, NAMES, make_selector
-from butler import Butler, ButlerConfig, load_for
-from common.cli import parse, processor
-from common.errors import UsageError
-from measure import speed
-from measure.probe import Probe, mean
-from model import Llama
-from tasks.coreference import coreference_documents
-from tasks.evaluation import at_contexts
+from bench import Probe
+from cli import UserError
+from selection import make_selector
+from synth_task import every_maker
+
+NAMES = ("dense", "oracle", "butler", "recency")
 
 
 @pytest.fixture(scope="module")
-def setting(llama, tok):
-    config = bench.Config(n=2, length=64, budgets=("0.5",), selectors=("dense", "oracle", "butler"))
-    return bench.Bench(llama, tok, [load_for(llama)], config)
+def windows():
+    return torch.randint(256, (2, 150), generator=torch.Generator().manual_seed(0))
 
 
-def test_masked_perplexity_is_that_of_the_text_decoded_token_by_token(setting, tok):
-    """Of a small model; that the real one's blocks are its steps is test_butler.py's."""
-    llama = randomise(Llama(replace(TINY, vocab_size=tok.vocab_size)))
-    setting = replace(setting, llama=llama, config=replace(setting.config, n=1),
-                      butlers=[Butler(ButlerConfig.for_model(llama, stride=1)).eval()])
-    (window,) = setting.windows(64)
-    report = bench.perplexity(setting)["results"]["perplexity"]
-    for name in ("dense", "oracle", "butler"):
-        cache = setting.llama.new_cache(1, 64)
-        selector = make_selector(name, 0.5, setting.butlers[0])
-        logits = torch.cat([setting.llama.decode(t.view(1, 1), cache, selector)
-                            for t in window], dim=1)
-        (m,) = report[name].values()
-        loss = F.cross_entropy(logits[0, :-1], window[1:]).item()
-        assert m["mean"] == pytest.approx(math.exp(loss), rel=1e-4)
+@pytest.fixture(scope="module")
+def makers(tiny_butler):
+    return every_maker(NAMES, ("0.3",), tiny_butler)
 
 
-def test_length_is_what_decoding_the_end_of_a_text_gives(setting, tok):
-    llama = randomise(Llama(replace(TINY, vocab_size=tok.vocab_size)))
-    setting = replace(setting, llama=llama,
-                      config=replace(setting.config, n=2, contexts=("300", "256")),
-                      butlers=[Butler(ButlerConfig.for_model(llama, stride=1)).eval()])
-    results = bench.length(setting)["results"]
-    for context in (256, 300):
-        for name in ("dense", "oracle", "butler"):
-            kept, losses = [], []
-            for window in setting.windows(300):
-                cache = llama.new_cache(1, context)
-                selector = make_selector(name, 0.5, setting.butlers[0])
-                probe = Probe(selector) if selector else None
-                llama.prefill(window[None, : context - 32], cache)
-                logits = []
-                for token in window[context - 32 : context]:
-                    logits.append(llama.decode(token.view(1, 1), cache, probe))
-                    kept.append(mean(probe.mass) if probe else 1.0)
-                losses.append(F.cross_entropy(torch.cat(logits, 1)[0, :-1],
-                                              window[context - 31 : context]).item())
-            (m,) = results[f"kept @{context}"][name].values()
-            assert m["mean"] == pytest.approx(sum(kept) / len(kept), rel=1e-3) and m["n"] == 2
-            (m,) = results[f"perplexity @{context}"][name].values()
-            assert m["mean"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-3)
-    assert 0 < results["kept of oracle @256"]["butler"]["0.5"]["mean"] < 1
+def step_by_step(model, window, name, butler, start):
+    """Reads `start` tokens densely, then one at a time -> nats of those tokens but the first, and
+    the share of attention kept, averaged over them."""
+    cache = model.new_cache(1, len(window))
+    selector = make_selector(name, 0.3, butler)
+    probe = Probe(selector) if selector else None
+    if start:
+        model.prefill(window[None, :start], cache)
+    logits, kept = [], []
+    for token in window[start:]:
+        logits.append(model.decode(token.view(1, 1), cache, probe)[0])
+        kept.append(probe.mean() if probe else 1.0)
+    nats = F.cross_entropy(torch.cat(logits)[:-1], window[start + 1 :]).item()
+    return nats, sum(kept) / len(kept)
 
 
-def test_over_oracle_is_the_ratio_of_perplexities(setting):
-    results = bench.perplexity(setting)["results"]
-    ratio = (results["perplexity"]["butler"]["0.5"]["mean"]
-             / results["perplexity"]["oracle"]["0.5"]["mean"])
-    assert results["over_oracle"]["butler"]["0.5"]["mean"] == pytest.approx(ratio - 1, abs=1e-6)
-    assert "oracle" not in results["over_oracle"]
+def test_probe_measures_the_attention_on_the_selected_tokens(tiny, tiny_butler):
+    """Against a softmax written out in float64, head by head and token by token."""
+    rng = torch.Generator().manual_seed(1)
+    q, keys = torch.randn(1, 4, 3, 16, generator=rng), torch.randn(1, 2, 50, 16, generator=rng)
+    index = torch.full((1, 2, 3, 6), -1)
+    for g in range(2):
+        for t in range(3):
+            index[0, g, t, : 4 + g] = torch.randperm(48 + t, generator=rng)[: 4 + g]
+
+    probe = Probe(lambda *seen: index)
+    probe.kept[4] = 0.25
+    assert probe(1, None, q, keys, None) is index
+    shares = []
+    for h in range(4):
+        for t in range(3):
+            own = 47 + t
+            scores = (keys[0, h // 2, : own + 1].double() @ q[0, h, t].double() / 4).exp()
+            selected = [s for s in index[0, h // 2, t].tolist() if s >= 0]
+            shares.append(float(scores[selected].sum() / scores.sum()))
+    assert probe.kept[1] == pytest.approx(sum(shares) / 12, rel=1e-5)
+    assert probe.mean() == pytest.approx((0.25 + probe.kept[1]) / 2)
+    dense = Probe(lambda *seen: None)
+    assert dense(0, None, q, keys, None) is None and dense.kept == {}
 
 
-def test_recall_of_the_oracle_is_a_bound_and_its_order_perfect(setting):
-    report = bench.recall(setting)
-    mass, rho = report["results"]["mass"], report["results"]["spearman"]
-    assert 0 < mass["butler"]["0.5"]["mean"] < mass["oracle"]["0.5"]["mean"] < 1
-    assert rho["oracle"]["0.5"]["mean"] > 0.999 > rho["butler"]["0.5"]["mean"] > 0.3
-    assert len(report["layers"]["error"]["butler"]["0.5"]) == setting.llama.config.layers - 1
+def test_perplexity_is_that_of_the_text_decoded_token_by_token(tiny, tiny_butler, windows, makers):
+    windows = windows[:, :70]
+    results = bench.perplexity(tiny, windows, makers)
+    nats = {name: [step_by_step(tiny, window, name, tiny_butler, 0)[0] for window in windows]
+            for name in NAMES}
+    for name in NAMES:
+        budget = "1.0" if name == "dense" else "0.3"
+        m = results["perplexity"][name][budget]
+        assert m["mean"] == pytest.approx(math.exp(sum(nats[name]) / 2), rel=1e-4)
+        assert m["low"] <= m["mean"] <= m["high"] and m["n"] == 2
+    over = results["over oracle"]
+    assert set(over) == {"butler", "recency"}  # where the oracle has the same budget
+    ratio = math.exp((sum(nats["butler"]) - sum(nats["oracle"])) / 2)
+    assert over["butler"]["0.3"]["mean"] == pytest.approx(ratio - 1, abs=1e-4)
 
 
-def test_repeated_counts_8_grams():
-    assert bench.repeated(list(range(50))) == 0
-    assert bench.repeated([1] * 50) == 1 - 1 / 43
-    assert bench.repeated(list(range(20)) * 2) == pytest.approx(13 / 33)
+def test_length_measures_what_decoding_the_end_of_a_text_gives(tiny, tiny_butler, windows, makers):
+    results = bench.length(tiny, windows, [100, 150], makers)
+    for context in (100, 150):
+        found = {}
+        for name in NAMES:
+            budget = "1.0" if name == "dense" else "0.3"
+            runs = [step_by_step(tiny, window[:context], name, tiny_butler, context - 32)
+                    for window in windows]
+            nats, kept = (sum(values) / 2 for values in zip(*runs, strict=True))
+            found[name] = runs
+            m = results[f"kept @{context}"][name][budget]
+            assert m["mean"] == pytest.approx(kept, rel=1e-3) and m["n"] == 2
+            m = results[f"perplexity @{context}"][name][budget]
+            assert m["mean"] == pytest.approx(math.exp(nats), rel=1e-3)
+        of_oracle = [b[1] / o[1] for b, o in zip(found["butler"], found["oracle"], strict=True)]
+        m = results[f"kept of oracle @{context}"]["butler"]["0.3"]
+        assert m["mean"] == pytest.approx(sum(of_oracle) / 2, rel=1e-3) and m["mean"] < 1
 
 
-def test_drift_suite(main):
-    report = main("bench.py", "--suite", "drift", "--n", "1", "--task", "coreference,copy",
-                  "--contexts", "600,700", "--budgets", "0.2", "--selectors", "dense,butler",
-                  "--drifts", "0,0.2,2")
-    assert set(report["results"]) == {"coreference", "copy@600", "copy@700"}
-    for name, rows in report["results"].items():
-        assert list(rows) == ["dense", "butler, drift 0", "butler, drift 0.2", "butler, drift 2"]
-        steps = report["steps between choices"][name]
-        assert 1 < steps["butler, drift 0.2, 0.2"] < steps["butler, drift 2, 0.2"] <= 16
+def test_speed_rows_have_what_is_documented(tiny, tiny_butler, windows, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
+    makers = every_maker(("dense", "butler", "recency"), ("0.3", "20"), tiny_butler)
+    config = bench.Config(suite="speed", n=2, batch=2, device="cpu")
+    rows = bench.speed(tiny, tiny_butler, windows, [64, 100], makers, config)
+    assert [(row["context"], row["selector"], row["kept"]) for row in rows] == [
+        (context, name, kept) for context in (64, 100) for name, kept in (
+            ("dense", 1.0), ("butler", 0.3), ("butler", 20), ("recency", 0.3), ("recency", 20))]
+    weights = 4 * sum(p.numel() for name, p in tiny.named_parameters() if "embed" not in name)
+    for row in rows:
+        assert set(row) == {
+            "suite", "engine", "device", "shape", "batch", "context", "selector", "kept", "ms",
+            "bandwidth_ms", "tokens_per_s", "bytes", "speedup"}
+        kept = row["kept"] if row["kept"] > 1 else row["kept"] * row["context"]
+        token = 2 * 2 * 2 * 16 * 4  # batch, key and value, KV heads, head size, float32
+        read = weights + token * (row["context"] + 4 * kept)  # layer 0 and the others
+        if row["selector"] == "butler":
+            read += 2 * 4 * row["context"] * 2 * (8 + 4)  # 8-bit importance keys and their scales
+        assert row["bytes"] == pytest.approx(read, abs=1)
+        assert row["bandwidth_ms"] == pytest.approx(row["bytes"] / 1e6)
+        assert row["tokens_per_s"] == pytest.approx(2000 / row["ms"])
+        dense = next(r for r in rows if r["context"] == row["context"])
+        assert row["speedup"] == pytest.approx(dense["ms"] / row["ms"])
+    bench.print_rows(rows)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 
 
-def test_tradeoff_suite_has_the_scores_of_synth_task_and_a_time_for_each(main):
-    flags = ("--task", "coreference", "--n", "1", "--selectors", "dense,oracle,butler,h2o,recency",
-             "--budgets", "0.3,64")
-    table = main("bench.py", "--suite", "tradeoff", *flags)["results"]["coreference"]
-    scores = main("synth_task.py", *flags)["results"]["coreference"]
-    assert {name: list(by) for name, by in table.items()} == {
-        name: list(by) for name, by in scores.items()}
-    for name, by in table.items():
-        for budget, m in by.items():
-            assert 0 < m.pop("ms") < 1e5 and m == scores[name][budget]
-    assert table["dense"]["1.0"]["mean"] == 1 > table["h2o"]["64"]["mean"]
+def test_timed_steps_stand_one_token_further_each_round(tiny, windows):
+    seen = {"a": [], "b": []}
+
+    def spy(name):
+        def selector(layer, x, q, keys, positions):
+            seen[name] += positions.tolist() if layer == 0 else []
+
+        return selector
+
+    cache = tiny.new_cache(2, 70)
+    tiny.prefill(windows[:, :63], cache)
+    times = bench.decode_times(tiny, cache, windows[:, 63:64], 64, {n: spy(n) for n in seen}, 3)
+    assert seen == {"a": [63, 64, 65, 66, 67], "b": [63, 64, 65, 66, 67]}
+    assert list(times) == ["a", "b"] and min(times.values()) > 0
 
 
-def test_a_step_that_is_timed_again_and_again_is_the_first_one(tok, monkeypatch):
-    """Behind the document's own context, whoever has written into the cache before."""
-    llama = randomise(Llama(replace(TINY, vocab_size=tok.vocab_size)))
-    butler = Butler(ButlerConfig.for_model(llama, stride=1)).eval()
-    document, seen = coreference_documents("test", 1, seed=0, words=90)[0], {}
-
-    def stepper(llama, cache, selector=None):
-        def step(token):
-            seen.setdefault((selector, cache), []).append(llama.decode(token, cache, selector))
-        return step
-
-    monkeypatch.setattr(speed, "stepper", stepper)
-    makers = [(name, "0.3", [partial(make_selector, name, 0.3, butler)]) for name in NAMES]
-    ms = speed.behind(llama, tok, document, makers, 2)
-    assert list(ms) == [(name, "0.3") for name in NAMES] and min(ms.values()) > 0
-    prompt, question = (torch.tensor([tok.encode(text)])
-                        for text in (document.context, document.question))
-    for (selector, cache), logits in seen.items():
-        name = next((n for n, kind in BASELINES.items() if type(selector) is kind), "butler")
-        fresh = make_selector(name, 0.3, butler) if selector else None
-        alone = llama.new_cache(1, prompt.shape[1] + 1, cache.k[0].dtype)
-        llama.prefill(prompt, alone, fresh and fresh.watch)
-        expected = llama.decode(question[:, :1], alone, fresh)
-        assert len(logits) == 4  # plain, warm-up, two rounds
-        for step in logits[:1] if name == "random" else logits:
-            atol = 1e-4 if cache.k[0].dtype == torch.float32 else 0.05
-            assert_close(f"{name}, {cache.k[0].dtype}", step, expected, atol)
-    assert len(seen) == 1 + len(NAMES)  # dense in two formats
+@pytest.mark.parametrize("suite", bench.SUITES)
+def test_the_script_prints_and_writes_its_report(main, tmp_path, suite):
+    contexts = "70" if suite == "perplexity" else "64,90"
+    report = main("bench.py", "--suite", suite, "--n", 1, "--contexts", contexts,
+                  "--selectors", "dense,butler", "--write", tmp_path / "new" / "report.json")
+    assert json.loads((tmp_path / "new" / "report.json").read_text()) == report
+    assert report["config"]["suite"] == suite and report["hardware"] and report["commit"]
+    if suite == "speed":
+        assert [row["context"] for row in report["rows"]] == [64, 64, 90, 90]
+    else:
+        what = "perplexity" if suite == "perplexity" else "kept @64"
+        assert list(report["results"][what]) == ["dense", "butler"]
+        assert report["results"][what]["butler"]["0.1"]["n"] == 1
 
 
-def test_a_context_too_short_for_a_task_is_told(llama, tok):
-    documents = at_contexts(llama, tok, ("coreference", "copy"), ("400", "500"), 2, 0)
-    assert {name: len(d) for name, d in documents.items()} == {
-        "coreference": 2, "copy@400": 2, "copy@500": 2}
-    with pytest.raises(UsageError, match="20 tokens are too few"):
-        at_contexts(llama, tok, ("copy",), ("20",), 1, 0)
-
-
-def test_tradeoff_looks_at_one_task_and_length_unless_told_otherwise():
-    told = parse(bench.Config, ["--suite", "tradeoff"])
-    assert (told.task, told.contexts) == (("needle_prose",), ("4096",))
-    assert bench.Config(suite="tradeoff").task == ("needle_prose",)
-    assert bench.Config(suite="tradeoff").contexts == ("4096",)
-    assert bench.Config(suite="tradeoff", contexts=("512",)).contexts == ("512",)
-    assert bench.Config(suite="drift").task == ("coreference", "needle_prose", "copy")
-    assert bench.Config(suite="speed").contexts == ("512", "2048", "8000")
-
-
-@pytest.mark.parametrize("suite, selectors", [
-    ("perplexity", ",".join(n for n in NAMES if n != "snapkv")),
-    ("generation", "dense,butler")])
-def test_suites_run(main, suite, selectors):
-    report = main("bench.py", "--suite", suite, "--selectors", selectors, "--n", "1", "--length",
-                  "64", "--budgets", "0.5")
-    for table in report["results"].values():
-        for by in table.values():
-            for m in by.values():
-                assert math.isfinite(m["mean"]) and m["n"] == 1
-
-
-def test_the_script(tmp_path):
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48,
-             "num_attention_heads": 4, "num_key_value_heads": 2}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
-    done = script("bench.py", "--suite", "speed", "--shape", tmp_path / "config.json",
-                  "--contexts", "70", "--budgets", "32", "--n", "1")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert {r["context"] for r in report["rows"]} == {70}
-    assert report["config"]["suite"] == "speed" and report["commit"]
-
-
-@pytest.mark.slow
-def test_what_compare_writes_stands_in_the_tables(tmp_path):
-    for part in ("*.py", "*/*.py", "README.md", "results/*", "checkpoints/*", "tasks/*.json"):
-        for path in ROOT.glob(part):
-            (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-            if path.is_file():
-                shutil.copy(path, tmp_path / path.relative_to(ROOT))
-    name, readme = f"compare_{processor()}", tmp_path / "results" / "README.md"
-    readme.write_text(readme.read_text().replace("compare_avx2", name))  # any processor's
-    done = subprocess.run([sys.executable, "results/compare.py", "--contexts", "32", "--n", "1",
-                           "--write"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "results" / f"{name}.json").read_text())["rows"]
-    assert rows and {row["context"] for row in rows} == {32}
-    table = done.stdout.split("\n\n")[0]
-    assert table.count("\n") == len(rows) and table in readme.read_text()
+@pytest.mark.parametrize("flags, message", [
+    ({"suite": "magic"}, "unknown suite 'magic'"), ({"contexts": ("63",)}, "at least 64 tokens"),
+    ({"contexts": ("a",)}, "--contexts: a"), ({"budgets": ("0",)}, "--budgets: 0"),
+    ({"budgets": ("1.5",)}, "budget 1.5"), ({"selectors": ("magic",)}, "unknown selector"),
+    ({"text": "/nowhere"}, "cannot read /nowhere"), ({"text": "LICENSE"}, "too few for 20 windows"),
+    ({"drift": 0.2}, "no --drift"), ({"write": "tests"}, "cannot write tests"),
+    ({"model": "/nowhere"}, "no model at /nowhere"), ({"device": "abacus"}, "device 'abacus'")])
+def test_nonsense_is_refused_in_one_line(in_memory, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        bench.main(bench.Config(**flags))
+    assert "\n" not in str(error.value)

@@ -1,32 +1,25 @@
-"""Other people's files: three formats, published prompts and scores, and the loss of an answer."""
+"""Questions from files: three formats, prompts, scores, and what the model writes."""
 
 import json
 import sys
-from pydoc_data.topics import topics
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import assert_close
 
 import synth_task
-from baselines import BASELINES, make_selector
-from butler import Butler, ButlerConfig, load_for
-from common import cli
-from common.errors import UsageError
-from loading import tokenizer
-from measure.intervals import above_dense, bootstrap, each
+import tokenizer
+from cli import UserError, parse
 from model import Llama
-from tasks import continuation
-from tasks.document import Document, encode, finished, found
-from tasks.evaluation import Prompts, evaluate
-from tasks.longbench import cut, published, read_data
-from tasks.scores import SCORES
+from synth_task import answers
+from workshop.longbench import TASKS, read_data, without_middle
+from workshop.scores import SCORES
+from workshop.written import Written
 
 STORY = ("The ferry left at noon. Mara had packed bread, a lamp and the brass key of the mill. "
          "Nobody on the pier asked where she was going, and she was glad of it. ")
-LINES = {
+LINES = {  # data set -> input, answer
     "narrativeqa": ("What did Mara pack?", "bread and a lamp"),
     "qasper": ("Is the key made of brass?", "yes"),
     "multifieldqa_en": ("When did the ferry leave?", "at noon"),
@@ -44,34 +37,42 @@ LINES = {
     "lcc": ("", "    return key"),
     "repobench-p": ("def turn(key):\n", "    return key + 1"),
 }
+OWN = {"context": "Ann owns cats.", "question": " Who?", "answer": [" Ann ", "she"]}
+RULER = {"index": 0, "length": 99, "token_position_answer": 3, "outputs": ["42"],
+         "input": "One of the special magic numbers for door is: 42.\nWhat is the special magic "
+                  "number for door mentioned in the provided text?",
+         "answer_prefix": " The special magic number for door mentioned in the provided text is"}
 
 
-def line(dataset: str, context=STORY) -> str:
+def longbench(dataset: str, context=STORY) -> dict:
     asked, answer = LINES[dataset]
-    return json.dumps({
-        "input": asked, "context": context, "answers": [answer], "length": len(context.split()),
-        "dataset": dataset, "language": "en", "_id": dataset,
-        "all_classes": ["Human", "Place", "Date"] if dataset == "trec" else None})
+    return {"input": asked, "context": context, "answers": [answer], "length": 9,
+            "dataset": dataset, "language": "en", "_id": dataset,
+            "all_classes": ["Human", "Place", "Date"] if dataset == "trec" else None}
 
 
-RULER = {"index": 0, "length": 99, "input": "One of the special magic numbers for door is: 42.\n"
-         "What is the special magic number for door mentioned in the provided text?",
-         "outputs": ["42"], "answer_prefix": " The special magic number for door mentioned in the "
-         "provided text is"}
+@pytest.fixture(autouse=True)
+def own_prompts(monkeypatch):
+    monkeypatch.delenv("LONGBENCH_CONFIG", raising=False)
 
 
-@pytest.fixture(scope="module")
-def small(folder):
-    """A random model of 3 layers, its vocabulary of 512, and an untrained butler for it."""
-    llama = Llama.from_pretrained(folder)
-    torch.manual_seed(3)
-    return llama, tokenizer.load(folder), Butler(ButlerConfig.for_model(llama)).eval()
+@pytest.fixture
+def read(tmp_path, tok):
+    """read(entry, ...) -> what read_data makes of a file of these lines."""
+    def read(*entries, n=100, context=8192):
+        path = tmp_path / "d.jsonl"
+        lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+        path.write_text("\n".join(lines))
+        return read_data(path, tok, n, context)
+
+    return read
 
 
 # ---------------------------------------------------------------------------- scores
 
 
 @pytest.mark.parametrize("name, text, reference, score", [
+    ("contains", "An APPLE pie", "apple", 1), ("contains", "pie", "apple", 0),
     ("f1", "It's the Red box!", "red box", 0.8),  # its, red, box: 2 of 3 and 2 of 2
     ("f1", "red red box", "a red box, red", 1), ("f1", "The", "a", 0), ("f1", "", "red", 0),
     ("rouge", "a b c. d e", "a x c. d y", 0.6),  # a, c and d: 3 of 5 words on both sides
@@ -91,331 +92,264 @@ def test_scores_worked_by_hand(name, text, reference, score):
     assert SCORES[name](text, reference, classes) == pytest.approx(score, abs=1e-6)
 
 
-def test_the_best_reference_counts_and_of_some_tasks_the_first_line():
-    several = Document("c", "q", ("a key", "brass lamp"), "f1", 8)
-    assert found(several, "The lamp of brass") == 0.8 and found(several, "key") == 1
-    trec = Document("c", "q", ("Date",), "class", 8, classes=("Date", "Place"), one_line=True)
-    assert found(trec, "\n\nDate\nPlace") == 1 and not finished(trec, "\n\nDate")
-    assert finished(trec, "\nDate\nP") and not finished(several, "key\nkey")
+def test_references_and_lines():
+    several = Written("c", "q", "a key", ("brass lamp",), "f1")
+    assert several.score("The lamp of brass") == 0.8 and several.score("key") == 1
+    assert not several.finished("key")  # more words would change it
+    one = Written("c", "q", "Ann", ("she",))
+    both = Written("c", "q", "Ann", ("she",), every=True)
+    assert one.score("ANN") == 1 and one.finished("ann")
+    assert both.score("Ann") == 0.5 and not both.finished("Ann") and both.finished("She, Ann")
+    trec = Written("c", "q", "Date", scoring="class", classes=("Date", "Place"), one_line=True)
+    assert trec.score("\n\nDate\nPlace") == 1 and not trec.finished("\n\nDate")
+    assert trec.finished("\nDate\nP")
 
 
-def test_summaries_need_a_package_and_say_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rouge", None)
-    for dataset, wanted in (("samsum", True), ("hotpotqa", False)):
-        (tmp_path / "d.jsonl").write_text(line(dataset))
-        if wanted:
-            with pytest.raises(UsageError, match="pip install rouge"):
-                read_data(tmp_path / "d.jsonl")
-        else:
-            read_data(tmp_path / "d.jsonl")
+# ---------------------------------------------------------------------------- what is written
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    """A random model of 3 layers with a vocabulary of 512, and its tokenizer."""
+    return Llama.from_pretrained(folder), tokenizer.load(folder)
+
+
+def test_what_is_written_is_greedy(small):
+    """Against a loop that has no cache and stops nowhere."""
+    llama, tok = small
+    document = Written(STORY, "Who left?", "?", new_tokens=8, scoring="f1")
+    context, question, _ = document.encode(tok)
+    ids = context + question
+    for _ in range(document.new_tokens):
+        ids.append(int(llama(torch.tensor([ids]))[0, -1].argmax()))
+    expected = tok.decode(ids[len(context + question) :])
+    for protocol in "sparse", "prefill":
+        for stepwise in False, True:
+            seen = []
+            spy = Spy(document, seen)
+            answers(llama, tok, spy, [lambda: None], protocol, stepwise)
+            assert seen == [expected]
+
+
+class Spy:
+    """A document that notes the text which it scores."""
+
+    def __init__(self, document, seen):
+        self.encode, self.room, self.new_tokens = document.encode, document.room, 8
+        self.finished = document.finished
+        self.score = lambda text: seen.append(text) or 0.0
+
+    def grade(self, *arguments):
+        return Written.grade(self, *arguments)
+
+
+@pytest.mark.parametrize("scoring, answer, written, score", [
+    ("class", "Date", "\nDate\n", 1), ("f1", "Date", "\nDate\nPlace and", 0.5),
+    ("contains", "DAT", "\nDat", 1)])
+def test_writing_ends_when_nothing_can_change(small, scoring, answer, written, score):
+    """A model that follows a script: it stops at the end of a line, of the text, or once the answer
+    is there. The token <eos> ends the text; the token <mark> is no word of it."""
+    _, tok = small
+    end, mark = 510, 511
+    script = [mark, *(tok.encode(piece)[0] for piece in "\nDate\n"), *tok.encode("Place and"), end]
+    fed = []
+
+    def likeliest(*_):
+        logits = torch.zeros(1, 1, 512)
+        logits[0, 0, script[len(fed)]] = 1
+        return logits
+
+    def decode(token, cache, selector):
+        fed.append(int(token))
+        return likeliest()
+
+    llama = SimpleNamespace(device="cpu", prefill=likeliest, decode=decode)
+    words = SimpleNamespace(special={"<mark>": mark}, ends={end}, decode=tok.decode)
+    document = Written("c", "q", answer, scoring=scoring, classes=("Date", "Place"),
+                       one_line=scoring == "class")
+    assert document.grade(llama, words, None, [1, 2], [], None, False) == score
+    last = script[len(fed)]  # chosen, but not fed to the model any more
+    assert tok.decode([i for i in [*fed, last] if i not in (mark, end)]) == written
+    assert (last == end) == (scoring == "f1")
 
 
 # ---------------------------------------------------------------------------- formats and prompts
 
 
-def test_three_formats_are_told_apart_by_their_keys(tmp_path):
-    mine = {"context": "Ann owns cats.", "question": " Who?", "answer": [" Ann ", "she"]}
-    lines = [json.dumps(mine), line("hotpotqa"), "", json.dumps(RULER), line("trec"), line("trec"),
-             line("hotpotqa").replace('"hotpotqa", "lang', '"hotpotqa_e", "lang')]
-    (tmp_path / "d.jsonl").write_text("\n".join(lines))
-    data = read_data(tmp_path / "d.jsonl")
+def test_the_keys_tell_three_formats_apart(read):
+    extended = longbench("hotpotqa") | {"dataset": "hotpotqa_e"}
+    data = read(OWN | {"source": "me"}, longbench("hotpotqa"), "", RULER, longbench("trec"),
+                longbench("trec"), extended)
     assert {name: len(documents) for name, documents in data.items()} == {
         "data": 1, "hotpotqa": 1, "niah": 1, "trec": 2, "hotpotqa_e": 1}
-    assert data["data"] == [Document("Ann owns cats.", " Who?", ("Ann", "she"), "any", 64)]
-    (niah,) = data["niah"]
-    assert niah.context == "One of the special magic numbers for door is: 42."
-    assert niah.question == "\n" + RULER["input"].split("\n")[1] + RULER["answer_prefix"]
-    assert (niah.answers, niah.scoring, niah.new_tokens) == (("42",), "all", 128)
-    assert data["trec"][0] == Document(
-        "Please determine the type of the question below. Here are some examples of questions.\n\n"
-        + STORY, "\nQuestion: Who left?\nType:", ("Human",), "class", 64,
-        classes=("Human", "Place", "Date"), one_line=True)
+    assert data["data"] == [Written("Ann owns cats.", " Who?", "Ann", ("she",), new_tokens=64)]
+    context, question = RULER["input"].split("\n")
+    assert data["niah"] == [Written(context, "\n" + question + RULER["answer_prefix"], "42",
+                                    every=True, new_tokens=128)]
+    trec = data["trec"][0]
+    assert trec.context.endswith("\n\n" + STORY) and trec.question == "\n" + LINES["trec"][0]
+    assert trec.classes == ("Human", "Place", "Date") and trec.one_line and not trec.chat
 
 
 @pytest.mark.parametrize("asked, task", [
     (" Answer: According to the chain(s) of variable assignment in the text above, 5 variables are "
-     "assigned the value 1, they are: ", ("variable_tracking", "all", 30)),
+     "assigned the value 1, they are: ", ("variable_tracking", True, 30)),
     (" Answer: The top 10 words that appear most often in the list are:",
-     ("common_words_extraction", "all", 120)),
+     ("common_words_extraction", True, 120)),
     (" Answer: According to the coded text above, the three most frequently appeared words are:",
-     ("freq_words_extraction", "all", 50)),
-    (" Answer:", ("qa", "any", 32))])
-def test_tasks_of_ruler_are_known_by_their_questions(tmp_path, asked, task):
+     ("freq_words_extraction", True, 50)),
+    (" Answer:", ("qa", False, 32))])
+def test_tasks_of_ruler_are_known_by_their_questions(read, asked, task):
     entry = {"input": "Some text.\n\nQuestion: Which?", "outputs": ["x", "y"]}
     for e in entry | {"answer_prefix": asked}, entry | {"input": entry["input"] + asked}:
-        (tmp_path / "d.jsonl").write_text(json.dumps(e))
-        ((name, (document,)),) = read_data(tmp_path / "d.jsonl").items()
-        assert (name, document.scoring, document.new_tokens) == task
+        [(name, [document])] = read(e).items()
+        assert (name, document.every, document.new_tokens) == task
         assert document.context + document.question == entry["input"] + asked
 
 
-def test_prompts_are_the_published_ones(tmp_path):
-    (tmp_path / "d.jsonl").write_text("\n".join(map(line, LINES)))
-    data = read_data(tmp_path / "d.jsonl")
-    assert set(data) == set(published()) == set(LINES) and len(data) == 16
-    told = {name: d.context + d.question for name, (d,) in data.items()}
-    for name, text in told.items():
-        assert text.count(STORY) == 1 and "{" not in text and LINES[name][0] in text
-    assert told["multifieldqa_en"] == (
-        f"Read the following text and answer briefly.\n\n{STORY}\n\nNow, answer the following "
-        "question based on the above text, only give me the answer and do not output any other "
-        "words.\n\nQuestion: When did the ferry leave?\nAnswer:")
-    assert told["repobench-p"] == (
-        f"Please complete the code given below. \n{STORY}def turn(key):\nNext line of code:\n")
-    (retrieval,) = data["passage_retrieval_en"]
-    assert retrieval.context.endswith(STORY) and retrieval.question == (
-        "\n\nThe following is an abstract.\n\nIt is about a ferry.\n\nPlease enter the number of "
-        'the paragraph that the abstract is from. The answer format must be like "Paragraph 1", '
-        '"Paragraph 2", etc.\n\nThe answer is: ')
-    plain = {name for name, (d,) in data.items() if not d.chat}
-    assert plain == {"trec", "triviaqa", "samsum", "lcc", "repobench-p"}
-    assert {name for name, (d,) in data.items() if d.one_line} == {"trec", "triviaqa", "samsum"}
-    lengths = {name: d.new_tokens for name, (d,) in data.items()}
-    assert lengths == {
-        "narrativeqa": 128, "qasper": 128, "multifieldqa_en": 64, "hotpotqa": 32, "2wikimqa": 32,
-        "musique": 32, "gov_report": 512, "qmsum": 512, "multi_news": 512, "trec": 64,
-        "triviaqa": 32, "samsum": 128, "passage_count": 32, "passage_retrieval_en": 32, "lcc": 64,
-        "repobench-p": 64}
+def test_every_task_of_longbench_asks_its_question(read, capsys):
+    data = read(*map(longbench, LINES))
+    assert set(data) == set(TASKS) == set(LINES) and len(data) == 16
+    assert "not the official" in capsys.readouterr().err
+    for name, [d] in data.items():
+        text = d.context + d.question
+        assert text.count(STORY) == 1 and "{" not in text and LINES[name][0] in d.question
+        assert d.context.endswith(STORY) and d.answer == LINES[name][1]
+    assert {name for name, [d] in data.items() if not d.chat} == {
+        "trec", "triviaqa", "samsum", "lcc", "repobench-p"}
+    assert {name for name, [d] in data.items() if d.one_line} == {"trec", "triviaqa", "samsum"}
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({"dataset": "dureader"}, "none of LongBench's"), ({"dataset": 3}, "dataset is not"),
-    ({"answers": []}, "answers is a text"), ({"answers": [1]}, "answers is a text"),
-    ({"context": None}, "context is not"), ({"dataset": "trec"}, "all_classes"),
-    ({"dataset": "trec", "all_classes": ["Date"]}, "all_classes"),
-    ({"dataset": "trec", "all_classes": 3}, "all_classes"),
-    ({"dataset": "passage_retrieval_en"}, "Paragraph 1"),
-    ({"outputs": ["x"], "dataset": "new"}, "none of LongBench's")])
-def test_broken_lines_of_longbench_are_named(tmp_path, change, complaint):
-    wrong(tmp_path, json.loads(line("hotpotqa")) | change, complaint)
+def test_official_prompts_are_read_from_their_folder(read, tmp_path, monkeypatch, capsys):
+    prompts = {name: f"{name}: {{context}} / {{input}}=" for name in TASKS}
+    lengths = dict.fromkeys(TASKS, 7)
+    monkeypatch.setenv("LONGBENCH_CONFIG", str(tmp_path))
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps(prompts))
+    with pytest.raises(UserError, match="LONGBENCH_CONFIG=.*dataset2maxlen.json"):
+        read(longbench("lcc"))
+    (tmp_path / "dataset2maxlen.json").write_text(json.dumps(lengths | {"lcc": "64"}))
+    with pytest.raises(UserError, match="the length of lcc"):
+        read(longbench("lcc"))
+    (tmp_path / "dataset2maxlen.json").write_text(json.dumps(lengths))
+    [d] = read(longbench("qasper"))["qasper"]
+    assert (d.context, d.question) == (f"qasper: {STORY}", " / Is the key made of brass?=")
+    assert (d.new_tokens, d.scoring, d.chat) == (7, "f1", True)
+    assert f"prompts of {tmp_path}" in capsys.readouterr().err
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps(prompts | {"lcc": "{input}"}))
+    with pytest.raises(UserError, match="the prompt of lcc"):
+        read(longbench("lcc"))
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({"outputs": []}, "outputs is a text"), ({"answer_prefix": 1}, "answer_prefix is not"),
-    ({"input": "Hello\nthere", "answer_prefix": ""}, "no question of RULER's"),
-    ({"input": "", "answer_prefix": " special magic"}, "but one line")])
-def test_broken_lines_of_ruler_are_named(tmp_path, change, complaint):
-    wrong(tmp_path, RULER | change, complaint)
-
-
-def wrong(folder, entry, complaint):
-    (folder / "d.jsonl").write_text(line("hotpotqa") + "\n\n" + json.dumps(entry) + "\n")
-    with pytest.raises(UsageError, match=complaint) as e:
-        read_data(folder / "d.jsonl")
+@pytest.mark.parametrize("entry, complaint", [
+    (longbench("hotpotqa") | {"dataset": "dureader"}, "none of LongBench's"),
+    (longbench("hotpotqa") | {"dataset": 3}, "dataset must be a text"),
+    (longbench("hotpotqa") | {"answers": []}, "answers must be"),
+    (longbench("hotpotqa") | {"answers": [1]}, "answers must be"),
+    (longbench("hotpotqa") | {"context": None}, "context must be"),
+    (longbench("hotpotqa") | {"dataset": "trec"}, "all_classes"),
+    (longbench("trec") | {"all_classes": ["Date"]}, "all_classes"),
+    (longbench("hotpotqa") | {"dataset": "passage_retrieval_en"}, "Paragraph 1"),
+    (RULER | {"outputs": []}, "outputs must be"), (RULER | {"answer_prefix": 1}, "answer_prefix"),
+    (RULER | {"input": "Hello\nthere", "answer_prefix": ""}, "no question of RULER's"),
+    (RULER | {"input": "", "answer_prefix": " special magic"}, "only one line"),
+    (OWN | {"answer": " "}, "answer must be"), (OWN | {"question": ""}, "has no token"),
+    (OWN | {"choice_A": "x", "difficulty": "easy"}, "'choice_A' would change the score"),
+    (OWN | {"answers": ["x"]}, "'answers' would change"), ({"context": "x"}, "sets of keys"),
+    ([OWN], "one JSON object a line: this is a list"), ("{", "one JSON object a line"),
+    ("[" * 10**5, "one JSON object a line"), (OWN | {"context": "word " * 9000}, "9.* is 8192")])
+def test_broken_lines_are_named(read, entry, complaint):
+    with pytest.raises(UserError, match=complaint) as e:
+        read(longbench("hotpotqa"), "", entry)
     assert "d.jsonl:3: " in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_empty_file_and_a_missing_package_are_named(read, monkeypatch):
+    with pytest.raises(UserError, match="no lines"):
+        read("", " ")
+    monkeypatch.setitem(sys.modules, "rouge", None)
+    assert read(longbench("hotpotqa"))
+    with pytest.raises(UserError, match="pip install rouge"):
+        read(longbench("samsum"))
+
+
+def test_marks_and_lines_left_out_are_told_once(read, capsys):
+    marked = OWN | {"context": "Ann <|im_end|> owns cats."}
+    assert len(read(OWN, marked, marked, OWN, n=3)["data"]) == 3
+    marks, left_out = capsys.readouterr().err.splitlines()
+    assert "d.jsonl:2: " in marks and "<|im_end|>" in marks and "(2 such lines)" in marks
+    assert "1 lines left out" in left_out
+    read(OWN)
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------- tokens
 
 
-def documents(folder, *datasets, context=STORY):
-    (folder / "d.jsonl").write_text("\n".join(line(name, context) for name in datasets))
-    return [d for found in read_data(folder / "d.jsonl").values() for d in found]
-
-
-def test_a_message_is_split_behind_its_context(tok, tmp_path):
-    hotpot, trec = documents(tmp_path, "hotpotqa", "trec")
-    context, question, answer = encode(tok, hotpot)
-    whole = [{"role": "user", "content": hotpot.context + hotpot.question}]
-    assert context + question == tok.chat(whole)
-    assert tok.decode(context).endswith(STORY.rstrip()[-20:]) and "<|im_start|>user" in tok.decode(
-        context)
+def test_a_message_is_split_behind_its_context(tok, read):
+    [hotpot], [trec] = read(longbench("hotpotqa"), longbench("trec")).values()
+    context, question, _ = hotpot.encode(tok)
+    assert context + question == tok.chat(hotpot.context + hotpot.question)
+    assert "<|im_start|>user" in tok.decode(context)
+    assert tok.decode(context).endswith(STORY.rstrip()[-20:])
     assert tok.decode(question).strip().endswith("Answer:<|im_end|>\n<|im_start|>assistant")
-    assert tok.decode(answer) == "the mill's"  # on a line of its own
-    context, question, answer = encode(tok, trec)
-    assert tok.decode(context + question + answer) == trec.text and trec.text.endswith(" Human")
-
-
-@pytest.mark.parametrize("question, answer, text", [
-    ("Answer:", "x", " x"), ("is: ", "x", "x"), ("code:\n", "x", "x"), ("Answer:", "  x", "  x")])
-def test_answers_stand_apart_from_their_questions(question, answer, text):
-    assert Document("c", question, (answer,)).answer == text
+    context, question, answer = trec.encode(tok)
+    assert tok.decode(context + question + answer) == f"{trec.context}{trec.question} Human"
 
 
 @pytest.mark.parametrize("dataset", ["hotpotqa", "trec", "repobench-p"])
-def test_prompts_that_are_too_long_lose_their_middle(tok, tmp_path, dataset):
-    numbered = " ".join(f"Word {i}." for i in range(400)) + " "
-    (d,) = documents(tmp_path, dataset, context=numbered)
-    whole = [id for ids in encode(tok, d)[:2] for id in ids]
-    for context in (400, 401):
-        short = cut(tok, d, context)
-        ids = [id for part in encode(tok, short)[:2] for id in part]
-        room = context - d.new_tokens
-        assert room - 6 <= len(ids) <= room and short.question == d.question
-        marks = len(whole) - len(tok.encode(d.context + d.question)) if d.chat else 0
-        half = (room - marks) // 2 - 6
-        assert ids[:half] == whole[:half] and ids[-half:] == whole[-half:]
-    assert cut(tok, d, len(whole) + d.new_tokens + 2) is d
-    with pytest.raises(UsageError, match="too short"):
-        cut(tok, d, d.new_tokens + 20)
-    assert cut(tok, Document(numbered, " q", ("a",), "any", 64), 100).context == numbered
+@pytest.mark.parametrize("context", [400, 401])
+def test_prompts_that_are_too_long_lose_their_middle(tok, read, dataset, context):
+    numbered = longbench(dataset, " ".join(f"Word {i}." for i in range(400)) + " ")
+    [[whole]] = read(numbered).values()
+    [[short]] = read(numbered, context=context).values()
+    ids, expected = (sum(d.encode(tok)[:2], []) for d in (short, whole))
+    room = context - whole.new_tokens
+    assert room - 6 <= len(ids) <= room and short.question == whole.question
+    template = len(expected) - len(tok.encode(whole.context + whole.question))
+    half = (room - template) // 2 - 6
+    assert ids[:half] == expected[:half] and ids[-half:] == expected[-half:]
+    assert without_middle(whole, tok, len(expected) + whole.new_tokens) is whole
+    with pytest.raises(UserError, match="too short for an answer"):
+        read(numbered, context=whole.new_tokens + 20)
 
 
-def test_a_question_longer_than_half_is_cut_too(tok, tmp_path):
-    (d,) = documents(tmp_path, "triviaqa")
+def test_a_question_longer_than_half_is_cut_too(tok):
     asked = "Question: " + " ".join(f"word{i}" for i in range(300)) + "\nAnswer:"
-    short = cut(tok, Document(d.context, asked, d.answers, "f1", 32), 232)
-    assert sum(map(len, encode(tok, short)[:2])) <= 200 and short.question.endswith("\nAnswer:")
-    assert len(tok.encode(short.question)) == 99 and short.context.startswith("Answer the quest")
-
-
-def test_writing_ends_with_a_line_or_the_text_and_marks_are_no_words(small):
-    """A model that writes a given text: what is scored, and when it stops."""
-    llama, tok, _ = small
-    script = tok.encode("\nDate\nPlace and more")
-    eos = script[-1]
-    logits = F.one_hot(torch.tensor(script), llama.config.vocab_size).float()[:, None, None]
-    steps = []
-
-    def decode(token, cache, selector):
-        steps.append(int(token))
-        return logits[len(steps)]
-
-    prompts = Prompts.__new__(Prompts)
-    prompts.new, prompts.cache = len(script), None
-    prompts.llama = SimpleNamespace(decode=decode)
-    prompts.tok = SimpleNamespace(eos_ids={eos}, special={}, decode=tok.decode)
-    kinds = {"class": ("Date", ("Date", "Place")), "f1": ("Date Place and mor", ())}
-    for scoring, (answer, classes) in kinds.items():
-        steps.clear()
-        one_line = scoring == "class"
-        prompts.documents = [Document("c", "q", (answer,), scoring, len(script), (), classes,
-                                      one_line=one_line)]
-        text = tok.decode(script[: -1])
-        assert prompts.written(logits[0], None) == [found(prompts.documents[0], text)]
-        assert tok.decode(steps) == ("\nDate" if one_line else text)
-
-
-# ---------------------------------------------------------------------------- losses
-
-
-def test_the_loss_is_that_of_the_answer_behind_its_question(small, tmp_path):
-    llama, tok, _ = small
-    for d in documents(tmp_path, "hotpotqa", "gov_report", "lcc"):
-        context, question, answer = encode(tok, d)
-        logits = llama(torch.tensor([context + question + answer]))[0].float()
-        first = len(context) + len(question)
-        expected = F.cross_entropy(logits[first - 1 : -1], torch.tensor(answer))
-        for asked in ("sparse", "prefill"):
-            (loss,) = Prompts(llama, tok, [d], asked).loss(None)
-            assert_close(f"loss {asked}", loss, expected, 1e-4)
-
-
-@pytest.mark.parametrize("name", ["dense", "butler", *sorted(set(BASELINES) - {"random"})])
-def test_losses_of_a_batch_and_of_pieces_are_those_of_the_whole(small, tmp_path, name,
-                                                                monkeypatch):
-    llama, tok, butler = small
-    some = [*documents(tmp_path, "musique"), *documents(tmp_path, "2wikimqa", context=STORY * 2)]
-    kinds = [BASELINES[name]] if name in ("h2o", "snapkv") else []
-    whole = [Prompts(llama, tok, [d], "sparse", kinds).loss(make_selector(name, 0.3, butler))[0]
-             for d in some]
-    for batch in ([0], [1]) if kinds else ([0], [0, 1]):
-        monkeypatch.setattr(Prompts, "CHUNK", 11)
-        prompts = Prompts(llama, tok, [some[i] for i in batch], "sparse", kinds)
-        for _ in range(2):  # one reading serves several selectors
-            losses = prompts.loss(make_selector(name, 0.3, butler))
-            assert_close(name, losses, [whole[i] for i in batch], 1e-4)
-
-
-def test_a_long_answer_is_forced_as_far_as_it_fits(small):
-    llama, tok, _ = small
-    d = Document("word " * 50, " And", ("word " * 9000,), "rouge", 8)
-    prompts = Prompts(llama, tok, [d], "sparse")
-    assert prompts.lengths[0] + len(prompts.forced[0]) == llama.config.context
-    short = Document(d.context, d.question, ("word " * 9,), "rouge", 8)
-    assert Prompts(llama, tok, [short], "sparse").answers[0] == tok.encode(short.answer)
-
-
-def test_differences_are_those_of_the_same_document():
-    losses = {"dense": {"1.0": [[1.0, 2.0]]}, "butler": {"0.1": [[1.5, 2.0], [1.0, 3.0]]}}
-    assert above_dense(losses) == {"butler": {"0.1": [[0.5, 0.0], [0.0, 1.0]]}}
-    assert above_dense({"butler": losses["butler"]}) == {}
-    m = each(bootstrap, above_dense(losses))["butler"]["0.1"]
-    assert m["mean"] == 0.375 and m["n"] == 2 and m["low"] <= 0.375 <= m["high"]
-
-
-def test_a_mean_of_tasks_weighs_them_alike():
-    many, few = [[0.0] * 90 + [1.0] * 10], [[1.0] * 4]
-    m = bootstrap(many, few)
-    assert m["mean"] == pytest.approx(0.55) and m["n"] == 104 and 0.5 < m["low"] < m["high"] < 0.6
-    assert each(bootstrap, {"a": {"1": many}}, {"a": {"1": few}}) == {"a": {"1": m}}
+    short = without_middle(Written(STORY, asked, "x", new_tokens=32), tok, 232)
+    assert sum(map(len, short.encode(tok)[:2])) <= 200 and short.question.endswith("\nAnswer:")
+    assert 95 <= len(tok.encode(short.question)) <= 100 and STORY.startswith(short.context[:20])
 
 
 # ---------------------------------------------------------------------------- the script
 
 
-def test_the_sixteen_tasks_run_and_go_on_from_a_file(folder, tmp_path, monkeypatch, capsys):
+def test_all_tasks_run(folder, tmp_path, monkeypatch):
+    for name, task in TASKS.items():
+        monkeypatch.setitem(TASKS, name, replace(task, new_tokens=8))
     path = tmp_path / "d.jsonl"
-    path.write_text("\n".join([*map(line, LINES), line("hotpotqa", STORY * 3)]))
-    for rules in published().values():
-        monkeypatch.setitem(rules, "new_tokens", min(rules["new_tokens"], 40))
-    flags = ["--data", str(path), "--model", str(folder), "--selectors", "dense,oracle,snapkv",
-             "--budgets", "0.2", "--out", str(tmp_path / "s.jsonl")]
-
-    def run(*more):
-        return synth_task.main(cli.parse(synth_task.Config, [*flags, *more]))
-
-    report, shown = run(), capsys.readouterr().out
-    assert set(report["results"]) == {*LINES, "mean"} == set(report["loss"])
-    for name, by in report["results"].items():
-        assert set(by) == {"dense", "oracle", "snapkv"}
-        n = {"mean": 17, "hotpotqa": 2}.get(name, 1)
-        assert all(m["n"] == n and 0 <= m["mean"] <= 1 for b in by.values() for m in b.values())
-    for name, by in report["loss above dense"].items():
-        assert set(by) == {"oracle", "snapkv"}
-        loss = report["loss"][name]
-        for selector in by:
-            assert by[selector]["0.2"]["mean"] == pytest.approx(
-                loss[selector]["0.2"]["mean"] - loss["dense"]["1.0"]["mean"], abs=1e-9)
-        assert 3 < loss["dense"]["1.0"]["mean"] < 20 and by["snapkv"]["0.2"]["mean"] != 0
-    assert report["question"] == "sparse" and "--question sparse" in shown
-    assert "above dense" in shown and "mean " in shown
-    monkeypatch.setattr(Prompts, "__init__", None)  # nothing is computed again
-    assert run()["loss"] == report["loss"]
-    with pytest.raises(UsageError, match="other settings"):
-        run("--question", "prefill")
-
-
-def test_prefill_asks_densely(small, tmp_path):
-    llama, tok, _ = small
-    (d,) = documents(tmp_path, "hotpotqa", context=STORY * 3)
-    losses = {}
-    for asked in ("sparse", "prefill"):
-        evaluate(llama, tok, [d], ("dense", "recency"), ("0.1",), question=asked,
-                 losses=losses.setdefault(asked, {}))
-    dense = [losses[asked]["dense"]["1.0"][0][0] for asked in losses]
-    sparse = [losses[asked]["recency"]["0.1"][0][0] for asked in losses]
-    assert dense[0] == pytest.approx(dense[1], abs=1e-4) and abs(sparse[0] - sparse[1]) > 1e-3
-
-
-def test_a_text_is_cut_into_what_goes_on(tok, tmp_path, tok_in_memory, capsys):
-    path = tmp_path / "own.jsonl"
-    report = continuation.main(continuation.Config(n=3, tokens=300, out=str(path)))
-    assert report["documents"] == 3
-    for d in read_data(path)["data"]:
-        counts = [len(ids) for ids in encode(tok, d)]
-        assert counts[0] >= 300 and counts[1] >= 24 and 50 <= counts[2] <= 200
-        assert " " not in (d.question[-1], d.answers[0][0])
-    again = continuation.main(continuation.Config(n=3, tokens=300, seed=1))
-    assert again["tokens"] != report["tokens"]
-    with pytest.raises(UsageError, match="no held-out file"):
-        continuation.main(continuation.Config(tokens=10**6))
+    lines = [*map(longbench, LINES), longbench("hotpotqa", STORY * 3), OWN, RULER]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    report = synth_task.main(parse(synth_task.Config, [
+        "--data", str(path), "--model", str(folder), "--selectors", "dense,oracle,snapkv",
+        "--budgets", "0.2"]))
+    assert set(report["results"]) == {*LINES, "data", "niah"}
+    for name, table in report["results"].items():
+        assert set(table) == {"dense", "oracle", "snapkv"}
+        for by_budget in table.values():
+            for m in by_budget.values():
+                assert m["n"] == 1 + (name == "hotpotqa") and 0 <= m["mean"] <= 1
 
 
 @pytest.mark.slow
-def test_the_default_model_answers_and_a_selection_costs_little(llama, tok, tmp_path):
-    """Two questions, one as a message, one behind examples; the context is cut to 1,000 tokens."""
+def test_the_default_model_answers(llama, tok, read):
+    """A message and a question behind examples, in contexts cut to 1,000 tokens, all dense."""
+    from pydoc_data.topics import topics
+
     text = " ".join(topics["assignment"].split())[:9000]
-    context = f"{STORY}\n{text}"
     examples = ("Passage: The cup is red.\nQuestion: What colour is the cup?\nAnswer: red\n\n"
                 f"Passage: {text}\nQuestion: What is it about?\nAnswer: assignment\n")
-    field, trivia = (documents(tmp_path, name, context=told)[0]
-                     for name, told in (("multifieldqa_en", context), ("triviaqa", examples)))
-    for d, least in ((field, 0.6), (trivia, 0.9)):
-        short, losses = cut(tok, d, 1000), {}
-        assert len(short.context) < len(d.context)
-        scores = evaluate(llama, tok, [short], ("dense", "oracle", "butler"), ("0.3",),
-                          [load_for(llama)], losses=losses)
-        assert scores["dense"]["1.0"][0][0] >= least
-        for by in above_dense(losses).values():
-            assert abs(by["0.3"][0][0]) < 0.3
+    field = longbench("multifieldqa_en", f"{STORY}\n{text}")
+    data = read(field, longbench("triviaqa", examples), context=1000)
+    for name, least in (("multifieldqa_en", 0.5), ("triviaqa", 0.9)):
+        assert len(data[name][0].context) < 6000
+        assert answers(llama, tok, data[name][0], [lambda: None])[0] >= least

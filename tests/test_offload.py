@@ -1,370 +1,312 @@
-"""offload.py: a store changes where rows lie, never what comes out; and it leaves nothing."""
+"""fast/offload.py: a store changes where rows lie, never what comes out, and it leaves nothing."""
 
 import copy
-import json
 import os
 import resource
 import signal
 import stat
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from functools import partial
-from pydoc_data.topics import topics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, assert_close, randomise
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import kernel
-import model
-from baselines import make_selector
-from beyond import offload
-from butler import Butler, ButlerConfig, load_for
-from common.errors import ModelError
-from loading.weights import Config
+from butler import Butler, ButlerConfig
+from cli import UserError
+from fast import offload
+from fast.offload import PAGE, PinnedCache, new_cache
 from model import Llama
-from tasks.coreference import coreference_documents
-from tasks.evaluation import evaluate
+from selection import make_selector
 
-TINY = Config(vocab_size=64, width=32, layers=5, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
-              context=4096, tied=True)
+IDS = torch.randint(256, (1, 260), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    torch.manual_seed(0)
-    model = Llama(TINY).eval().requires_grad_(False)
-    for p in model.parameters():  # far from the dull attention of small weights
-        p.mul_(3 if p.ndim > 1 else 1)
-    butler = Butler(ButlerConfig.for_model(model, stride=2)).eval().requires_grad_(False)
-    return model, butler
+def tiny_butler(tiny):
+    config = ButlerConfig.for_model(tiny, layers_per_producer=2, size=8, hidden=16)
+    return randomise(Butler(config), seed=1)
 
 
-@pytest.fixture
-def stores(tmp_path, monkeypatch):
-    """The kinds of caches that live elsewhere. A pinned one for a CPU, which only tests can make,
-    has one memory for both: they see which rows are read, not how these come over the bus."""
-    monkeypatch.setattr(offload, "CALM", 10**9)  # or none would be fetched: the file is in memory
-    return {"disk": offload.cache_kind("disk", tmp_path),
-            "pinned": offload.cache_kind("pinned", device="cuda")}
+def store(name, llama, capacity, selector=None, folder=None):
+    """A cache of model.py, one in a file, or one in pinned memory, which on a CPU is any memory."""
+    if name == "memory":
+        return llama.new_cache(1, capacity)
+    if name == "pinned":
+        return PinnedCache(llama, 1, capacity, dense=selector is None)
+    return new_cache(llama, capacity, "disk", selector, folder)
 
 
-def run(model, butler, name, kind, prompt, steps, lengths=None, **rules):
-    """Logits [steps, B, 1, V] of greedy steps behind a prompt [B, T], and the cache."""
-    cache = model.new_cache(len(prompt), prompt.shape[1] + steps, kind=kind)
-    selector = make_selector(name, rules.pop("budget", 0.2), butler, **rules)
-    if selector:
-        selector.read_ahead = cache.read_ahead
-    watch = selector and selector.watch
-    logits = [model.prefill(prompt, cache, watch, lengths, chunk=100)]
-    for _ in range(steps):
-        logits.append(model.decode(logits[-1].argmax(-1), cache, selector))
-    return torch.stack(logits[1:]), cache
+def decode(llama, cache, selector, ids, prompt=200):
+    """Reads a prompt, then the other tokens one by one -> logits [T, V] of all steps"""
+    logits = [llama.prefill(ids[:, :prompt], cache, selector.watch if selector else None)]
+    for token in ids[:, prompt:].split(1, dim=1):
+        logits.append(llama.decode(token, cache, selector))
+    return torch.cat(logits, dim=1)[0]
 
 
-def compare(stores, model, butler, name, *rest, **rules):
-    """Runs over every store beside one over the resident cache -> the caches of the former."""
-    expected, caches = run(model, butler, name, offload.Cache, *rest, **rules)[0], {}
-    for store, kind in stores.items():
-        actual, caches[store] = run(model, butler, name, kind, *rest, **rules)
-        assert_close(store, actual, expected, 1e-5)
-        assert torch.equal(actual.argmax(-1), expected.argmax(-1))
-    return caches
+@pytest.fixture(params=["disk", "pinned"])
+def place(request, monkeypatch):
+    """The stores. The pinned one with the kernel that reads it on a GPU, interpreted."""
+    if request.param == "pinned":
+        if not (kernel.triton and kernel.INTERPRETED):
+            pytest.skip("for Triton's interpreter")
+        monkeypatch.setattr(kernel, "sparse_decode", kernel.triton_attention)
+    return request.param
 
 
-RULES = [{}, {"drift": 0.9}, {"dense_below": 160}, {"budget": 60}]
+# ---------------------------------------------------------------------------- the same results
 
 
-@pytest.mark.parametrize("name, rules", [("butler", r) for r in RULES] + [
-    ("dense", {}), ("oracle", {}), ("quest", {}), ("h2o", {}), ("recency", {})], ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_stores_equal_the_resident_cache(tiny, stores, name, rules, batch):
-    prompt = torch.randint(0, 64, (batch, 151), generator=torch.Generator().manual_seed(1))
-    caches = compare(stores, *tiny, name, prompt, 15, **rules)
-    if name == "butler":
-        asked, missed = caches["disk"].traffic
-        assert 0 < missed < asked
+@pytest.mark.parametrize("name", ["dense", "oracle", "recency", "butler"])
+def test_every_store_gives_the_logits_of_a_cache_in_memory(tiny, tiny_butler, place, name):
+    seen = []
+    for where in ("memory", place):
+        selector = make_selector(name, 0.2, tiny_butler)
+        cache = store(where, tiny, 212, selector)
+        seen.append(decode(tiny, cache, selector, IDS[:, :212]))
+    assert cache.size == 212
+    assert_close(f"{place}, {name}", seen[1], seen[0], 2e-5)
 
 
-def test_rows_in_memory_are_attended_to_where_they_are(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "CALM", 0)
-    prompt = torch.arange(160)[None] % 64
-    expected, _ = run(*tiny, "butler", offload.Cache, prompt, 25, drift=0.9)
-    actual, cache = run(*tiny, "butler", offload.cache_kind("disk", tmp_path), prompt, 25,
-                        drift=0.9)
-    assert_close("logits", actual, expected, 1e-5)
-    assert cache.in_memory and cache.missed < cache.asked / 10
+def test_the_real_model_from_a_file(llama, butler):
+    seen = []
+    for where in ("memory", "disk"):
+        selector = butler.selector(0.1)
+        cache = store(where, llama, 106, selector)
+        seen.append(decode(llama, cache, selector, torch.arange(3000, 3106)[None], prompt=100))
+    assert_close("logits", seen[1], seen[0], 1e-4)
 
 
-@pytest.mark.parametrize("name", ["butler", "dense"])
-def test_stores_equal_the_resident_cache_where_rows_differ_in_length(tiny, stores, name):
-    prompt = torch.randint(0, 64, (3, 151), generator=torch.Generator().manual_seed(1))
-    compare(stores, *tiny, name, prompt, 5, [90, 151, 120])
+def test_a_second_question_behind_a_truncated_cache(tiny, tiny_butler, place):
+    """Rows of the first question are still in the store; the second one must not read them."""
+    seen = []
+    for where in ("memory", place):
+        first, second = tiny_butler.selector(0.3), tiny_butler.selector(0.3)
+        cache = store(where, tiny, 260, first)
+        decode(tiny, cache, first, IDS[:, :210])
+        cache.truncate(150)
+        seen.append(decode(tiny, cache, second, IDS[:, 200:260], prompt=50))
+    assert_close(place, seen[1], seen[0], 2e-5)
+    fresh = tiny.new_cache(1, 260)
+    ids = torch.cat([IDS[:, :150], IDS[:, 200:260]], dim=1)
+    expected = decode(tiny, fresh, tiny_butler.selector(0.3), ids)
+    assert_close("read without the first question", seen[1], expected, 2e-5)
 
 
-def test_stores_equal_the_resident_cache_on_the_real_model(llama, stores):
-    compare(stores, llama, load_for(llama), "butler", torch.arange(3000, 3300)[None], 8)
+def test_two_texts_of_equal_length(tiny, tiny_butler):
+    ids, seen = IDS.view(2, 130), []
+    for make in (tiny.new_cache, lambda B, S: new_cache(tiny, S, "disk", batch=B)):
+        cache, selector = make(2, 130), tiny_butler.selector(0.3)
+        tiny.prefill(ids[:, :120], cache, selector.watch)
+        seen.append(torch.cat([tiny.decode(token, cache, selector)
+                               for token in ids[:, 120:].split(1, dim=1)]))
+    assert_close("two texts", seen[1], seen[0], 2e-5)
 
 
-def test_tasks_have_the_same_answers(llama, tok, tmp_path):
-    documents = coreference_documents("test", 3, seed=5)
-    known = []
-    for kind in (offload.Cache, offload.cache_kind("disk", tmp_path)):
-        known.append(evaluate(llama, tok, documents, ("dense", "oracle", "butler"), ("0.1",),
-                              [load_for(llama)], kind=kind))
-    assert known[0] == known[1]
-    assert sum(known[0]["butler"]["0.1"][0]) > 1
+def test_a_full_cache_is_one_line(tiny):
+    with pytest.raises(UserError, match="12 tokens do not fit into a cache of 11"):
+        decode(tiny, new_cache(tiny, 11, "disk"), None, IDS[:, :12], prompt=10)
 
 
-def test_second_question_reads_no_stale_row(tiny, stores):
-    """What is held of tokens that were forgotten since must not be taken for their successors."""
-    model, butler = tiny
-    prompt = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(2))
-    results = []
-    for kind in (offload.Cache, *stores.values()):
-        cache, logits = model.new_cache(1, 300, kind=kind), []
-        for question in (prompt[:, :40], prompt[:, 40:80]):
-            selector = butler.selector(0.5)
-            selector.read_ahead = cache.read_ahead
-            cache.truncate(min(cache.size, 150))
-            if cache.size == 0:
-                model.prefill(prompt[:, :150], cache, selector.watch)
-            logits += [model.decode(t, cache, selector) for t in question.split(1, dim=1)]
-        results.append(torch.cat(logits))
-    for store, logits in zip(stores, results[1:], strict=True):
-        assert_close(store, logits, results[0], 1e-5)
+# ---------------------------------------------------------------------------- prefetching
 
 
-class Bus(TorchDispatchMode):
-    """Between the host, on the CPU, and a GPU that meta tensors stand for: they have no contents,
-    so nothing can be read from them. Lets only copies of the host's rows pass, and counts these."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        if len({x.device.type for x in tensors}) > 1:
-            assert function is torch.ops.aten.copy_.default and out.is_meta, function
-            self.bytes += out.nbytes
-        return out
+def fill(cache, size):
+    cache.rows.copy_(torch.randn(cache.rows.shape, generator=torch.Generator().manual_seed(1)))
+    cache.advance(size)
 
 
-@pytest.fixture
-def by_triton(monkeypatch):
-    """-> where the kernels' launches go, to be replaced: the interpreter's `run`"""
-    pytest.importorskip("triton")
-    if not kernel.INTERPRETED:
-        pytest.skip("for Triton's interpreter")
-    for module in (kernel, model):
-        monkeypatch.setattr(module, "on_gpu", lambda x: True)
-    return type(kernel.attend)
+def choose(layers, tokens, chosen, seed=0):
+    """[layers, 1, 2, chosen] tokens, some of them -1"""
+    rng = torch.Generator().manual_seed(seed)
+    picked = torch.rand(layers, 1, 2, tokens, generator=rng).topk(chosen).indices.int()
+    return picked.masked_fill_(torch.rand(picked.shape, generator=rng) < 0.2, -1)
 
 
-def test_what_crosses_the_bus(tiny, by_triton, monkeypatch):
-    """Dense attention copies what was cached before, of each layer but the first; all the rest is
-    between tensors of the GPU, and asks it for no number."""
-    monkeypatch.setattr(by_triton, "run", lambda *args, **kwargs: None)
-    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cpu)
-    monkeypatch.setattr(offload, "host_rows", lambda *row: (
-        torch.zeros(row[0]), torch.empty(row[0], device="meta")))
-    with torch.device("meta"):
-        llama, butler = Llama(TINY), Butler(tiny[1].config)
-    llama.frequencies = tiny[0].frequencies.to("meta")
-    row = (TINY.layers - 1) * TINY.kv_heads * 2 * TINY.head_dim * 4
-    for rules in ({}, {"drift": 0.9}):
-        cache = llama.new_cache(1, 200, kind=offload.PinnedCache)
-        selector, tokens = butler.selector(0.4, **rules), torch.zeros(1, 130, device="meta").long()
-        selector.read_ahead = cache.read_ahead
-        with Bus() as bus:
-            llama.prefill(tokens, cache, selector.watch, chunk=50)
-            assert bus.bytes == (50 + 100) * row
-            for _ in range(4):
-                llama.decode(tokens[:, :1], cache, selector)
-            assert bus.bytes == 150 * row and not cache.coming
-            llama.decode(tokens[:, :1], cache)
-            assert bus.bytes == (150 + 134) * row
-
-
-class Beside(TorchDispatchMode):
-    """A stream beside that is as late as it may be: what is launched in it happens when it is
-    waited for, and until then there is NaN. It has to wait for the main stream each time."""
-
-    def __init__(self, run):
-        super().__init__()
-        self.run, self.calls, self.done, self.active, self.follows = run, [], 0, False, False
-
-    def __enter__(self):
-        assert self.follows
-        self.active, self.follows = True, False
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self.active = False
-        return super().__exit__(*error)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.copy_.default:
-            self.calls.append(partial(function, *args, **kwargs or {}))
-            return args[0].fill_(torch.nan)
-        out = function(*args, **kwargs or {})
-        return out.fill_(torch.nan) if function is torch.ops.aten.empty.memory_format else out
-
-    def launch(self, *args, **kwargs):
-        if self.active:
-            self.calls.append(partial(self.run, *args, **kwargs))
-        else:
-            self.run(*args, **kwargs)
-
-    def wait_stream(self, main):
-        self.follows = True
-
-    def record_event(self):
-        return len(self.calls)
-
-    def catch_up(self, event):
-        for call in self.calls[self.done : event]:
-            call()
-        self.done = max(self.done, event)
-
-
-def test_a_stream_beside_is_waited_for(by_triton, monkeypatch):
-    """Prompt, sparse and dense steps, another question, by the kernels that a GPU would run."""
-    torch.manual_seed(5)
-    llama = randomise(Llama(replace(TINY, layers=4, heads=2, kv_heads=1)))
-    butler = Butler(ButlerConfig.for_model(llama, stride=2)).eval()
-    tokens = torch.randint(0, 64, (1, 70), generator=torch.Generator().manual_seed(4))
-
-    def story(kind):
-        cache, logits, ids = llama.new_cache(1, 70, kind=kind), [], iter(tokens.split(1, dim=1))
-        for rules, first in (({}, 0), ({"drift": 0.9}, 32)):
-            selector = butler.selector(0.9, **rules)
-            selector.read_ahead = cache.read_ahead
-            cache.truncate(first)
-            prompt = torch.cat([next(ids) for _ in range(30)], dim=1)
-            logits.append(llama.prefill(prompt, cache, selector.watch, chunk=15))
-            for chooses in (selector, selector, None, selector):
-                logits.append(llama.decode(next(ids), cache, chooses))
-        return torch.cat(logits), cache
-
-    expected, _ = story(offload.Cache)
-    real = by_triton.run
-    beside = Beside(real)
-    main = SimpleNamespace(wait_event=beside.catch_up,
-                           wait_stream=lambda other: other.catch_up(len(other.calls)))
-    monkeypatch.setattr(by_triton, "run", lambda *a, **k: beside.launch(*a, **k))
-    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(
-        Stream=lambda device: beside, current_stream=lambda device: main, stream=lambda s: s))
-    actual, cache = story(offload.PinnedCache)
-    assert_close("logits", actual, expected, 1e-5)
-    asked, missed = cache.traffic
-    assert 0 < missed < asked / 2, (asked, missed)
-    assert sum(call.func == real for call in beside.calls) >= 3 * 3  # fetched ahead
-
-
-@pytest.mark.gpu
-def test_a_gpu_writes_the_resident_tokens(tiny):
-    model, butler = (copy.deepcopy(module).cuda() for module in tiny)
-    pinned = offload.cache_kind("pinned", device="cuda")
-    prompt = torch.randint(0, 64, (3, 151), generator=torch.Generator().manual_seed(1)).cuda()
-    for name, lengths in (("butler", None), ("dense", None), ("oracle", None),
-                          ("butler", [90, 151, 120]), ("dense", [90, 151, 120])):
-        expected, _ = run(model, butler, name, offload.Cache, prompt, 25, lengths)
-        actual, cache = run(model, butler, name, pinned, prompt, 25, lengths)
-        assert_close(name, actual.cpu(), expected.cpu(), 1e-5)
-        assert cache.store.is_cuda and cache.store.data_ptr() == cache.host.data_ptr()
-        assert cache.host[:, 1, :, 151].any()  # a row that a step wrote
-
-
-def test_rows_held_are_those_used_last():
-    """Against the plainest form: for each head a dictionary of the time of last use."""
-    rng = torch.Generator().manual_seed(3)
-    B, G, capacity, D, slots, K = 2, 2, 300, 4, 40, 20
-    store = torch.randn(B, G, capacity, 2, D, generator=rng)
-    held, last, reads, count = offload.Held(store, slots), [{} for _ in range(B * G)], 0, []
-    for now in range(60):
-        tokens = torch.stack([(torch.randperm(60, generator=rng)[:K] + 2 * now) % capacity
-                              for _ in range(B * G)])
-        tokens[torch.rand(tokens.shape, generator=rng) < 0.2] = -1
-        found = held.fetch(tokens, now, lambda table, rows: count.append(len(rows)) or table[rows])
-        for head, (wanted, at) in enumerate(zip(tokens.tolist(), found.tolist(), strict=True)):
-            for token, slot in zip(wanted, at, strict=True):
-                assert (slot == -1) == (token == -1)
+def pages_of(cache, layers, chosen) -> set:
+    """The definition: the pages that the bytes of each chosen row lie on, by its own address."""
+    pages = set()
+    for layer, heads in zip(layers, chosen[:, 0].tolist(), strict=True):
+        for head, tokens in enumerate(heads):
+            for token in tokens:
                 if token >= 0:
-                    row = held.rows.flatten(0, 1)[head, slot]
-                    assert torch.equal(row, store.flatten(0, 1)[head, token])
-            real = {t for t in wanted if t >= 0}
-            reads += len(real - last[head].keys())
-            last[head] |= dict.fromkeys(real, now)
-            kept = sorted(last[head].values())[-slots:]
-            assert len(real) <= len(kept)
-            if len(last[head]) > slots:  # ties at the edge may fall either way: both are oldest
-                mine = {t for t in held.token[head].tolist() if t >= 0}
-                assert min(last[head][t] for t in mine) >= kept[0]
-                last[head] = {t: last[head][t] for t in mine}
-    assert sum(count) == reads > 0
+                    row = cache.rows[layer - 1, 0, head, token]
+                    start = row.data_ptr() - cache.rows.data_ptr()
+                    pages |= set(range(start // PAGE, (start + row.nbytes - 1) // PAGE + 1))
+    return pages
 
 
-def test_a_fetch_on_its_way_ends_before_a_rewind(tiny, stores, monkeypatch):
-    """Also where its layer no longer waits for it, as all rows turned out to be in memory."""
-    cache = tiny[0].new_cache(1, 50, kind=stores["disk"])
-    cache.advance(40)
-    index = torch.arange(30, 40, dtype=torch.int32).expand(1, 2, 1, -1)
-    cache.fetcher.submit(time.sleep, 0.2)
-    cache.read_ahead([1], index[None])
-    monkeypatch.setattr(offload, "CALM", -1)
-    cache.at_hand(1, cache.k[1], cache.v[1], index)
-    cache.truncate(20)
-    cache.fetcher.submit(int).result()  # all that was under way
-    assert cache.held[1].used.numel() and not (cache.held[1].token >= 20).any()
+@pytest.mark.parametrize("head_dim", [10, 16, 640])
+def test_pages_hold_the_chosen_rows_and_nothing_else(tiny, head_dim):
+    """Rows smaller and larger than a page, and rows that lie across two."""
+    llama = tiny if head_dim == 16 else Llama(replace(tiny.config, head_dim=head_dim))
+    cache = new_cache(llama, 333, "disk")
+    layers, chosen = [2, 3], choose(2, 333, 20)
+    starts, sizes = cache.pages_of(layers, chosen)
+    named = [page for start, size in zip(starts, sizes, strict=True)
+             for page in range(start // PAGE, (start + size) // PAGE)]
+    assert not (starts % PAGE).any()
+    assert named == sorted(pages_of(cache, layers, chosen))
+    assert (starts[1:] > (starts + sizes)[:-1]).all()  # adjacent pages are one range
+    empty = cache.pages_of([1], torch.full((1, 1, 2, 4), -1))
+    assert [len(part) for part in empty] == [0, 0]
 
 
-def test_what_a_layer_still_has_to_read_is_given_up_with_it(tiny, stores):
-    """And what was read is not kept beside the file: it may be larger than memory."""
-    cache = tiny[0].new_cache(1, 50, kind=stores["disk"])
-    cache.advance(40)
-    cache.fetcher.submit(time.sleep, 0.3)
-    pieces = []
-    for layer in (1, 2):
-        cache.whole(layer, cache.k[layer], cache.v[layer])
-        pieces.append(cache.pieces)
-    assert len(pieces[0]) == len(pieces[1]) == 2  # one for each KV head
-    assert all(piece.cancelled() for piece in pieces[0])
-    assert [piece.result() for piece in pieces[1]] == [None, None]
+def dropped(cache):
+    """Skips where the file's pages cannot leave memory: a folder that is itself memory."""
+    cache.drop_pages()
+    if cache.pages_in_memory().any():
+        pytest.skip(f"{cache.folder} does not give up its pages")
 
 
-def test_a_single_layer_stores_nothing(stores):
-    model = Llama(replace(TINY, layers=1)).eval()
-    compare(stores, model, None, "oracle", torch.arange(30)[None], 3)
+def test_a_prefetch_brings_the_chosen_rows_into_memory(tiny):
+    """mincore says which pages are in memory. Reading the rows then waits for no page that the
+    prefetch did not ask for, and brings no other."""
+    cache = new_cache(tiny, 2000, "disk")
+    fill(cache, 2000)
+    layers, chosen = [2, 3], choose(2, 2000, 60)
+    dropped(cache)
+    cache.prefetch(layers, chosen)
+    cache.append(1, *torch.zeros(2, 1, 2, 0, 16))  # a sparse step, nothing to write
+    cache.advisor.shutdown()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    expected = torch.randn(cache.rows.shape, generator=torch.Generator().manual_seed(1))
+    for layer, tokens in zip(layers, chosen[:, 0].long(), strict=True):
+        for head in range(2):
+            named = tokens[head][tokens[head] >= 0]
+            assert torch.equal(cache.k[layer][0, head, named],
+                               expected[layer - 1, 0, head, named, 0])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_majflt == before
+    assert set(cache.pages_in_memory().nonzero()[0]) == pages_of(cache, layers, chosen)
 
 
-def test_file_has_no_name_and_is_private(tiny, tmp_path):
-    caches = [tiny[0].new_cache(1, 50, kind=offload.cache_kind("disk", tmp_path)) for _ in "ab"]
+def test_without_a_prefetch_the_rows_are_missing(tiny):
+    """The test above can fail."""
+    cache = new_cache(tiny, 2000, "disk")
+    fill(cache, 2000)
+    dropped(cache)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    assert cache.k[2][0, 0, 700].any()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_majflt > before
+
+
+def random_access(cache) -> bool:
+    """Does Linux read this mapping without reading ahead? The flag `rr` of /proc/self/smaps."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if "-" in name and not name.endswith(":"):
+            start, end = (int(word, 16) for word in name.split("-"))
+            found = start <= cache.rows.data_ptr() < end
+        elif found and name == "VmFlags:":
+            return "rr" in line.split()
+    raise AssertionError("the mapping is not there")
+
+
+def test_dense_steps_read_ahead_and_sparse_steps_do_not(tiny):
+    cache = new_cache(tiny, 100, "disk")
+    tiny.prefill(IDS[:, :50], cache)
+    assert not random_access(cache)
+    for sparse in (True, True, False, True):
+        if sparse:
+            cache.prefetch([1], choose(1, 50, 9))
+        tiny.decode(IDS[:, :1], cache)
+        assert random_access(cache) == sparse
+    tiny.prefill(IDS[:, :9], cache)
+    assert not random_access(cache)
+
+
+def test_nothing_is_asked_for_once_all_rows_are_in_memory(tiny, monkeypatch):
+    usage = SimpleNamespace(ru_inblock=7, ru_majflt=0)
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    cache = new_cache(tiny, 100, "disk")
+    calls = []
+    monkeypatch.setattr(cache, "advisor", SimpleNamespace(submit=lambda *a: calls.append(a)))
+    for _ in range(2):
+        for _ in range(offload.QUIET + 5):
+            cache.prefetch([1], choose(1, 50, 9))
+        assert len(calls) == offload.QUIET
+        usage.ru_majflt += 1  # a row was missing
+        calls.clear()
+
+
+@pytest.mark.parametrize("rules", [{}, {"drift": 0.3}], ids=str)
+def test_the_fast_selector_names_in_time_what_is_then_read(tiny, tiny_butler, rules):
+    """Each layer's choice arrives before the layer does, once a step, and is what the layer then
+    attends to between sinks and window."""
+    selector_module = pytest.importorskip("fast.selector")
+    fast_selector = make_fast_selector(selector_module, tiny_butler, 0.4, **rules)
+    cache = new_cache(tiny, 260, "disk", fast_selector)
+    told, seen = {}, []
+    ask, append = cache.prefetch, cache.append
+
+    def prefetch(layers, chosen):
+        assert chosen.dtype == torch.int32 and chosen.shape[:3] == (len(layers), 1, 2)
+        assert not told.keys() & set(layers)
+        told.update(zip(layers, chosen.clone(), strict=True))
+        ask(layers, chosen)
+
+    def appended(layer, k, v):
+        assert k.shape[2] > 1 or layer == 0 or layer in told
+        return append(layer, k, v)
+
+    fast_selector.prefetch_with(prefetch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "append", appended)
+        tiny.prefill(IDS[:, :200], cache, fast_selector.watch)
+        assert not told
+        for token in IDS[:, 200:220].split(1, dim=1):
+            tiny.decode(token, cache, fast_selector)
+            assert sorted(told) == [1, 2, 3, 4]
+            fixed = fast_selector.sinks_and_window(1, cache.size, "cpu")
+            always = set(fixed.flatten().tolist())
+            for layer, chosen in told.items():
+                for named, read in zip(chosen[0], fast_selector.index[layer][0, :, 0], strict=True):
+                    seen.append(set(named.tolist()) - {-1})
+                    assert seen[-1] | always == set(read.tolist()) - {-1} | always
+            told.clear()
+    assert all(seen)
+
+
+def make_fast_selector(module, butler, budget, **rules):
+    """fast's own selector, whatever its class is called, around the weights of a plain butler."""
+    import fast
+
+    fast_butler = fast.Butler(butler.config)
+    fast_butler.load_state_dict(butler.state_dict())
+    return fast_butler.eval().requires_grad_(False).selector(budget, **rules)
+
+
+# ---------------------------------------------------------------------------- files and errors
+
+
+def test_the_file_has_no_name_and_is_private(tiny, tmp_path):
+    caches = [new_cache(tiny, 50, "disk", folder=tmp_path) for _ in "ab"]
     assert list(tmp_path.iterdir()) == []
-    status = [os.fstat(c.file.fileno()) for c in caches]
+    status = [os.fstat(cache.file.fileno()) for cache in caches]
     assert all(s.st_nlink == 0 and stat.S_IMODE(s.st_mode) == 0o600 for s in status)
     assert status[0].st_ino != status[1].st_ino
-    assert all(s.st_blocks * 512 >= c.store.nbytes for s, c in zip(status, caches, strict=True))
+    for s, cache in zip(status, caches, strict=True):
+        assert s.st_blocks * 512 >= cache.rows.nbytes  # its room is taken now, not later
 
 
 def child(code: str, *paths, **options):
     start = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-             "from test_offload import TINY\nfrom model import Llama\n"
-             "from beyond.offload import cache_kind\nllama = Llama(TINY)\n")
+             "from conftest import tiny_config\nfrom model import Llama\n"
+             "from cli import UserError\nfrom fast.offload import new_cache\n"
+             "llama = Llama(tiny_config())\n")
     return subprocess.Popen([sys.executable, "-c", start + code, *map(str, paths)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-def test_nothing_is_left_behind_a_crash(tmp_path):
-    process = child("cache = llama.new_cache(1, 4000, kind=cache_kind('disk', sys.argv[1]))\n"
-                    "cache.store.fill_(1)\nprint('ready', flush=True)\nsys.stdin.read()\n",
+def test_a_killed_process_leaves_nothing(tmp_path):
+    process = child("cache = new_cache(llama, 2000, 'disk', folder=sys.argv[1])\n"
+                    "cache.rows.fill_(1)\nprint('ready', flush=True)\nsys.stdin.read()\n",
                     tmp_path, stdin=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGKILL)
@@ -372,12 +314,11 @@ def test_nothing_is_left_behind_a_crash(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_is_one_line_before_anything_is_written(tmp_path):
-    """A limit on the size of files, which the kernel enforces like a full disk."""
+def test_a_full_disk_is_one_line_before_anything_is_written(tmp_path):
+    """A limit on the size of files, which Linux enforces like a full disk."""
     limit = 100_000
-    process = child("from common.errors import ModelError\ntry:\n"
-                    "    llama.new_cache(1, 4000, kind=cache_kind('disk', sys.argv[1]))\n"
-                    "except ModelError as e:\n    print(e)\n", tmp_path,
+    process = child("try:\n    new_cache(llama, 2000, 'disk', folder=sys.argv[1])\n"
+                    "except UserError as e:\n    print(e)\n", tmp_path,
                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     out, err = process.communicate()
     assert process.returncode == 0, err
@@ -385,80 +326,51 @@ def test_no_room_is_one_line_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_in_memory_is_one_line(tiny):
-    with pytest.raises(ModelError, match="^no room for 5.12e.06 GB of keys and values in [^\n]*$"):
-        tiny[0].new_cache(1, 10**13, kind=offload.PinnedCache)
+@pytest.mark.parametrize("where, folder, words", [
+    ("tape", None, "unknown store 'tape'; known: disk, pinned"),
+    ("pinned", None, "--offload pinned is for --device cuda, not cpu"),
+    ("disk", "/no/such/folder", "in /no/such/folder .No such file or directory."),
+    ("disk", __file__, "Not a directory"),
+    ("disk", "/proc", "in /proc .No such file or directory.")])
+def test_refusals(tiny, where, folder, words):
+    with pytest.raises(UserError, match=words):
+        new_cache(tiny, 50, where, folder=folder)
 
 
-@pytest.mark.parametrize("store, folder, device, words", [
-    ("tape", None, "cpu", "none, pinned, disk"), ("pinned", None, "cpu", "--device cuda"),
-    ("disk", None, "cuda", "--device cpu"),
-    ("disk", "/no/such/folder", "cpu", "no folder"),
-    ("disk", __file__, "cpu", "no folder")])
-def test_refusals(store, folder, device, words):
-    with pytest.raises(ModelError, match=words):
-        offload.cache_kind(store, folder, device)
+def test_other_devices_and_systems_are_refused(tiny, monkeypatch):
+    there = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(UserError, match="--offload disk is for --device cpu, not cuda"):
+        new_cache(there, 50, "disk")
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(UserError, match="--offload disk needs Linux"):
+        new_cache(tiny, 50, "disk")
 
 
-def wide_model(folder):
-    """A byte-level Llama of 3 million numbers whose 12,000 tokens need a gigabyte of cache. Its own
-    butler, untrained, chooses as steadily as a trained one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    built = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = decoders.ByteLevel()
-    built.save(str(folder / "tokenizer.json"))
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=5,
-                         num_attention_heads=16, num_key_value_heads=16, head_dim=128,
-                         max_position_embeddings=16_000, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=None)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    model = Llama.from_pretrained(folder)
-    Butler(ButlerConfig.for_model(model)).save(folder / "butler.safetensors")
+def test_more_tokens_than_the_context_or_the_memory(tiny, monkeypatch):
+    with pytest.raises(UserError, match="9999 tokens exceed the model's context of 2048"):
+        new_cache(tiny, 9999, "disk")
+    monkeypatch.setattr(offload, "pinned_rows", lambda *shape: torch.zeros(10**14))
+    with pytest.raises(UserError, match="no room for .* in page-locked memory .[^\n]*$"):
+        PinnedCache(tiny, 1, 8, dense=False)
 
 
-def test_rows_of_a_text_that_was_rewound_do_not_outlive_those_in_use():
-    store = torch.randn(1, 1, 100, 2, 4, generator=torch.Generator().manual_seed(0))
-    held, read = offload.Held(store, 12), lambda table, rows: table[rows]
-    for now, first in ((60, 0), (70, 4), (80, 8)):  # tokens 0 ... 11 fill it
-        held.fetch(torch.arange(first, first + 4)[None], now, read)
-    held.forget(10)
-    for tokens in ([0, 1, 20, 21], [0, 22, 23, 24], [0, 25, 26, 27], [0, 28, 29, 30]):
-        slots = held.fetch(torch.tensor([tokens]), 10, read)[0].long()
-        assert torch.equal(held.rows[0, 0, slots], store[0, 0, tokens])
-    assert (held.slot[0, 10:20] < 0).all()
+def test_sample_writes_the_same_text_from_a_file(main):
+    arguments = ("--engine", "fast", "--temperature", 0, "--max-new-tokens", 12)
+    in_memory = main("sample.py", *arguments)
+    on_disk = main("sample.py", *arguments, "--offload", "disk")
+    assert on_disk["text"] == in_memory["text"]
+    assert on_disk["attended_per_step"] == in_memory["attended_per_step"]
 
 
-@pytest.mark.slow
-def test_a_context_larger_than_memory(tmp_path):
-    """Under a limit that the resident cache does not fit in, the file gives the resident text."""
-    wide_model(tmp_path)
-    book = "".join(topics[name] for name in sorted(topics))[:12_000]
-    (tmp_path / "book.txt").write_text(book.encode("ascii", "replace").decode())
-    limited = ("import subprocess, sys\nfrom measure.speed_offload import memory_limit\n"
-               "with memory_limit(int(sys.argv[1])):\n"
-               "    done = subprocess.run([sys.executable, *sys.argv[2:]])\n"
-               "sys.exit(abs(done.returncode))")
-
-    def sample(*more, limit=2**40):
-        done = subprocess.run(
-            [sys.executable, "-c", limited, str(limit), "sample.py", "--model", tmp_path,
-             "--butler", tmp_path / "butler.safetensors", "--prompt-file", tmp_path / "book.txt",
-             "--budget", "0.03", "--max-new-tokens", "30", "--temperature", "0", *more],
-            cwd=ROOT, text=True, capture_output=True)
-        if "--memory needs the right" in done.stderr:
-            pytest.skip(done.stderr.splitlines()[-1])
-        return done.returncode, done.stdout.splitlines()[-1:], done.stderr
-
-    _, (line,), _ = sample()
-    resident = json.loads(line)
-    limit = int(0.95 * resident["cache_bytes"])
-    assert resident["cache_bytes"] > 9e8
-    assert sample(limit=limit)[0] == signal.SIGKILL  # the limit is one
-    status, lines, errors = sample("--offload", "disk", limit=limit)
-    assert status == 0, errors
-    assert json.loads(lines[0])["text"] == resident["text"]
+@pytest.mark.gpu
+def test_a_gpu_reads_pinned_memory(tiny, tiny_butler):
+    llama, butler = copy.deepcopy(tiny).cuda(), copy.deepcopy(tiny_butler).cuda()
+    for name in ("butler", "dense", "oracle"):
+        seen = []
+        for make in (lambda c, s: llama.new_cache(1, c),
+                     lambda c, s: new_cache(llama, c, "pinned", s)):
+            selector = make_selector(name, 0.2, butler)
+            cache = make(212, selector)
+            seen.append(decode(llama, cache, selector, IDS[:, :212].cuda()).cpu())
+        assert_close(name, seen[1], seen[0], 1e-4)
+    assert cache.rows.is_cuda and cache.rows[:, :, :, 211].any()

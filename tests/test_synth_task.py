@@ -1,245 +1,306 @@
-"""The evaluation: scores against plain greedy decoding, batches, resuming, users' own questions."""
+"""Co-reference documents, and answers scored against plain greedy decoding."""
 
-import json
+import hashlib
+import operator
+import random
+import re
 
 import pytest
 import torch
 from scipy import stats
-from test_scripts import script
 
 import synth_task
-from baselines import BASELINES, make_selector
-from butler import Butler, ButlerConfig, load_for
-from measure.intervals import accuracy, bootstrap
-from tasks.coreference import coreference_documents
-from tasks.document import Document, encode_parts, found
-from tasks.evaluation import Prompts, Scores, evaluate, task_documents
-from tasks.longbench import read_data
-from tasks.ruler import TASKS
+from cli import UserError
+from selection import make_selector
+from synth_task import (
+    CUE,
+    PHRASES,
+    Document,
+    answers,
+    coreference_documents,
+    every_maker,
+    interval,
+    num_words,
+    pools,
+    training_text,
+)
+
+KINDS = ("places", "names", "philosophy", "food", "arithmetic")
 
 
-@pytest.fixture(scope="module")
-def butler(llama):
-    torch.manual_seed(3)
-    return Butler(ButlerConfig.for_model(llama)).eval()
+def of_both_splits(kind):
+    return [entry for split in ("train", "test") for entry in getattr(pools(split), kind)]
 
 
-def greedy(llama, tok, document, n):
-    ids = [tok.bos_id] * tok.add_bos + tok.encode(document.context) + tok.encode(document.question)
-    cache, written = llama.new_cache(1, len(ids) + n), []
-    logits = llama.prefill(torch.tensor([ids]), cache)
-    for _ in range(n):
-        written.append(int(logits[0, -1].argmax()))
-        logits = llama.decode(torch.tensor([written[-1:]]), cache)
-    return written
+def documents(**options):
+    return [(split, document) for split in ("train", "test")
+            for document in coreference_documents(split, 25, seed=3, **options)]
 
 
-def test_exact_means_that_greedy_decoding_writes_the_answer(llama, tok):
-    documents = coreference_documents("test", 4, seed=6, words=90)
-    (scores,) = evaluate(llama, tok, documents, ("dense",), ())["dense"]["1.0"]
-    assert set(scores) == {0, 1}
-    for document, score in zip(documents, scores, strict=True):
-        answer = tok.encode(document.answer)
-        assert score == (greedy(llama, tok, document, len(answer)) == answer)
+# ---------------------------------------------------------------------------- documents
 
 
-def test_written_answers_are_those_of_greedy_decoding(llama, tok):
-    lines = ["The red box holds a key.", "The blue box holds a coin, and nothing else at all."]
-    documents = [Document(" ".join(lines) + extra, " The red box holds a", ("key", "zebra"),
-                          "all", 6) for extra in ("", " The sky is grey.")]
-    (scores,) = evaluate(llama, tok, documents, ("dense",), ())["dense"]["1.0"]
-    for document, score in zip(documents, scores, strict=True):
-        assert score == found(document, tok.decode(greedy(llama, tok, document, 6)))
+def test_golden_documents():
+    """All recorded results are of these documents."""
+    (document,) = coreference_documents("train", 1, seed=7, referents=2, words=60)
+    assert document == Document(
+        "A university city behind old stone walls stores ice in deep cellars all summer. The place "
+        "is called Brirendal. A market town at the meeting of two rivers holds a race on stilts "
+        "each spring. The place is called Drukestia. Seen from a distance, hope ties the present "
+        "to what came before it. A stew of lentils is sold from small carts beside the road.",
+        "\n\nQuestion: Which place was described above as the seat of learning within its "
+        "ramparts, with frozen water kept underground? The place is called", "Brirendal")
+    found = [hashlib.sha256(f"{d.context}|{d.question}|{d.answer}".encode()).hexdigest()[:16]
+             for d in (*coreference_documents("test", 2, seed=0),
+                       *coreference_documents("test", 1, seed=5, position=0.5, referents=2))]
+    assert found == ["df0e21167faab0cd", "3b96b4bc7d5cb1ee", "846eed11b800833f"]
+
+
+def test_a_seed_fixes_the_documents():
+    first = coreference_documents("test", 5, seed=1, referents=2)
+    random.seed(99)  # the global generator must not matter
+    assert first == coreference_documents("test", 5, seed=1, referents=2)
+    assert first != coreference_documents("test", 5, seed=2, referents=2)
+    assert len({document.context for document in first}) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pools_are_large_and_disjoint(kind):
+    entries = of_both_splits(kind)
+    assert len(entries) >= (200 if kind in ("places", "names") else 100)
+    assert len(set(entries)) == len(entries)
+    assert len(getattr(pools("train"), kind)) > len(getattr(pools("test"), kind)) > 0
+
+
+def test_custom_of_a_test_place_is_never_trained_on():
+    """The half that tells a test place apart is in no training place, in either wording."""
+    for setting in PHRASES["places"][0]:
+        for place in pools("test").places:
+            if not place.introduction.startswith(setting[0]):
+                continue
+            custom = place.introduction.removeprefix(setting[0])
+            clause = place.tie_back.removeprefix(setting[1])
+            assert not any(other.introduction.endswith(custom) or other.tie_back.endswith(clause)
+                           for other in pools("train").places)
+
+
+def test_names_are_several_tokens_and_none_is_part_of_another(tok):
+    names = of_both_splits("names")
+    assert min(len(tok.encode(f" {name}")) for name in names) >= 3
+    assert not [(a, b) for a in names for b in names if a != b and a.lower() in b.lower()]
+
+
+def test_arithmetic_is_true():
+    operators = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
+    for sentence in of_both_splits("arithmetic"):
+        a, op, b, c = re.search(r"(\d+) (\w+) (\d+) \w+ (\d+)\.$", sentence).groups()
+        assert operators[op](int(a), int(b)) == int(c), sentence
+
+
+@pytest.mark.parametrize("referents, words", [(1, 120), (1, 250), (3, 250), (8, 600), (1, 5000)])
+def test_referents_and_words_are_honoured(referents, words):
+    for split, document in documents(referents=referents, words=words):
+        own = pools(split)
+        assert sum(name in document.context for name in own.names) == referents
+        told = [place for place in own.places if place.introduction in document.context]
+        asked = [place for place in told if place.tie_back in document.question]
+        assert len(told) == document.context.count(CUE) == referents
+        assert len(asked) == 1 and document.question.endswith(CUE)
+        assert f"{asked[0].introduction} {CUE} {document.answer}." in document.context
+        assert document.context.count(document.answer) == 1
+        assert document.answer not in document.question
+        assert abs(num_words(document.context) - words) <= 10  # half of the longest sentence
+
+
+@pytest.mark.parametrize("referents", [1, 4])
+@pytest.mark.parametrize("position", [0.0, 0.3, 0.7, 1.0])
+def test_position_is_honoured(referents, position):
+    for _, document in documents(referents=referents, position=position, words=300):
+        before, after = map(num_words, document.context.split(document.answer))
+        # Sentences are not cut, so an introduction may miss its place by about one neighbour.
+        assert abs(before / (before + after) - position) < 0.15
+
+
+def test_by_default_one_place_comes_first_and_several_are_spread():
+    assert all(document.context.find(CUE) < 120 for _, document in documents())
+    starts = {round(4 * document.context.find(document.answer) / len(document.context) - 0.25)
+              for _, document in documents(referents=4)}
+    assert starts == {0, 1, 2, 3}
+
+
+def test_training_text_varies():
+    rng = random.Random(0)
+    texts = [training_text(rng, pools("train")) for _ in range(60)]
+    assert {text.count(CUE) - 1 for text in texts} == {1, 2, 3}
+    lengths = sorted(map(num_words, texts))
+    assert 110 < lengths[0] < 180 < 270 < lengths[-1] < 350
+
+
+@pytest.mark.parametrize("options", [{"referents": 0}, {"referents": 9}, {"position": 1.5},
+                                     {"referents": 8, "words": 50}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(UserError):
+        coreference_documents("test", 1, seed=0, **options)
+    with pytest.raises(ValueError, match="split"):
+        pools("validation")
+
+
+# ---------------------------------------------------------------------------- tokens
 
 
 def test_parts_are_cut_from_the_joined_text(tok):
-    class Blank:  # as SentencePiece: a blank before everything
+    class Blank:  # like SentencePiece: a blank before everything
+        bos = [1]
+
         def encode(self, text):
-            return [ord(c) for c in " " + text] if text else []
+            return [ord(c) for c in " " + text]
 
-    assert encode_parts(Blank(), ("ab", "c", "")) == [[32, 97, 98], [99], []]
-    assert encode_parts(tok, ("A do", "g barks.", " Why?")) == [
-        tok.encode("A do"), tok.encode("g barks."), tok.encode(" Why?")]
-    for document in coreference_documents("test", 5, seed=1):  # here nothing straddles
-        parts = (document.context, document.question, document.answer)
-        assert encode_parts(tok, parts) == [tok.encode(part) for part in parts]
-        assert sum(encode_parts(tok, parts), []) == tok.encode(document.text)
-
-
-def test_found_counts_references_in_any_case():
-    document = Document("c", "q", ("Alpha", "Beta"), "all")
-    assert found(document, "ALPHA is first") == 0.5 and found(document, "beta, alpha") == 1
-    assert found(Document("c", "q", ("Alpha", "Beta"), "any"), "so alpha") == 1
-    assert found(document, "gamma") == 0
+    assert Document("ab", "c", "d").encode(Blank()) == [[1, 32, 97, 98], [99], [32, 100]]
+    straddling = Document("A do", "g barks.", "Why?")  # "dog" is one token
+    assert straddling.encode(tok) == [tok.encode("A do"), tok.encode("g barks."),
+                                      tok.encode(" Why?")]
+    for document in coreference_documents("test", 5, seed=1):
+        joined = f"{document.context}{document.question} {document.answer}"
+        assert sum(document.encode(tok), []) == tok.encode(joined)
 
 
-@pytest.mark.parametrize("question", [
-    "sparse", pytest.param("prefill", marks=pytest.mark.slow)])
-def test_a_batch_scores_as_its_documents_do_alone(llama, tok, butler, question):
-    """Token hits of every selector, and the attention kept; all lengths differ."""
-    documents = [coreference_documents("test", 1, seed=s, words=w)[0]
-                 for s, w in ((1, 90), (2, 140))]
-    kinds = [BASELINES[name] for name in ("h2o", "snapkv")]
-    together = Prompts(llama, tok, documents, question, kinds)
-    alone = [Prompts(llama, tok, [d], question, kinds) for d in documents]
-    for name in ("dense", "oracle", "butler", "quest", "h2o", "snapkv", "keynorm", "recency"):
-        together.answer(make_selector(name, 0.3, butler), probed=True)
-        hits, kept = [], []
-        for prompts in alone:
-            prompts.answer(make_selector(name, 0.3, butler), probed=True)
-            hits += prompts.hits
-            kept += prompts.kept
-        assert together.hits == hits, name
-        assert together.kept == pytest.approx(kept, abs=1e-3)
-        assert all(share == 1 if name == "dense" else 0.3 < share < 1 for share in kept)
+class Letters:
+    """One token per character; blanks are none."""
+
+    bos = [1]
+
+    def encode(self, text):
+        return [ord(c) - 256 for c in text if c != " "]
 
 
-def test_evictors_decide_before_the_question(llama, tok):
-    """Another question leaves what they kept of the context as it was."""
-    document = coreference_documents("test", 1, seed=1, words=90)[0]
-    other = Document(document.context, " What was the weather like?", document.answers)
-    for name in ("h2o", "snapkv"):
-        left = []
-        for asked in (document, other):
-            prompts = Prompts(llama, tok, [asked], "sparse", [BASELINES[name]])
-            selector = make_selector(name, 0.3)
-            selector.follow(prompts.watchers[type(selector)])
-            prompts.cache.truncate(prompts.lengths)
-            with torch.no_grad():
-                llama(prompts.block[:, :1], prompts.cache, selector)
-            size = int(prompts.lengths[0])
-            left.append({i: a[..., :size] for i, a in selector.alive.items()})
-        assert torch.equal(left[0][1], left[1][1])  # layer 1: nothing of the question yet
-        assert all(a.float().mean() < 0.35 for a in left[0].values())
-        prompts.answer(selector := make_selector(name, 0.3))  # the whole question
-        still = torch.stack([a[..., :size] for a in selector.alive.values()]).sum(-1)
-        assert still.float().mean() > 15  # of the context, besides what is always kept
+def letters(ids):
+    return "".join(chr(256 + i) for i in ids)
 
 
-def test_interrupted_scores_go_on(llama, tok, tmp_path, monkeypatch):
-    path, run = tmp_path / "scores.jsonl", {"seed": 1}
-    filler = "It was a quiet day, and the boats lay still in the harbour until evening came. " * 2
-    documents = [Document(f"The secret word is {word}. {filler}", "The secret word is", (answer,))
-                 for word, answer in (("river", "river"), ("stone", "zebra"), ("apple", "apple"),
-                                      ("garden", "zebra"), ("window", "window"))]
-
-    def scored(scores):
-        return evaluate(llama, tok, documents, ("dense", "recency"), ("0.3",), batch=2,
-                        scores=scores, task="t", kept={})
-
-    whole = scored(Scores())
-    assert whole == {"dense": {"1.0": [[1, 0, 1, 0, 1]]}, "recency": {"0.3": [[0] * 5]}}
-    old, left = Prompts.answer, [3]
-
-    def cut(self, selector, probed):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return old(self, selector, probed)
-
-    monkeypatch.setattr(Prompts, "answer", cut)
-    with pytest.raises(KeyboardInterrupt):
-        scored(Scores(path, run))
-    with path.open("a") as f:
-        f.write('["t 4 dense')  # the line being written when the power went
-    left[0] = 3  # two batches of two selectors and one of one are 6 calls: 3 were made
-    assert scored(Scores(path, run)) == whole
-    left[0] = 0
-    assert scored(Scores(path, run)) == whole
-    lines = path.read_text().splitlines(keepends=True)
-    for end in -1, -2:  # before a score, and between it and the attention kept
-        path.write_text("".join(lines[:end]))
-        left[0] = 1
-        assert scored(Scores(path, run)) == whole
-    with pytest.raises(synth_task.UsageError, match="other settings"):
-        Scores(path, {"seed": 2})
-    for notes in ("my notes\n", "my notes", '{"seed": 1}\nmine\n', '{"seed": 1}\n[3]\n'):
-        (tmp_path / "notes.txt").write_text(notes)
-        with pytest.raises(synth_task.UsageError):
-            Scores(tmp_path / "notes.txt", run)
-        assert (tmp_path / "notes.txt").read_text() == notes
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(256, (100,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-@pytest.mark.parametrize("line, complaint", [
-    ("{", "not JSON"), ("3", "not an object"), ('["context", "question"]', "not an object"),
-    ('{"context": "a", "question": "b"}', "answer"),
-    ('{"context": "a", "question": "b", "answer": 3}', "answer"),
-    ('{"context": "a", "question": "b", "answer": []}', "answer"),
-    ('{"context": "a", "question": "b", "answer": [""]}', "none empty"),
-    ('{"context": 1, "question": "b", "answer": "c"}', "texts"), ("[" * 100000, "not JSON")])
-def test_wrong_data_lines_are_named(tmp_path, line, complaint):
-    path = tmp_path / "q.jsonl"
-    path.write_text('{"context": "a", "question": "b", "answer": "c"}\n\n' + line + "\n")
-    with pytest.raises(synth_task.UsageError, match=complaint) as e:
-        read_data(path)
-    assert f"{path}:3:" in str(e.value) and "\n" not in str(e.value)
+@pytest.mark.parametrize("protocol", ["sparse", "prefill"])
+@pytest.mark.parametrize("name, rules", [
+    ("dense", {}), ("oracle", {}), ("recency", {}), ("butler", {}), ("butler", {"interval": 3})])
+def test_an_answer_is_right_if_the_model_writes_it(tiny, tiny_butler, ids, name, rules, protocol):
+    """What a plain loop writes, token by token, is scored 1 as a block and in single steps."""
+    context, question = ids[:80], ids[80:]
+    dense = [1, *context] + (question[:-1] if protocol == "prefill" else [])
+    selector = make_selector(name, 0.3, tiny_butler, **rules)
+    cache = tiny.new_cache(1, 130)
+    tiny.prefill(torch.tensor([dense]), cache, selector and selector.watch)
+    for token in [1, *ids][len(dense) :]:
+        logits = tiny.decode(torch.tensor([[token]]), cache, selector)
+    written = []
+    for _ in range(6):
+        written.append(int(logits.argmax()))
+        logits = tiny.decode(torch.tensor([written[-1:]]), cache, selector)
+    wrong = written[:5] + [(written[5] + 1) % 256]
+    makers = every_maker([name], ["0.3"], tiny_butler, **rules).values()
+    for stepwise in (True, False)[: 1 if rules else 2]:
+        for answer, score in (written, 1.0), (wrong, 0.0):
+            document = Document(letters(context), letters(question), letters(answer))
+            assert answers(tiny, Letters(), document, makers, protocol, stepwise) == [score]
 
 
-def test_own_questions_run(main, folder, tmp_path, capsys):
-    path = tmp_path / "q.jsonl"
-    path.write_text(json.dumps({
-        "context": "Anna keeps her red bicycle in the garden shed. " * 10,
-        "question": "Question: Where does Anna keep her bicycle?\nAnswer: In the",
-        "answer": ["garden shed", "shed"]}) + "\n")
-    results = main("synth_task.py", "--data", path, "--selectors", "dense,butler,snapkv",
-                   "--budgets", "0.3,64", "--out", tmp_path / "s.jsonl")["results"]["data"]
-    assert results["dense"]["1.0"]["mean"] == 1 and set(results["butler"]) == {"0.3", "64"}
-    done = script("synth_task.py", "--data", path, "--selectors", "dense,snapkv", "--model", folder)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])["results"]["data"]
-    assert set(results) == {"dense", "snapkv"} and results["dense"]["1.0"]["n"] == 1
-    long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"context": "word " * 9000, "question": "q", "answer": "a"}))
-    with pytest.raises(SystemExit) as ended:
-        main("synth_task.py", "--data", long)
-    err = capsys.readouterr().err
-    assert ended.value.code == 2 and "8192" in err and "9067" in err
-    long.write_text(json.dumps({"context": "word", "question": "\4", "answer": "a"}))
-    with pytest.raises(SystemExit) as ended:
-        main("synth_task.py", "--data", long)
-    assert ended.value.code == 2 and "document 1: a part of it has no token" in (
-        capsys.readouterr().err)
+@pytest.mark.parametrize("protocol, first", [("sparse", 81), ("prefill", 100)])
+def test_protocols_say_where_the_selection_begins(tiny, ids, protocol, first):
+    watched, selected = [], []
+
+    class Spy:
+        def watch(self, layer, x, q, keys, positions):
+            watched.extend(positions.tolist() if layer == 0 else [])
+
+        def __call__(self, layer, x, q, keys, positions):
+            selected.extend(positions.tolist() if layer == 0 else [])
+
+    document = Document(letters(ids[:80]), letters(ids[80:]), letters([7, 8, 9]))
+    answers(tiny, Letters(), document, [Spy], protocol)
+    assert watched == list(range(first))
+    assert selected == list(range(first, 103))  # the last token of the answer is not fed
 
 
-def test_evaluation_runs_every_selector_at_equal_budgets(main):
-    report = main("synth_task.py", "--n", "2", "--budgets", "0.1,1.0")
-    assert report["selected_tokens"]["coreference"] > 20  # the question too
-    results = report["results"]["coreference"]
-    assert set(results) == set(synth_task.NAMES) and set(results["dense"]) == {"1.0"}
-    for by in results.values():
-        for m in by.values():
-            assert m["n"] == 2 and 0 <= m["low"] <= m["mean"] <= m["high"] <= 1
-        assert by["1.0"]["mean"] == results["dense"]["1.0"]["mean"]
+def test_scores_of_the_default_model_are_those_of_greedy_decoding(llama, tok):
+    found = []
+    for document in coreference_documents("test", 4, seed=6, words=90):
+        (score,) = answers(llama, tok, document, [lambda: None])
+        answer = tok.encode(f" {document.answer}")
+        ids = tok.encode(document.context + document.question)
+        right = True
+        for token in answer:  # without a cache
+            with torch.inference_mode():
+                ids.append(int(llama(torch.tensor([ids]), last=True).argmax()))
+            right = right and ids[-1] == token
+            if not right:
+                break
+        assert score == right
+        found.append(score)
+    assert set(found) == {0, 1}
 
 
-def test_several_butlers_count_each_for_itself(llama, tok, butler):
-    """An untrained butler beside the shipped one: one finds the needle, the other does not."""
-    (document,) = task_documents("needle_noise", 500, 1, [0], lambda text: len(tok.encode(text)))
-    table = evaluate(llama, tok, [document], ("dense", "butler"), ("0.1",),
-                     [load_for(llama), butler])
-    assert table == {"dense": {"1.0": [[1.0]]}, "butler": {"0.1": [[1.0], [0.0]]}}
+def test_documents_beyond_the_context_are_refused(tiny, ids):
+    document = Document(letters(ids * 21), letters(ids), "Ā")
+    with pytest.raises(UserError, match="2202 tokens exceed the model's context of 2048"):
+        answers(tiny, Letters(), document, [lambda: None])
 
 
-def test_bootstrap_brackets_the_mean():
-    m = bootstrap([[1.0] * 30 + [0.0] * 70])
-    assert m["mean"] == 0.3 and 0.2 < m["low"] < 0.3 < m["high"] < 0.4 and m["n"] == 100
-    assert bootstrap([[1.0] * 5]) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 5}
+# ---------------------------------------------------------------------------- intervals, script
 
 
-def test_five_of_five_is_no_certainty():
+def test_the_bootstrap_brackets_the_mean():
+    m = interval([1.0] * 30 + [0.0] * 70, proportion=True)
+    exact = stats.binomtest(30, 100).proportion_ci(0.95, "exact")
+    assert (m["mean"], m["n"]) == (0.3, 100)
+    assert m["low"] == pytest.approx(exact.low, abs=0.02)
+    assert m["high"] == pytest.approx(exact.high, abs=0.02)
+
+
+def test_equal_scores_are_no_certainty():
     for score, side in ((1.0, "low"), (0.0, "high")):
         exact = stats.binomtest(int(5 * score), 5).proportion_ci(0.95, "exact")
-        m = accuracy([[score] * 5])
+        m = interval([score] * 5, proportion=True)
         assert m[side] == pytest.approx(getattr(exact, side)) and m["mean"] == score
-    assert accuracy([[0.0, 1.0, 1.0]]) == bootstrap([[0.0, 1.0, 1.0]])
+    assert interval([2.5] * 5) == {"mean": 2.5, "low": 2.5, "high": 2.5, "n": 5}
 
 
-def test_runs_that_disagree_widen_the_interval():
-    alike, apart = [[1.0] * 50 + [0.0] * 50] * 3, [[1.0] * 100, [0.0] * 100, [0.5] * 100]
-    narrow, wide = bootstrap(alike), bootstrap(apart)
-    assert narrow["mean"] == wide["mean"] == 0.5
-    assert wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"])
+def test_script_reports_every_task_selector_and_budget(main):
+    report = main("synth_task.py", "--n", 1, "--seeds", "0,1", "--context", "150,200",
+                  "--selectors", "dense,butler,recency", "--budgets", "0.2,64")
+    assert report["config"]["budgets"] == ["0.2", "64"]
+    assert list(report["results"]) == ["coreference@150", "coreference@200"]
+    for table in report["results"].values():
+        assert {name: list(row) for name, row in table.items()} == {
+            "dense": ["1.0"], "butler": ["0.2", "64"], "recency": ["0.2", "64"]}
+        for row in table.values():
+            for m in row.values():
+                assert m["n"] == 2 and 0 <= m["low"] <= m["mean"] <= m["high"] <= 1
 
 
-def test_every_task_is_known_by_name():
-    assert set(synth_task.TASKS) == {"coreference", *TASKS}
+@pytest.mark.parametrize("flags, stepwise", [({}, False), ({"interval": 4}, True),
+                                             ({"neighbours": 1}, True)])
+def test_rules_that_reuse_a_choice_run_step_by_step(in_memory, monkeypatch, flags, stepwise):
+    asked = []
+
+    def spy(llama, tok, document, makers, protocol, stepwise):
+        selectors = [make() for make in makers]
+        asked.append((stepwise, selectors[0].interval, selectors[0].neighbours))
+        return [1.0 for _ in selectors]
+
+    monkeypatch.setattr(synth_task, "answers", spy)
+    synth_task.main(synth_task.Config(n=1, selectors=("butler",), **flags))
+    assert asked == [(stepwise, flags.get("interval", 1), flags.get("neighbours", 0))]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"question": "never"}, "unknown --question 'never'"), ({"task": ("magic",)}, "unknown task"),
+    ({"selectors": ("magic",)}, "unknown selector 'magic'"), ({"seeds": ("a",)}, "--seeds"),
+    ({"budgets": ("7.5",)}, "budget 7.5"), ({"budgets": ("a",)}, "--budgets: a"),
+    ({"context": ("0",)}, "--context: 0"), ({"engine": "steam"}, "unknown engine 'steam'"),
+    ({"drift": 0.2, "engine": "plain"}, "no --drift")])
+def test_nonsense_is_refused_in_one_line(in_memory, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        synth_task.main(synth_task.Config(n=1, **flags))
+    assert "\n" not in str(error.value)

@@ -1,1 +1,0 @@
-"""common/ - reading, writing, refusing: what every script shares."""

@@ -1,0 +1,104 @@
+"""fast/llama.py - the Llama of model.py, with a compiled decode step.
+
+    token [1, 1] -> embedding [C] -> L x one compiled call (packed.one_layer) -> logits [1, 1, V]
+                                              |
+                     the cache's table [2, L, 1, G, capacity, D], float32
+
+A step of one token of one text runs compiled on packed weights, with no selector or with the
+selector of fast/selector.py. Everything else runs as in model.py: prompts, batches, other
+selectors, other caches, weights that have no packed form.
+
+    python -m fast.llama        milliseconds of a step, plain and compiled
+"""
+
+import sys
+from functools import cached_property
+
+import numpy as np
+import torch
+
+import model
+from cli import UserError
+from fast import loops
+from fast.loops import run
+from fast.packed import PackedModel, one_layer
+from fast.selector import ButlerSelector
+from model import rope_cos_sin
+
+
+class Cache(model.Cache):
+    """k and v are views of one table [2, L, B, G, capacity, D], float32."""
+
+    def __init__(self, config, batch: int, capacity: int):
+        super().__init__(config, 0, capacity)  # without memory: the table follows
+        self.table = torch.zeros(2, config.layers, batch, config.kv_heads, capacity,
+                                 config.head_dim)
+        self.k = list(self.table[0])
+        self.v = list(self.table[1])
+
+
+class Llama(model.Llama):
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """See model.Llama.new_cache."""
+        return Cache(self.config, batch, capacity)
+
+    @cached_property
+    def packed(self) -> PackedModel | None:
+        """The weights of the compiled step, packed at its first use; None if there is none."""
+        if loops.numba is None:  # `load` has said so
+            return None
+        packed = PackedModel.of(self)
+        if packed is None:
+            print("fast: plain steps, because these weights need more than 16 bits or their sizes "
+                  "are no multiples of 32 channels and 64 rows", file=sys.stderr)
+        return packed
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decode step reads."""
+        return self.packed.nbytes if self.packed else super().weight_bytes()
+
+    def forward(self, tokens, cache=None, selector=None, positions=None, last=False):
+        """See model.Llama.forward."""
+        fits = (tokens.numel() == 1 and positions is None and isinstance(cache, Cache)
+                and (selector is None or isinstance(selector, ButlerSelector)))
+        if fits and self.packed:
+            return self.step(tokens, cache, selector)
+        return super().forward(tokens, cache, selector, positions, last)
+
+    @torch.inference_mode()
+    def step(self, token, cache: Cache, selector: ButlerSelector | None):
+        """One compiled decode step: token [1, 1] -> logits [1, 1, V] float32."""
+        position = cache.size
+        if position == cache.capacity:
+            raise UserError(f"{position + 1} tokens do not fit into a cache of {cache.capacity}")
+        cos, sin = rope_cos_sin(torch.tensor([position]), self.frequencies)
+        cos, sin = cos[0].numpy(), sin[0].numpy()
+        x = self.embed_tokens(token)[0, 0].float().clone().numpy()  # [C]; layers write into it
+        if selector:
+            selector.begin_compiled(cache.table[0, :, :, :, :position])
+        keys, values = cache.table[:, :, 0].numpy()  # [L, G, capacity, D] each
+        all_tokens = np.empty((self.config.kv_heads, 0), np.int32)  # an index of no slots
+        for layer, weights in enumerate(self.packed.layers):
+            index = all_tokens
+            if selector:
+                selector.predict_compiled(layer, x, position)
+                if layer > 0:
+                    index = selector.table[layer - 1, 0].numpy()
+            run(one_layer, x, cos, sin, keys[layer], values[layer], position, index, weights)
+        cache.advance(1)
+        return self.packed.logits(x)[None, None]
+
+
+if __name__ == "__main__":
+    from statistics import median
+    from timeit import repeat
+
+    from tokenizer import resolve
+
+    for cls in model.Llama, Llama:
+        llama = cls.from_pretrained(resolve())
+        cache = llama.new_cache(1, 600)
+        llama.prefill(torch.arange(512)[None], cache)
+        step = lambda: llama.decode(torch.tensor([[512]]), cache)  # noqa: E731, B023
+        print(f"{cls.__module__}: {1e3 * median(repeat(step, number=1, repeat=30)):.2f} ms a step, "
+              f"512 cached tokens, {llama.weight_bytes() / 1e6:.0f} MB of weights")

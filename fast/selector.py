@@ -1,0 +1,358 @@
+"""fast/selector.py - the butler with 8-bit importance keys, which chooses ahead of the layers.
+
+    layer 0, R, 2R ...   the producer reads x, and `choose` names the tokens of all R layers that it
+                         serves, before the first of them is reached
+    layer 1 ... L-1      the choice is there already
+
+The butler of butler.py chooses when a layer is reached, from float32 keys. Choosing for all layers
+of a producer at once takes fewer calls, and whoever fetches keys and values from elsewhere learns
+early what will be needed (`prefetch_with`). The key of the new token itself is not known so early.
+It is not needed either, because the token is in its own window.
+
+    key = int8_codes * scale            one scale per token, layer and KV head
+    score = query . key / sqrt(E)       rounded to fp16; of equal scores the earliest token wins
+
+`choose` below is the definition of what fast/loops.py computes. Several tokens in one call are
+scored layer by layer, as in butler.py, but with the 8-bit keys.
+
+    python -m fast.selector        which tokens both butlers choose
+"""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+import butler
+from cli import UserError
+from fast import loops
+from fast.loops import LINE, run
+from selection import Selector
+
+CAPACITY = 1024  # the tables of importance keys grow by so many tokens
+MAX_AGE = 16  # steps that one choice serves at most
+MAX_HALF = 65504.0  # the largest number of fp16
+
+
+# ---------------------------------------------------------------------------- the definition
+
+
+def ordered_codes(scores):
+    """Scores -> whole numbers from 1 to 32,767 in the same order: the bits of the score in fp16,
+    remapped so that they rise with it, without the last one."""
+    bits = (scores.float().clamp(-MAX_HALF, MAX_HALF) + 0.0).half().view(torch.int16).int()
+    rising = bits ^ (bits >> 31 & 0x7FFF)  # a negative number's bits fall
+    return ((rising + 0x8000) >> 1).clamp(min=1)
+
+
+def choose(queries, int8_codes, scales, first: int, stop: int, k: int, out, due=None) -> None:
+    """The k best tokens of [first, stop), in the order of the text, for all layers of a producer.
+
+    queries [R, B, G, E]; int8_codes [R, B, G, capacity/64, E, 64] and scales [R, B, G, capacity],
+    in which anything may stand from `stop` on. Writes out [R, B, G, K] int32, -1 = empty, where
+    due [R, B, G] is true (None: everywhere).
+    """
+    keys = int8_codes.mT.flatten(3, 4)[..., :stop, :].float()  # [R, B, G, S, E]
+    scores = (keys @ (queries * queries.shape[-1] ** -0.5)[..., None])[..., 0] * scales[..., :stop]
+    token = torch.arange(stop, device=out.device)
+    ranked = (ordered_codes(scores).long() << 32) - token  # the earlier token of a tie is higher
+    best = ranked[..., first:].topk(max(0, min(k, stop - first))).indices + first
+    new = torch.full_like(out, -1)
+    new[..., : best.shape[-1]] = best.sort().values
+    out.copy_(new if due is None else torch.where(due[..., None], new, out))
+
+
+# ---------------------------------------------------------------------------- importance keys
+
+
+def quantise(keys):
+    """Importance keys [..., E] -> int8_codes [..., E], scales [...]"""
+    scales = keys.abs().amax(-1).clamp(min=1e-30) / 127
+    return (keys / scales[..., None]).round().to(torch.int8), scales
+
+
+class ImportanceKeys:
+    """8-bit importance keys of layers 1 ... L-1, kept in step with the KV cache.
+
+    int8_codes  [L-1, B, G, capacity/64, E, 64]: the codes of 64 tokens of one channel are
+                neighbours, because products with a query run along the tokens
+    scales      [L-1, B, G, capacity] float32
+    known       per layer: how many of the first tokens have their keys here
+    """
+
+    def __init__(self, butler):
+        self.butler = butler
+        self.known = [0] * (butler.config.layers - 1)
+        self.int8_codes = None
+        self.scales = None
+        self.capacity = 0
+
+    def update(self, some: slice, keys, new: int) -> None:
+        """Projects what is missing of the cached keys [R, B, G, S, D] of some layers (0 is layer
+        1). Their last `new` tokens are new, even where a truncated cache had others there."""
+        S = keys.shape[3]
+        start = min(*self.known[some], S - new)
+        if self.scales is None or self.capacity < S:
+            self.grow(S, keys.shape[1:3])
+        for at in range(start, S, CAPACITY):  # in pieces: float32 copies stay small
+            self.project(some, keys[:, :, :, at : at + CAPACITY], at)
+        self.known[some] = [S] * len(keys)
+
+    def project(self, some: slice, keys, start: int) -> None:
+        """keys [R, B, G, T, D] of the tokens from `start` on"""
+        b = self.butler
+        T = keys.shape[3]
+        if T == 1 and compiled_for(b):
+            codes = self.int8_codes[some].flatten(1, 2)
+            scales = self.scales[some].flatten(1, 2)
+            keys = keys.float().flatten(1, 2).contiguous()  # Numba compiles for each layout
+            run(loops.project, keys.numpy(), b.key_projection[some].numpy(), start,
+                b.rope[some].numpy(), b.importance_rope.numpy(), codes.numpy(), scales.numpy())
+            return
+        at = torch.arange(start, start + T, device=self.scales.device)
+        for layer, of_layer in zip(range(len(self.known))[some], keys, strict=True):
+            projected = b.importance_keys(layer + 1, of_layer.to(at.device), at)  # [B, G, T, E]
+            codes, self.scales[layer][:, :, at] = quantise(projected)
+            self.int8_codes[layer][:, :, at // LINE, :, at % LINE] = codes.movedim(2, 0)
+
+    def grow(self, S: int, rows) -> None:
+        """Makes room for S tokens; rows: B, G."""
+        self.capacity = (S // CAPACITY + 1) * CAPACITY
+        shape = len(self.known), *rows
+        scales = self.butler.key_projection.new_empty(*shape, self.capacity)
+        codes = scales.new_empty(*shape, self.capacity // LINE, self.butler.config.size, LINE,
+                                 dtype=torch.int8)
+        if self.scales is not None:
+            codes[:, :, :, : self.int8_codes.shape[3]] = self.int8_codes
+            scales[..., : self.scales.shape[-1]] = self.scales
+        self.int8_codes = codes
+        self.scales = scales
+
+    def dequantised(self, layer: int, S: int):
+        """-> importance keys [B, G, S, E] of layer 1 or above"""
+        codes = self.int8_codes[layer - 1].mT.flatten(2, 3)  # [B, G, capacity, E]
+        return codes[:, :, :S] * self.scales[layer - 1][:, :, :S, None]
+
+
+def compiled_for(butler) -> bool:
+    """Do the compiled loops serve this butler?"""
+    return (loops.numba is not None and butler.key_projection.is_cpu
+            and butler.config.size % 4 == 0)
+
+
+# ---------------------------------------------------------------------------- refreshing
+
+
+class Refresh:
+    """Which KV heads choose anew. A choice stays in use until the importance query has turned by
+    more than `drift` (1 - cosine) from the query that it was made for, and for 16 steps at most.
+
+    Each a dictionary by producer layer:
+    asked   the normalised queries of the choices in use, [R, B, G, E]
+    age     how many steps ago they were made, [R, B, G]
+    """
+
+    def __init__(self, drift: float):
+        if not 0 <= drift <= 2:
+            raise UserError(f"drift {drift}: 1 - cosine is from 0 to 2")
+        self.drift = drift
+        self.asked = {}
+        self.age = {}
+        self.made = 0  # choices made, of all KV heads
+        self.used = 0  # choices used
+
+    def forget(self) -> None:
+        """The next step chooses everything anew."""
+        self.asked.clear()
+        self.age.clear()
+
+    def due(self, producer: int, queries):
+        """Queries of one step [R, B, G, E] -> true where a KV head chooses, [R, B, G]"""
+        queries = F.normalize(queries, dim=-1)
+        asked = self.asked.setdefault(producer, queries)
+        age = self.age.setdefault(producer, torch.full_like(queries[..., 0], MAX_AGE)) + 1
+        due = ((queries * asked).sum(-1) < 1 - self.drift) | (age >= MAX_AGE)
+        self.asked[producer] = torch.where(due[..., None], queries, asked)
+        self.age[producer] = age.masked_fill(due, 0)
+        self.made = self.made + due.sum()  # a tensor: nobody waits for a GPU
+        self.used += due.numel()
+        return due
+
+
+# ---------------------------------------------------------------------------- the selector
+
+
+class ButlerSelector(Selector):
+    """Selects by the butler's scores, ahead of the layers where a call has one token.
+
+    drift   how far a query may turn before its choice is made anew, see Refresh; 0: every step
+
+    queries  importance queries of the latest tokens by layer, [B, G, T, E]
+    keys     ImportanceKeys
+    table    the latest selections made ahead, [L-1, B, G, K] int32: sinks, window, chosen tokens
+    """
+
+    def __init__(self, butler, budget: float, drift=0.0, **rules):
+        super().__init__(budget, **rules)
+        self.butler = butler
+        self.refresh = Refresh(drift)
+        self.queries = {}
+        self.keys = ImportanceKeys(butler)
+        self.table = None
+        self.ahead = False  # does the present call choose ahead?
+        self.end = 0  # tokens cached after the latest call
+        self.prefetch = None  # see prefetch_with
+
+    @property
+    def steps_per_choice(self) -> float:
+        """Steps that a choice of a KV head has served, on average so far."""
+        made = int(self.refresh.made)
+        return self.refresh.used / made if made else 1.0
+
+    def prefetch_with(self, function) -> None:
+        """After each choice made ahead, function(layers, chosen) is called with a list of layers
+        and the tokens chosen for them, [R, B, G, K'] int32, -1 = empty, without sinks and window.
+        The function must not keep them beyond the step."""
+        self.prefetch = function
+
+    # One call per layer, as the plain model makes them.
+
+    def watch(self, layer, x, q, keys, positions):
+        """Prefill: project the keys of the prompt while it is read."""
+        if layer == 0:
+            self.end = keys.shape[2]
+            self.refresh.forget()
+        else:
+            self.keys.update(slice(layer - 1, layer), keys[None], len(positions))
+
+    def __call__(self, layer, x, q, keys, positions):
+        if layer == 0:
+            B, G, S, _ = keys.shape
+            T = x.shape[1]
+            # After a prompt that was read without `watch`, the keys of a layer become known when
+            # the layer is reached, and the layer chooses then.
+            self.ahead = T == 1 and min(self.keys.known) >= S - 1
+            if self.ahead:
+                self.begin(B, G, S)
+            else:
+                self.end = S
+                self.refresh.forget()
+        return super().__call__(layer, x, q, keys, positions)
+
+    @torch.inference_mode()
+    def look_ahead(self, layer, x, positions):
+        """Predict if a producer reads this layer, and choose for the layers that it serves."""
+        new = self.butler.importance_queries(layer, x, positions)
+        self.queries |= new
+        if new and self.ahead:
+            self.choose_ahead(layer, torch.stack(list(new.values()))[:, :, :, 0])
+
+    def choose(self, layer, q, keys, positions):
+        if not self.ahead:
+            return self.topk(self.scores(layer, q, keys, positions))
+        self.keys.update(slice(layer - 1, layer), keys[None], 1)
+        return self.chosen[layer - 1, :, :, None]
+
+    def scores(self, layer, q, keys, positions):
+        self.keys.update(slice(layer - 1, layer), keys[None], len(positions))
+        importance_keys = self.keys.dequantised(layer, keys.shape[2])
+        return self.butler.scores(self.queries[layer], importance_keys)
+
+    # A step that chooses ahead.
+
+    @property
+    def chosen(self):
+        """The part of `table` behind sinks and window, [L-1, B, G, K']"""
+        return self.table[..., self.budget.sinks + self.budget.window :]
+
+    def begin(self, B: int, G: int, S: int) -> None:
+        """Makes the table of a step whose token is the last of S."""
+        follows = S - self.end in (0, 1)  # or is the latest token once more
+        self.end = S
+        always = self.sinks_and_window(1, S, self.keys.scales.device)
+        fixed = always.shape[1]
+        total = int(self.budget.allowance(torch.tensor([S])))
+        # A new table for each step: whoever keeps an index of the last step keeps its content.
+        table = always.new_full((len(self.keys.known), B, G, max(total, fixed)), -1,
+                                dtype=torch.int32)
+        table[..., :fixed] = always
+        if not (follows and self.refresh.asked):
+            self.refresh.forget()
+        else:  # choices that are not due stay as they are
+            table[..., fixed : self.table.shape[-1]] = self.chosen
+        self.table = table
+
+    def choose_ahead(self, producer: int, queries) -> None:
+        """For the layers that a producer serves, by their queries [R, B, G, E]."""
+        served = slice(producer, producer + len(queries))
+        due = self.refresh.due(producer, queries) if self.refresh.drift else None
+        chosen = self.chosen[served]
+        first = self.budget.sinks
+        stop = max(self.end - self.budget.window, first)
+        inputs = queries, self.keys.int8_codes[served], self.keys.scales[served]
+        if compiled_for(self.butler):
+            inputs = [x.flatten(1, 2).numpy() for x in inputs]
+            rows = loops.ALL_DUE if due is None else due.flatten(1, 2).numpy()
+            run(loops.choose, *inputs, first, stop, self.table[served].flatten(1, 2).numpy(),
+                self.budget.sinks + self.budget.window, rows)
+        else:
+            choose(*inputs, first, stop, chosen.shape[-1], chosen, due)
+        if self.prefetch:
+            self.prefetch(list(range(producer + 1, producer + 1 + len(queries))), chosen)
+
+    # The same for fast.Llama's compiled step, of one text.
+
+    def begin_compiled(self, keys) -> None:
+        """keys [L, 1, G, S, D]: all cached keys before the new token"""
+        self.keys.update(slice(None), keys[1:], 0)
+        self.ahead = True
+        self.begin(1, keys.shape[2], keys.shape[3] + 1)
+        self.index = dict(enumerate(self.table.unsqueeze(3), 1))
+
+    def predict_compiled(self, layer: int, x, position: int) -> None:
+        """x [C] float32, the input of a layer: `look_ahead`"""
+        producer = self.butler.arrays.get(layer)
+        if producer is None:
+            return
+        shape, weights, rope = producer
+        queries = torch.empty(shape)  # [R, G, E]
+        run(loops.predict, x, *weights, position, rope, queries.numpy())
+        self.queries |= dict(enumerate(queries[:, None, :, None], layer + 1))
+        self.choose_ahead(layer, queries[:, None])
+
+
+class Butler(butler.Butler):
+    """The butler of butler.py, with this file's selector."""
+
+    rules = ("drift",)
+
+    def selector(self, budget: float, drift=0.0, **rules) -> ButlerSelector:
+        """A fresh selector for one text; see ButlerSelector."""
+        return ButlerSelector(self, budget, drift, **rules)
+
+    @cached_property
+    def arrays(self) -> dict:
+        """For the compiled loops: {layer: (queries' shape, the producer's weights, rope)}"""
+        rope = self.importance_rope.numpy()
+        arrays = {}
+        for layer, p in self.producers.items():
+            weights = (p.norm.weight.numpy(), p.norm.bias.numpy(), p.norm.eps,
+                       p.up.weight.numpy(), p.out.weight.numpy())
+            arrays[int(layer)] = p.shape, weights, rope
+        return arrays
+
+
+if __name__ == "__main__":
+    import model
+    from tokenizer import resolve
+
+    llama = model.Llama.from_pretrained(resolve())
+    cache = llama.new_cache(batch=1, capacity=401)
+    llama.prefill(torch.arange(400)[None], cache)
+    for cls in butler.Butler, Butler:
+        selector = butler.load_for(llama, cls=cls).selector(24)
+        cache.truncate(399)
+        for token in (399, 400):
+            llama.decode(torch.tensor([[token]]), cache, selector)
+        tokens = sorted(selector.index[9][0, 0, 0].tolist())
+        print(f"{cls.__module__}: layer 9, KV head 0, of 401 tokens: {tokens}")

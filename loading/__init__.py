@@ -1,1 +1,0 @@
-"""loading/ - what others wrote, read: weights, where a model is found, tokenizers."""

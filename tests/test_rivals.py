@@ -1,0 +1,222 @@
+"""Rivals, each against its definition written as a plain loop, and what eviction must not do."""
+
+import pytest
+import torch
+from conftest import assert_close
+
+from cli import UserError
+from kernel import masked_attention, true_attention
+from selection import RIVALS, make_selector
+from workshop import rivals
+
+B, H, G, S, D = 2, 6, 2, 150, 8
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """One layer's random queries and keys; half of the keys resemble the others."""
+    rng = torch.Generator().manual_seed(1)
+    q = torch.randn(B, H, S, D, generator=rng)
+    keys = torch.randn(B, G, S, D, generator=rng)
+    keys[:, :, 75:] = keys[:, :, :75] + 0.5 * torch.randn(B, G, 75, D, generator=rng)
+    return q, keys
+
+
+def watch(selector, layer, start, end):
+    q, keys = layer
+    x = torch.zeros(B, end - start, 4)
+    selector.watch(1, x, q[:, :, start:end], keys[:, :, :end], torch.arange(start, end))
+
+
+def call(selector, layer, start, end):
+    """The tokens from `start` to `end` in one call -> index [B, G, T, K]"""
+    q, keys = layer
+    x, positions = torch.zeros(B, end - start, 4), torch.arange(start, end)
+    assert selector(0, x, q[:, :, start:end], keys[:, :, :end], positions) is None
+    return selector(1, x, q[:, :, start:end], keys[:, :, :end], positions)
+
+
+def decode(name, budget, layer, start, block=1):
+    """Watches `start` tokens, then takes the rest -> for every token [B][G] sets of indices"""
+    selector = make_selector(name, budget)
+    if start:
+        watch(selector, layer, 0, start)
+    steps = []
+    for t in range(start, S, block):
+        index = call(selector, layer, t, min(t + block, S))
+        for row in index.unbind(2):
+            kept = [[[i for i in head if i >= 0] for head in heads] for heads in row.tolist()]
+            assert all(len(head) == len(set(head)) for heads in kept for head in heads)
+            steps.append([[set(head) for head in heads] for heads in kept])
+    return steps
+
+
+def test_every_name_of_the_course_is_a_rival():
+    assert set(RIVALS) == set(rivals.RIVALS)
+    with pytest.raises(UserError, match="budget"):
+        make_selector("quest", 1.5)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("start", [0, 100])
+@pytest.mark.parametrize("budget", [0.2, 30])
+def test_all_attend_to_exactly_the_budget(layer, name, start, budget):
+    for t, rows in enumerate(decode(name, budget, layer, start), start):
+        total = min(max(12, int((t + 1) * 0.2 + 1e-4) if budget < 1 else 30), t + 1)
+        for kept in rows[0] + rows[1]:
+            assert len(kept) == total, (name, t)
+            assert kept >= set(range(min(4, t + 1))) | {t - i for i in range(min(8, t + 1))}
+            assert max(kept) == t
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_block_of_tokens_gets_what_single_ones_get(layer, name):
+    assert decode(name, 0.2, layer, 100, block=7) == decode(name, 0.2, layer, 100)
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+@pytest.mark.parametrize("start", [0, 100])
+def test_what_is_evicted_never_returns(layer, name, start):
+    steps = decode(name, 0.2, layer, start)
+    for b in range(B):
+        for g in range(G):
+            gone = set()
+            for t, rows in enumerate(steps, start):
+                assert not rows[b][g] & gone
+                gone = set(range(t + 1)) - rows[b][g]
+            assert len(gone) > 60
+    if start:  # the prompt is cut before the first new token: 20 of its 100 tokens, and one new one
+        assert all(len(kept - {start}) <= 20 for rows in steps[0] for kept in rows)
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_an_unwatched_prompt_is_refused(layer, name):
+    with pytest.raises(UserError, match=f"^{name} evicts .* watch"):
+        call(make_selector(name, 0.2), layer, 100, 101)
+    selector = make_selector(name, 0.2)
+    watch(selector, layer, 0, 90)
+    with pytest.raises(UserError, match="whole prompt"):
+        call(selector, layer, 100, 101)
+    used = make_selector(name, 0.2)
+    watch(used, layer, 0, 100)
+    call(used, layer, 100, 120)
+    with pytest.raises(UserError, match="one text only"):  # the cache was truncated to 100
+        call(used, layer, 100, 101)
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_a_prompt_may_be_watched_in_chunks(layer, name, monkeypatch):
+    whole, parts = make_selector(name, 0.2), make_selector(name, 0.2)
+    watch(whole, layer, 0, S)
+    monkeypatch.setattr(rivals.H2O, "BLOCK", 17)
+    for start, end in ((0, 64), (64, 140), (140, S)):
+        watch(parts, layer, start, end)
+    assert_close(name, parts.value[1], whole.value[1], 1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 100, 104])
+def test_h2o_against_a_plain_loop(layer, start):
+    """Sums of attention in a dictionary, for one batch row and KV head; lists instead of masks. The
+    budget grows from 20 to 21 tokens behind a prompt of 104: too late for one that was evicted."""
+    q, keys = layer
+    budget, b, g = 0.2, 1, 1
+    heads = range(g * (H // G), (g + 1) * (H // G))
+
+    def attention(t, tokens):
+        tokens = sorted(tokens)
+        rows = [(keys[b, g, tokens] @ q[b, h, t] / D**0.5).softmax(0) for h in heads]
+        return dict(zip(tokens, (sum(rows) / len(rows)).tolist(), strict=True))
+
+    def cut(alive, t):
+        total = max(int((t + 1) * budget + 1e-4), 12)
+        always = {*range(4), *range(t - 7, t + 1)} & set(range(t + 1))
+        recent = set(range(t - total // 2 + 1, t + 1))
+        order = sorted(alive - always, key=lambda s: (s not in recent, -mass[s]))
+        return always | set(order[: max(total - 12, 0)])
+
+    mass = dict.fromkeys(range(S), 0.0)
+    for t in range(start):
+        for s, a in attention(t, range(t + 1)).items():
+            mass[s] += a
+    alive, expected = cut(set(range(start)), start - 1), []  # the prompt is cut by itself
+    for t in range(start, S):
+        alive = cut(alive | {t}, t)
+        for s, a in attention(t, alive).items():
+            mass[s] += a
+        expected.append(alive)
+    assert [rows[b][g] for rows in decode("h2o", budget, layer, start)] == expected
+
+
+def test_snapkv_keeps_what_the_last_queries_vote_for(layer):
+    q, keys = layer
+    start, b, g = 100, 0, 1
+    votes = true_attention(q[:, :, :start], keys[:, :, :start])
+    votes = votes[b, g, :, start - 32 : start].mean(0).sum(0).tolist()
+    padded = [0.0] * 3 + votes + [0.0] * 3
+    pooled = {s: sum(padded[s : s + 7]) for s in range(4, start - 8)}
+    best = set(sorted(pooled, key=pooled.get, reverse=True)[:28])
+    steps = decode("snapkv", 40, layer, start)
+    # One of the prompt's 40 tokens makes room for the new one: the least of the 28, or the one that
+    # has just left the window, if it got fewer votes.
+    voted = steps[0][b][g] - set(range(4)) - set(range(92, 101))
+    assert voted <= best and len(voted) >= 27
+    # 50 tokens later the prompt still has all that is not sinks or window
+    assert len(steps[-1][b][g] & set(range(start))) == 32
+
+
+def test_snapkv_without_votes_keeps_the_most_recent(layer):
+    for t, rows in enumerate(decode("snapkv", 30, layer, 0)):
+        expected = {*range(4), *range(max(0, t - 25), t + 1)} & set(range(t + 1))
+        assert all(kept == expected for kept in rows[0] + rows[1])
+
+
+def test_quest_ranks_pages_by_the_bound(layer):
+    q, keys = layer
+    scores = rivals.Quest(0.2).scores(1, q, keys, torch.arange(S))
+    for b, g, t in ((0, 0, 140), (1, 1, 99), (0, 1, 47)):
+        heads, full = q[b, g * 3 : g * 3 + 3, t], (t + 1) // 16
+        bounds = []
+        for page in range(full):
+            inside = keys[b, g, 16 * page : 16 * page + 16]
+            low, high = inside.amin(0), inside.amax(0)
+            bounds.append(max(torch.maximum(h * low, h * high).sum().item() for h in heads))
+            assert (inside @ heads.T).max() <= bounds[-1] + 1e-5  # it is a bound
+        ranking = scores[b, g, t, : t + 1].argsort(descending=True).tolist()
+        being_filled = list(range(16 * full, t + 1))
+        pages = sorted(range(full), key=bounds.__getitem__, reverse=True)
+        assert ranking == being_filled + [16 * page + i for page in pages for i in range(16)]
+
+
+def test_keynorm_chooses_the_smallest_keys(layer):
+    _, keys = layer
+    kept = decode("keynorm", 25, layer, S - 1)[0][1][0]
+    norms = keys[1, 0].norm(dim=-1)
+    smallest = 4 + norms[4 : S - 8].argsort()[:13]
+    assert kept - set(range(4)) - set(range(S - 8, S)) == set(smallest.tolist())
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_in_a_model_the_selection_is_what_is_attended_to(tiny, name):
+    """A decode step of the model, against attention masked by the index that was reported."""
+    tokens = torch.randint(256, (2, 90), generator=torch.Generator().manual_seed(0))
+    cache, selector = tiny.new_cache(2, 90), make_selector(name, 0.3)
+    tiny.prefill(tokens[:, :-1], cache, selector.watch)
+    attended = {}
+    for i, block in enumerate(tiny.layers):
+        block.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, x, i=i: attended.__setitem__(i, x[0]))
+    queries = {}
+
+    def spy(layer, x, q, keys, positions):
+        queries[layer] = q
+        return selector(layer, x, q, keys, positions)
+
+    try:
+        tiny.decode(tokens[:, -1:], cache, spy)
+    finally:
+        for block in tiny.layers:
+            block.self_attn.o_proj._forward_pre_hooks.clear()
+    for i in range(1, tiny.config.layers):
+        out = masked_attention(queries[i], cache.k[i], cache.v[i], selector.index[i])
+        assert_close(f"{name}, layer {i}", attended[i], out.transpose(1, 2).flatten(2), 1e-5)
+        assert (selector.index[i] >= 0).sum(-1).eq(27).all()

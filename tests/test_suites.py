@@ -1,0 +1,269 @@
+"""workshop/suites.py and workshop/timing.py against other ways to the same numbers."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close, randomise, tiny_config
+from scipy import stats
+
+import bench
+from butler import Butler, ButlerConfig
+from cli import UserError
+from kernel import sparse_decode
+from model import Llama
+from synth_task import every_maker
+from workshop import suites, timing
+
+# ---------------------------------------------------------------------------- suites
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A random model of 3 layers and a butler for it."""
+    llama = randomise(Llama(tiny_config(layers=3)))
+    return llama, randomise(Butler(ButlerConfig.for_model(llama, layers_per_producer=1)))
+
+
+def test_spearman_is_that_of_scipy_with_ties_and_hidden_entries():
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randint(9, (4, 5, 40), generator=rng).float()  # many ties
+    b = a + 3 * torch.randn(4, 5, 40, generator=rng)
+    seen = torch.arange(40) < torch.tensor([2, 7, 23, 39, 40])[:, None]
+    rho = suites.spearman(a, b, seen)
+    for i in range(4):
+        for j, count in enumerate(seen.sum(-1)):
+            expected = stats.spearmanr(a[i, j, :count], b[i, j, :count]).statistic
+            if expected == expected:  # all entries tied: not a number in both
+                assert rho[i, j].item() == pytest.approx(expected, abs=1e-5)
+            else:
+                assert rho[i, j].isnan()
+
+
+class OneByOne:
+    """A selector around another one, for single tokens: what bench.Probe measures, and the error of
+    the attention's output, from PyTorch's dense attention and from sparse_decode."""
+
+    def __init__(self, selector, cache):
+        self.probe = bench.Probe(selector)
+        self.cache = cache
+        self.kept, self.error = [], []
+
+    def __call__(self, layer, x, q, keys, positions):
+        index = self.probe(layer, x, q, keys, positions)
+        if index is not None:
+            values = self.cache.v[layer][:, :, : keys.shape[2]]
+            dense = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)[:, :, 0]
+            sparse = sparse_decode(q[:, :, 0], keys, values, index[:, :, 0])
+            self.kept.append(self.probe.kept[layer])
+            self.error.append(((sparse - dense).norm(dim=-1) / dense.norm(dim=-1)).mean().item())
+        return index
+
+
+def test_recall_of_a_window_is_that_of_its_tokens_decoded_one_by_one(small):
+    llama, butler = small
+    windows = torch.randint(256, (2, 40), generator=torch.manual_seed(1))
+    makers = every_maker(("dense", "oracle", "butler", "recency"), ("0.5",), butler)
+    report = suites.recall(llama, windows, makers)
+    assert "dense" not in report["results"]["kept"]
+    for (name, budget), make in makers.items():
+        if name == "dense":
+            continue
+        kept, error = [], []
+        for window in windows:
+            cache = llama.new_cache(1, 40)
+            wrapped = OneByOne(make(), cache)
+            for token in window:
+                llama.decode(token.view(1, 1), cache, wrapped)
+            kept += wrapped.kept
+            error += wrapped.error
+        for measure, values in ("kept", kept), ("error", error):
+            m = report["results"][measure][name][budget]
+            assert m["mean"] == pytest.approx(sum(values) / len(values), rel=1e-3), (name, measure)
+            layers = report["layers"][measure][name][budget]
+            assert sum(layers) / 2 == pytest.approx(m["mean"]) and len(layers) == 2
+    rho = {name: by["0.5"]["mean"] for name, by in report["results"]["spearman"].items()}
+    assert rho["oracle"] > 0.9999 > abs(rho["butler"])
+
+
+def test_repeated_counts_8_grams():
+    assert suites.repeated(list(range(50))) == 0
+    assert suites.repeated([1] * 50) == 1 - 1 / 43
+    assert suites.repeated(list(range(20)) * 2) == pytest.approx(13 / 33)
+
+
+def test_generated_texts_are_the_dense_ones_when_all_tokens_are_selected(small, tok):
+    llama, butler = small
+    prompts = torch.randint(256, (2, 64), generator=torch.manual_seed(2))
+    makers = every_maker(("dense", "butler", "random"), ("200", "13"), butler)
+    report = suites.generation(llama, tok, prompts, 120, makers, seed=0)
+    (shares,) = report["results"].values()
+    endings = report["endings"]
+    assert endings["butler"]["200"] == endings["random"]["200"] == endings["dense"]["1.0"]
+    assert shares["butler"]["200"] == shares["dense"]["1.0"]
+    assert endings["random"]["13"] != endings["dense"]["1.0"]
+
+
+def test_drift_suite_has_the_scores_of_synth_task(main):
+    pytest.importorskip("numba")
+    flags = ("--engine", "fast", "--task", "coreference", "--n", 2, "--budgets", 0.1,
+             "--drift", 2)
+    table = main("bench.py", "--suite", "drift", "--contexts", 300, "--selectors", "dense,butler",
+                 *flags)["results"]["coreference"]
+    assert list(table) == ["dense", "butler, drift 0", "butler, drift 2"]
+    every, some = (table[f"butler, drift {drift}"]["0.1"] for drift in ("0", "2"))
+    assert every["steps"] == 1 < some["steps"] <= 16
+    scores = main("synth_task.py", "--selectors", "butler", "--context", 300, *flags)["results"]
+    assert scores["coreference"]["butler"]["0.1"]["mean"] == some["mean"] < every["mean"]
+
+
+def test_tradeoff_suite_has_the_scores_of_synth_task_and_a_time_for_each(main):
+    flags = ("--task", "coreference", "--n", 1, "--selectors", "dense,butler,h2o",
+             "--budgets", "0.2,64")
+    table = main("bench.py", "--suite", "tradeoff", "--contexts", 300, *flags)["results"]
+    scores = main("synth_task.py", "--context", 300, *flags)["results"]
+    for name, by_budget in table["coreference"].items():
+        for budget, m in by_budget.items():
+            assert m.pop("ms") > 0 and m == scores["coreference"][name][budget]
+    assert list(table["coreference"]["h2o"]) == ["0.2", "64"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"suite": "recall", "shape": "smollm2-135m"}, "random weights: no --suite recall"),
+    ({"suite": "perplexity", "shape": "smollm2-135m"}, "random weights: no --suite perplexity"),
+    ({"suite": "speed", "shape": "llama-9"}, "shape 'llama-9' is none of smollm2-135m"),
+    ({"suite": "speed", "shape": "smollm2-135m", "model": "x"}, "name one of them"),
+    ({"suite": "drift"}, "name one above 0"),
+    ({"suite": "drift", "drift": 0.2}, "the butler of this engine has no --drift"),
+    ({"suite": "generation", "contexts": ("70",)}, "more than 72 tokens"),
+    ({"suite": "offload", "batch": 2, "shape": "tiny"}, "--batch 1"),
+])
+def test_refused(in_memory, monkeypatch, flags, message):
+    monkeypatch.setitem(timing.SHAPES, "tiny", tiny_config())
+    with pytest.raises(UserError, match=message):
+        bench.measure(bench.Config(**{"device": "cpu"} | flags))
+
+
+# ---------------------------------------------------------------------------- timing
+
+
+def config(monkeypatch, **flags):
+    monkeypatch.setitem(timing.SHAPES, "tiny", tiny_config(context=2**20))
+    return bench.Config(**{"shape": "tiny", "contexts": ("70", "90"), "budgets": ("0.5", "32"),
+                           "selectors": ("dense", "butler", "oracle"), "n": 2, "device": "cpu"}
+                        | flags)
+
+
+@pytest.mark.parametrize("engine", ["plain", "fast"])
+@pytest.mark.parametrize("suite", ["speed", "attention"])
+def test_rows_of_random_weights(monkeypatch, suite, engine):
+    report = bench.measure(config(monkeypatch, suite=suite, engine=engine, batch=2))
+    rows = {(row["context"], row["selector"], row["kept"]): row for row in report["rows"]}
+    assert list(rows) == [(context, name, kept) for context in (70, 90) for name, kept in
+                          (("dense", 1), ("butler", 0.5), ("butler", 32), ("oracle", 0.5),
+                           ("oracle", 32))]
+    for (context, _, _), row in rows.items():
+        dense = rows[context, "dense", 1]
+        assert row["speedup"] == pytest.approx(dense["ms"] / row["ms"])
+        assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms"])
+        assert (row["suite"], row["engine"], row["shape"]) == (suite, engine, "tiny")
+        assert 0 < row["bytes"] <= dense["bytes"] or row["selector"] == "butler"
+
+
+def test_bytes_of_attention(monkeypatch):
+    """Of layers 1 to 4, 2 KV heads of size 16: keys and values, and importance keys of 8 bits with
+    a scale."""
+    flags = {"suite": "attention", "contexts": ("80",), "budgets": ("20",)}
+    rows = bench.measure(config(monkeypatch, **flags))["rows"]
+    token = 2 * 16 * torch.finfo(timing.random_model(config(monkeypatch))[0].embed_tokens.weight
+                                 .dtype).bits // 8
+    read = {row["selector"]: row["bytes"] for row in rows}
+    assert read["dense"] == 4 * 2 * 80 * token
+    assert read["oracle"] == 4 * 2 * 20 * token
+    assert read["butler"] == 4 * 2 * (20 * token + 80 * (32 + 4))
+
+
+def test_every_form_of_dense_attention_is_attention():
+    pytest.importorskip("numba")
+    q, k, v = (torch.randn(2, n, s, 16) for n, s in ((4, 1), (2, 60), (2, 60)))
+    expected = F.scaled_dot_product_attention(q, k[:, :, :50], v[:, :, :50], enable_gqa=True)
+    for name, form in (timing.DENSE | {"compiled": timing.compiled}).items():
+        assert_close(name, form(q, k, v, 50), expected, atol=1e-5)
+
+
+def test_compiled_attention_to_selected_tokens():
+    pytest.importorskip("numba")
+    q, k, v = (torch.randn(2, n, s, 16) for n, s in ((4, 1), (2, 60), (2, 60)))
+    index = torch.rand(2, 2, 1, 50).topk(9).indices.int()
+    index[0, 1, 0, 4] = -1
+    expected = sparse_decode(q[:, :, 0], k, v, index[:, :, 0])
+    assert_close("compiled", timing.compiled(q, k, v, 50, index)[:, :, 0], expected, atol=1e-5)
+
+
+def test_a_filled_cache_is_known_to_those_who_watch(small):
+    """The same selection as that of a selector which sees the keys only when it decodes."""
+    llama, butler = small
+    cache = llama.new_cache(1, 100)
+    seen, late = butler.selector(20), butler.selector(20)
+    timing.fill(llama, cache, 90, [seen, None])
+    assert cache.size == 90 and min(k[:, :, :90].std() for k in cache.k) > 0.9
+    for selector in seen, late:
+        cache.truncate(90)
+        llama.decode(torch.tensor([[1]]), cache, selector)
+    assert seen.keys[1].shape[2] == 91
+    for layer in 1, 2:
+        assert torch.equal(seen.index[layer], late.index[layer])
+
+
+@pytest.mark.parametrize("drift, names", [
+    (0.0, ["butler", "dense", "butler, in memory", "dense, in memory"]),
+    (0.2, ["butler", "dense", "butler, drift 0.2", "butler, in memory", "dense, in memory"])])
+def test_rows_of_an_offloaded_cache(monkeypatch, drift, names):
+    pytest.importorskip("numba")
+    rows = bench.measure(config(monkeypatch, suite="offload", engine="fast", contexts=("80",),
+                                budgets=("30",), drift=drift))["rows"]
+    assert [row["selector"] for row in rows] == names
+    for row in rows:
+        assert row["speedup"] == pytest.approx(rows[1]["ms"] / row["ms"])
+        assert row["cache_bytes"] == 80 * 5 * 2 * 2 * 16 * 4 and row["limit_bytes"] is None
+        assert row["kept"] == (1 if "dense" in row["selector"] else 30)
+
+
+def test_tokens_of_a_walk_resemble_their_neighbours():
+    weight = torch.randn(50, 4096, generator=torch.manual_seed(0))
+    timing.walk(weight, 20)
+    near = F.cosine_similarity(weight[:-1], weight[1:])
+    assert near[:19].min() > 0.85 and near[19:].abs().max() < 0.1
+    assert weight.std() == pytest.approx(1, abs=0.02)
+
+
+def test_shape_of_a_config_json(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48}))
+    expected = tiny_config(vocab_size=64, width=32, layers=3, head_dim=8, mlp_width=48)
+    assert timing.shape_of(str(path)) == replace(expected, context=timing.LONGEST)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="no config.json"):
+        timing.shape_of(str(path))
+
+
+def test_a_limit_that_cannot_be_set_leaves_nothing_behind():
+    with pytest.raises(UserError, match="--memory needs"), timing.memory_limit(-7):
+        pass
+    for parent in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
+        assert not Path(parent, f"tokenbutler-{os.getpid()}").exists()
+
+
+def test_a_process_returns_to_the_group_that_it_came_from(tmp_path):
+    version_1, version_2 = "5:devices:/\n4:memory:/a/b\n0::/\n", "0::/a/b\n"
+    for parent, listed in ("memory", version_1), ("cgroup", version_2):
+        root = tmp_path / parent
+        (root / "a/b").mkdir(parents=True)
+        assert timing.own_group(root, listed) == root / "a/b"
+        assert timing.own_group(root, listed.replace("a/b", "hidden")) == root

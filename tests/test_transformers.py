@@ -1,0 +1,419 @@
+"""workshop/transformers.py against transformers itself and against model.Llama."""
+
+import copy
+import json
+import sys
+import warnings
+from importlib import import_module
+
+import pytest
+import torch
+import transformers as hf
+from conftest import assert_close, randomise
+
+from butler import Butler, ButlerConfig, fingerprint
+from cli import UserError, plug_in
+from model import Llama, apply_rope, rope_cos_sin
+from selection import Oracle, Recency, make_selector
+from tokenizer import load as load_tokenizer
+from train import record
+from workshop.transformers import CACHE, Engine, attached, butler_for, load, read_model
+
+SMALL = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+HEADS = {"head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2
+           + ["full_attention"]}
+FAMILIES = {
+    "Llama": {},
+    "Qwen3": HEADS,
+    "Mistral": {"sliding_window": None} | HEADS,
+    "Ministral": WINDOWS | HEADS,
+    "Gemma3": WINDOWS | HEADS | {"query_pre_attn_scalar": 8},  # scores are not over sqrt(D)
+    "SmolLM3": {"no_rope_layers": [1, 1, 0, 1, 1]},  # layer 2 has no rotary embedding
+    "Qwen3Moe": EXPERTS | HEADS}
+
+
+def built(family, **more):
+    """A small random model of a family, as transformers makes it."""
+    config = getattr(hf, f"{family}{'Text' * (family == 'Gemma3')}Config")
+    return randomise(getattr(hf, f"{family}ForCausalLM")(
+        config(**SMALL | FAMILIES.get(family, {}) | more)))
+
+
+@pytest.fixture(scope="module")
+def models():
+    made = {}
+    return lambda family: made.setdefault(family, built(family))
+
+
+def prompt(length, seed=0, batch=1):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 256, (batch, length), generator=rng)
+
+
+def written(model, ids, count=12, **rules):
+    """Greedy tokens [B, count] and their logits."""
+    out = model.generate(ids, **{"do_sample": False, "max_new_tokens": count,
+                                 "output_logits": True, "return_dict_in_generate": True} | rules)
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
+
+
+def random_butler(engine):
+    torch.manual_seed(0)
+    config = ButlerConfig.for_model(engine, layers_per_producer=2, hidden=16, size=8)
+    return Butler(config).requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------- the engine
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_logits_are_those_of_transformers(family, models):
+    """In one block, in a prompt with single tokens behind it, rewound, and with gaps."""
+    model, tokens = models(family), prompt(40, batch=2)
+    engine = Engine(model)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        gaps = torch.arange(40) * 3
+        spread = model(tokens, position_ids=gaps[None], attention_mask=torch.ones(2, 40)).logits
+    assert_close("block", engine(tokens), expected, 1e-4)
+    assert_close("gaps", engine(tokens, positions=gaps, last=True), spread[:, -1:], 1e-4)
+    cache = engine.new_cache(2, 40)
+    assert_close("prompt", engine.prefill(tokens[:, :30], cache), expected[:, 29:30], 1e-4)
+    for _ in range(2):
+        chunk = engine(tokens[:, 30:37], cache, Oracle(1.0))
+        assert_close("chunk", chunk, expected[:, 30:37], 1e-4)
+        for t in 37, 38, 39:
+            step = engine.decode(tokens[:, t : t + 1], cache, Oracle(1.0))
+            assert_close("step", step, expected[:, t : t + 1], 1e-4)
+        assert cache.size == cache.k[0].shape[2] == cache.v[4].shape[2] == cache.capacity
+        with pytest.raises(UserError, match="41 tokens do not fit"):
+            engine.decode(tokens[:, :1], cache)
+        cache.truncate(30)
+        assert cache.size == 30
+
+
+def oracle_attention(module, q, k, v, mask, scaling, **rules):
+    """Written for transformers: the best 20 tokens of each query by their mean attention, 4 sinks
+    and a window of 8 among them, in every layer but the first and those with a sliding window."""
+    kinds = getattr(module.config, "layer_types", None) or ["full_attention"] * 5
+    here, past = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    seen = past <= here
+    if kinds[module.layer_idx] == "sliding_attention":
+        seen = seen & (past > here - module.config.sliding_window)
+    scores = q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT * scaling  # [B, G, H/G, T, S]
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    if module.layer_idx > 0 and kinds[module.layer_idx] == "full_attention":
+        worth = weights.mean(2).masked_fill((past < 4) | (past > here - 8), 2).masked_fill(~seen, 0)
+        best = worth >= worth.topk(20).values[..., -1:]
+        weights = scores.masked_fill(~(seen & best)[:, :, None], -torch.inf).softmax(-1)
+    return (weights @ v[:, :, None]).flatten(1, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_oracle_selection_is_masked_attention(family, models):
+    model, tokens = copy.deepcopy(models(family)), prompt(60, batch=2)
+    engine = Engine(model)
+    together = engine(tokens, None, Oracle(20))
+    dense = engine(tokens)
+    cache = engine.new_cache(2, 60)
+    single = [engine.decode(tokens[:, t : t + 1], cache, Oracle(20)) for t in range(60)]
+    hf.AttentionInterface.register("oracle", oracle_attention)
+    model.set_attn_implementation("oracle")
+    with torch.no_grad():
+        expected = model(tokens).logits
+    assert_close("together", together, expected, 1e-3)
+    assert_close("one by one", torch.cat(single, dim=1), expected, 1e-3)
+    assert (dense - expected).abs().max() > 0.1  # the selection matters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_rotated_back_are_what_the_projection_made(family, models):
+    """Which is what a butler learns from."""
+    model, tokens = copy.deepcopy(models(family)), prompt(40)
+    engine, made = Engine(model), {}
+    for i, layer in enumerate(model.model.layers):
+        last = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)
+        last.register_forward_hook(lambda module, args, out, i=i: made.update({i: out}))
+    recorder = record(engine, tokens, torch.arange(40))
+    butler = random_butler(engine)
+    assert list(engine.numbers.values()) == list(range(engine.config.layers))
+    assert len(engine.numbers) == (4 if "sliding_window" in FAMILIES[family]
+                                   and family != "Mistral" else 5)
+    still = [n for n, row in enumerate(butler.rope, 1) if not row.any()]
+    assert still == [2] * (family == "SmolLM3")
+    for i, n in list(engine.numbers.items())[1:]:
+        cos, sin = rope_cos_sin(recorder.positions, butler.rope[n - 1])
+        expected = made[i]
+        if expected.shape[1] == 40:  # Gemma 3 swaps heads and tokens before its norm
+            expected = expected.view(1, 40, 2, 16).transpose(1, 2)
+        assert_close(f"layer {i}", apply_rope(recorder.keys[n], cos, -sin), expected, 1e-4)
+        assert recorder.x[n].shape == (1, 40, 64)
+
+
+@pytest.fixture(scope="module")
+def twins(folder):
+    """A folder through transformers and through model.py."""
+    return Engine(read_model(folder)), Llama.from_pretrained(folder)
+
+
+def test_both_engines_are_one_model(twins):
+    engine, llama = twins
+    tokens = prompt(50, batch=2)
+    assert_close("logits", engine(tokens), llama(tokens), 1e-4)
+    assert fingerprint(engine) == fingerprint(llama)
+    assert_close("frequencies", engine.frequencies, llama.frequencies, 1e-8)
+    assert engine.weight_bytes() == llama.weight_bytes()
+    for name in "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "context":
+        assert getattr(engine.config, name) == getattr(llama.config, name), name
+    butler = random_butler(llama)
+    butler.check(engine)
+    logits = [m(tokens, None, butler.selector(20)) for m in twins]
+    assert_close("selected", *logits, 1e-4)
+    with pytest.raises(UserError, match="exceed the model's context of 8192"):
+        engine.new_cache(1, 8193)
+
+
+# ---------------------------------------------------------------------------- model.generate
+
+
+def test_generate_does_what_our_llama_does(twins):
+    """The same tokens, and the same choices in the last step."""
+    engine, llama = twins
+    butler, ids = random_butler(llama), prompt(80, batch=2)
+    for make in (lambda: butler.selector(0.25), lambda: Oracle(20),
+                 lambda: make_selector("snapkv", 20)):  # which must have watched the prompt
+        with attached(engine.model, make) as attachment:
+            tokens, logits = written(engine.model, ids, 30)
+        cache, select = llama.new_cache(2, 110), make()
+        steps = [llama.prefill(ids, cache, select.watch)]
+        for t in range(29):
+            steps.append(llama.decode(tokens[:, t : t + 1], cache, select))
+        assert_close("logits", logits, torch.cat(steps, dim=1), 1e-4)
+        assert sorted(select.index) == [1, 2]
+        for layer, index in select.index.items():
+            theirs = attachment.selector.index[layer]
+            assert torch.equal(theirs.sort().values, index.sort().values)
+        dense, _ = written(engine.model, ids, 30)
+        assert not torch.equal(dense, tokens)
+
+
+def test_the_text_part_of_a_model_that_reads_images(models):
+    """Which brings masks of its own."""
+    text = models("Gemma3")
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = hf.Gemma3Config(text_config=text.config.to_dict(), vision_config=vision,
+                             mm_tokens_per_image=4, image_token_index=255)
+    model, ids = hf.Gemma3ForConditionalGeneration(config).eval(), prompt(40) % 200
+    model.get_decoder().load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    written_by = []
+    for one in text, model:
+        butler = random_butler(Engine(one))
+        with attached(one, lambda butler=butler: butler.selector(20)):
+            written_by.append(written(one, ids, 20))
+    assert torch.equal(written_by[0][0], written_by[1][0])
+    assert_close("engine", Engine(model)(ids), Engine(text)(ids), 1e-3)
+    with attached(model, lambda: Oracle(20)), pytest.raises(UserError, match="unequal lengths"):
+        model.generate(ids, attention_mask=torch.arange(40)[None] > 4, max_new_tokens=2)
+
+
+def test_detaching_restores_the_model(models):
+    model, ids = models("Qwen3"), prompt(40)
+    before, config = model(ids).logits, copy.deepcopy(model.config.to_dict())
+    implementation = model.config._attn_implementation
+    with pytest.raises(ZeroDivisionError), attached(model, lambda: Recency(20)):
+        with pytest.raises(UserError, match="attached already"), attached(model, lambda: None):
+            pass
+        assert not torch.equal(model(ids[:, :1]).logits, written(model, ids)[1])
+        _ = 1 / 0
+    assert torch.equal(model(ids).logits, before)
+    assert model.config._attn_implementation == implementation
+    assert model.config.to_dict() == config
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    with attached(model, lambda: None):
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_each_text_gets_a_selector_and_a_cached_prompt_goes_on(models):
+    model, ids = models("Gemma3"), prompt(60)
+    butler = random_butler(Engine(model))
+    with attached(model, lambda: butler.selector(20)) as attachment:
+        expected, _ = written(model, ids)
+        first = attachment.selector
+        written(model, prompt(30, seed=5))
+        assert torch.equal(written(model, ids)[0], expected)
+        assert attachment.selector is not first
+        cache = hf.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :33], **{CACHE: cache})
+        reader, branch = attachment.selector, copy.deepcopy(cache)
+        with pytest.warns(UserWarning, match="only single ones are selected"):
+            tokens, _ = written(model, ids, **{CACHE: cache})
+        assert torch.equal(tokens, expected) and attachment.selector is reader
+        tokens, _ = written(model, ids, **{CACHE: branch})
+        assert torch.equal(tokens, expected) and attachment.selector is not reader
+
+
+def test_several_tokens_at_a_time_are_dense_and_said_so_once(models):
+    """In assisted decoding, and without a cache."""
+    model, ids = models("Llama"), prompt(60)
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)
+    for rules in {"assistant_model": built("Llama")}, {"use_cache": False}:
+        with attached(model, lambda: Recency(12)), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            tokens = model.generate(ids, max_new_tokens=12, do_sample=False, **rules)
+        assert torch.equal(tokens, expected)
+        assert len([w for w in told if "only single ones are selected" in str(w.message)]) == 1
+
+
+def test_what_a_selector_cannot_follow_is_refused(models):
+    model, ids = models("Llama"), prompt(20, batch=2)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :5] = 0
+    with attached(model, lambda: Recency(16)):
+        with pytest.raises(UserError, match="unequal lengths"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=2)
+        with pytest.raises(UserError, match="one by one"):
+            model(ids, position_ids=torch.arange(20)[None] * 2)
+        with pytest.raises(UserError, match="static cache"):
+            model.generate(ids, cache_implementation="static", max_new_tokens=2)
+        with pytest.raises(UserError, match="num_beams=1"):
+            model.generate(ids, num_beams=3, max_new_tokens=12)
+        # rows of one text each, several drawn from each: no row moves
+        assert model.generate(ids, num_return_sequences=2, do_sample=True,
+                              max_new_tokens=4).shape == (4, 24)
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8, "original_max_position_embeddings": 128}
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+       "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+       "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+REFUSED = {
+    "soft caps": ("Gemma2", WINDOWS | HEADS),
+    "sinks": ("GptOss", HEADS | {
+        "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "every layer has a sliding window": ("Mistral", {"sliding_window": 64}),
+    "only 8 of a head's 16 channels": ("Phi3", {"sliding_window": None,
+                                               "rope_parameters": PARTIAL}),
+    r"\(longrope\) change": ("Phi3", {"sliding_window": None, "rope_parameters": LONG}),
+    r"\(dynamic\) change": ("Llama", {"rope_parameters": DYNAMIC}),
+    "do not rotate in pairs": ("Cohere", {}),  # neighbouring channels are pairs
+    "MLA": ("DeepseekV3", MLA),
+    "no `layers`": ("Bloom", {}),
+    "layers of linear_attention": ("Mamba", {})}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_models_that_no_selector_can_follow_are_refused(reason):
+    family, more = REFUSED[reason]
+    model = built(family, **more)
+    before = model.config._attn_implementation
+    with pytest.raises(UserError, match=f"{family}ForCausalLM cannot be selected from.*{reason}"):
+        Engine(model)
+    assert model.config._attn_implementation == before
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_encoders_and_shared_keys_are_refused(models):
+    config = hf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(UserError, match="it has an encoder"):
+        Engine(hf.T5ForConditionalGeneration(config))
+    model = copy.deepcopy(models("Llama"))
+    model.config.num_kv_shared_layers = 2  # as in Gemma 3n
+    with pytest.raises(UserError, match="share other layers' keys"):
+        Engine(model)
+
+
+# ---------------------------------------------------------------------------- files and scripts
+
+
+def test_damaged_folders_and_pickles_are_refused(folder, tmp_path):
+    model = built("Qwen3")
+    left = {n: t for n, t in model.state_dict().items() if "layers.1.mlp" not in n}
+    model.save_pretrained(tmp_path, state_dict=left)
+    with pytest.raises(UserError, match="3 tensors are missing"):
+        load(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        load(tmp_path)
+    file.unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="transformers cannot load it.*safetensors"):
+        load(tmp_path)
+
+
+def test_a_vocabulary_in_another_form_is_translated(folder, tmp_path):
+    built("Qwen3", vocab_size=512).save_pretrained(tmp_path)
+    both = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(both["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(
+        f"{pair if isinstance(pair, str) else ' '.join(pair)}\n" for pair in both["merges"]))
+    ids = load(tmp_path)[1].encode("the harbour")
+    assert ids == load_tokenizer(folder).encode("the harbour") and len(ids) > 1
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(UserError, match="unusable tokenizer"):
+        load(tmp_path)
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "workshop.transformers")
+    with pytest.raises(UserError, match="pip install transformers"):
+        plug_in("workshop.transformers")
+    monkeypatch.undo()
+    assert import_module("workshop.transformers").load is load
+
+
+def test_scripts_run_a_model_that_ours_does_not_read(folder, main, tmp_path):
+    own = tmp_path / "qwen3"
+    built("Qwen3", vocab_size=512, num_hidden_layers=3).save_pretrained(own)
+    (own / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    text, file = tmp_path / "t.txt", tmp_path / "butler.safetensors"
+    text.write_text("One cup of tea, two cups of tea, and a spoon for every cup. " * 400)
+    flags = "--model", own, "--engine", "transformers"
+    report = main("train.py", *flags, "--data", text, "--out", file, "--steps", 2, "--length", 64,
+                  "--long", 96, "--rows", 4, "--hidden", 8, "--size", 8, "--documents", 1,
+                  "--windows", 1, "--longest", 64)
+    assert len(report["loss"]) == 2 and report["table"]["butler"]["kept"]["64"]["n"] == 1
+    flags += "--butler", file
+    report = main("bench.py", *flags, "--suite", "length", "--text", text, "--n", 1,
+                  "--contexts", "64,128")
+    kept = {name: by["0.1"]["mean"] for name, by in report["results"]["kept @128"].items()
+            if name != "dense"}
+    assert 0 < kept["butler"] <= kept["oracle"] <= 1
+    report = main("sample.py", *flags, "--prompt", "Tea is " * 30, "--max-new-tokens", 4,
+                  "--temperature", 0)
+    assert report["attended_per_step"] < report["cached_tokens"]
+    # what was trained serves generate, also in half precision
+    model = hf.AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16)
+    learned = butler_for(model, file)
+    with attached(model, lambda: learned.selector(20)) as attachment:
+        written(model, prompt(60))
+    assert attachment.selector.index[2].shape == (1, 2, 1, 20)
+    with pytest.raises(UserError, match="another base model"):
+        butler_for(built("Qwen3"), file)
+
+
+@pytest.mark.slow
+def test_the_default_model_writes_the_same(llama, tok, butler, model_path):
+    """A GGUF file through transformers, 30 steps with the shipped butler."""
+    engine, _, shipped = load(model_path)
+    shipped.check(llama)
+    ids = torch.tensor([tok.encode("An old house stood at the end of the road. " * 20)])
+    with attached(engine.model, lambda: shipped.selector(0.1)):
+        tokens, logits = written(engine.model, ids, 30, eos_token_id=None)
+    cache, select = llama.new_cache(1, 400), butler.selector(0.1)
+    steps = [llama.prefill(ids, cache, select.watch)]
+    for t in range(29):
+        steps.append(llama.decode(tokens[:, t : t + 1], cache, select))
+    assert_close("logits", logits, torch.cat(steps, dim=1), 1e-3)

@@ -1,0 +1,1 @@
+"""What plugs into the course from outside: models, rivals, benchmarks, measurements."""

@@ -1,0 +1,172 @@
+"""workshop/rivals.py - published ways to choose cached tokens, to compare the butler with.
+
+    quest     pages of 16 tokens, ranked by an upper bound of q . k         arXiv 2406.10774
+    h2o       evicts what has collected the least attention so far          arXiv 2306.14048
+    snapkv    evicts once, what the prompt's last 32 queries do not need    arXiv 2404.14469
+    keynorm   the tokens with the smallest keys, whatever the query         arXiv 2406.11430
+
+Each is a Selector, so budget, sinks, window and the dense layer 0 are the same for all of them and
+for the butler. Eviction is real: h2o and snapkv never see an evicted token again. They decide
+before they know the question, so they must watch the prompt:
+
+    llama.prefill(prompt, cache, selector.watch)
+    llama.decode(token, cache, selector)
+
+    python synth_task.py --selectors dense,butler,quest,h2o,snapkv,keynorm
+"""
+
+import torch
+import torch.nn.functional as F
+
+from cli import UserError
+from kernel import index_to_mask, true_attention
+from selection import Selector
+
+
+class KeyNorm(Selector):
+    """Keys with a small norm tend to receive much attention."""
+
+    def scores(self, layer, q, keys, positions):
+        return -keys.float().norm(dim=-1)[:, :, None].expand(-1, -1, q.shape[2], -1)
+
+
+class Quest(Selector):
+    """Ranks whole pages. The bound of a page is sum_d max(q_d min_d, q_d max_d), where min and max
+    are taken over its keys, channel by channel; a KV head takes the largest of its query heads.
+
+    The page that is still being filled is always selected. Tokens of one page tie, and the earlier
+    one goes first; the budget may end within a page.
+    """
+
+    PAGE = 16
+
+    def scores(self, layer, q, keys, positions):
+        T, S = q.shape[2], keys.shape[2]
+        last_full = S - S % self.PAGE
+        pages = keys[:, :, :last_full].float().unflatten(2, (-1, self.PAGE))  # [B, G, S/16, 16, D]
+        q = q.float().unflatten(1, (keys.shape[1], -1))  # [B, G, H/G, T, D]
+        bound = q.clamp(min=0) @ pages.amax(3)[:, :, None].mT
+        bound += q.clamp(max=0) @ pages.amin(3)[:, :, None].mT
+        bound = bound.amax(2).repeat_interleave(self.PAGE, dim=-1)  # [B, G, T, last_full]
+        bound = F.pad(bound, (0, S - last_full), value=torch.inf)
+        # A page that was not full when its query came would show tokens of the future.
+        token = torch.arange(S, device=q.device)
+        being_filled = (token[S - T :] + 1) // self.PAGE * self.PAGE  # [T]
+        bound = bound.masked_fill(token >= being_filled[:, None], torch.inf)
+        # The rank instead of the bound: topk does not promise an order among equal scores.
+        return -bound.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+class Evicting(Selector):
+    """Drops tokens for good. The prompt is cut down to its budget before the next token is seen;
+    then each new token evicts at most one. A block of tokens is a loop, as each eviction depends
+    on the one before. All rows of a batch have the same length.
+
+    value[layer]   what each token is worth so far, [B, G, S]; `watch` gathers it
+    alive[layer]   which tokens are not evicted, [B, G, S]
+    """
+
+    def __init__(self, budget, **rules):
+        super().__init__(budget, **rules)
+        self.value = {}
+        self.alive = {}
+
+    def ranked(self, layer):
+        """What decides at this step, [B, G, S]: tokens with the lowest numbers are evicted."""
+        return self.value[layer]
+
+    def attended(self, layer, q, keys):
+        """Called after each step with its query [B, H, 1, D] and all keys up to its own token."""
+
+    def choose(self, layer, q, keys, positions):
+        T, S = q.shape[2], keys.shape[2]
+        if layer not in self.value:
+            self.value[layer] = torch.zeros(*keys.shape[:2], 0, device=keys.device)
+        if self.value[layer].shape[-1] != S - T:
+            raise UserError(f"{type(self).__name__.lower()} evicts tokens, so it must have seen "
+                            "the whole prompt, and one text only: read the prompt with a fresh "
+                            "selector's watch")
+        if layer not in self.alive:
+            self.alive[layer] = torch.ones_like(self.value[layer], dtype=torch.bool)
+            if S > T:
+                self.evict(layer)
+        chosen = []
+        for t in range(T):
+            self.value[layer] = F.pad(self.value[layer], (0, 1))
+            self.alive[layer] = F.pad(self.alive[layer], (0, 1), value=True)
+            chosen.append(self.evict(layer))
+            self.attended(layer, q[:, :, t : t + 1], keys[:, :, : S - T + t + 1])
+        K = max(row.shape[-1] for row in chosen)
+        return torch.cat([F.pad(row, (0, K - row.shape[-1]), value=-1) for row in chosen], dim=2)
+
+    def evict(self, layer):
+        """Keeps what the latest token may attend to -> its choice [B, G, 1, K']."""
+        alive = self.alive[layer]
+        ranked = self.ranked(layer).masked_fill(~alive, -torch.inf)
+        chosen = self.topk(ranked[:, :, None])
+        always = self.sinks_and_window(1, alive.shape[-1], alive.device)
+        kept = torch.cat([always.expand(*chosen.shape[:2], -1, -1), chosen], dim=-1)
+        self.alive[layer] = index_to_mask(kept, alive.shape[-1])[:, :, 0]
+        return chosen
+
+
+class H2O(Evicting):
+    """Keeps the tokens with the most attention so far; half of the budget is for recent ones."""
+
+    BLOCK = 512  # queries at a time, as the attention of a long prompt takes gigabytes
+
+    def watch(self, layer, x, q, keys, positions):
+        if layer == 0:
+            return
+        T, S = q.shape[2], keys.shape[2]
+        received = F.pad(self.value[layer], (0, T)) if layer in self.value else 0
+        for t in range(0, T, self.BLOCK):
+            part = q[:, :, t : t + self.BLOCK]
+            places = torch.arange(S - T + t, S - T + t + part.shape[2], device=q.device)
+            received = received + true_attention(part, keys, places).mean(2).sum(2)
+        self.value[layer] = received
+
+    def ranked(self, layer):
+        value = self.value[layer]
+        S = value.shape[-1]
+        token = torch.arange(S, device=value.device)
+        half = self.budget.allowance(token[-1:] + 1) // 2
+        return value.masked_fill(token >= S - half, torch.inf)
+
+    def attended(self, layer, q, keys):
+        q = q.float().unflatten(1, (keys.shape[1], -1))  # [B, G, H/G, 1, D]
+        scores = (q @ keys.float()[:, :, None].mT)[:, :, :, 0] * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~self.alive[layer][:, :, None], -torch.inf)
+        self.value[layer] = self.value[layer] + scores.softmax(-1).mean(2)
+
+
+class SnapKV(Evicting):
+    """The prompt's last queries vote for its tokens; votes are averaged over 7 neighbours.
+
+    In the paper generated tokens come on top of the budget. Here they count too: of those that
+    have left the window, which have no votes, the most recent rank first, behind all voted ones.
+    """
+
+    OBSERVED = 32
+    POOL = 7
+
+    def __init__(self, budget, **rules):
+        super().__init__(budget, **rules)
+        self.latest = {}  # by layer: the last queries of the prompt so far, [B, H, up to 32, D]
+
+    def watch(self, layer, x, q, keys, positions):
+        if layer == 0:
+            return
+        if layer in self.latest:
+            q = torch.cat([self.latest[layer], q], dim=2)
+        self.latest[layer] = q[:, :, -self.OBSERVED :]
+        votes = true_attention(self.latest[layer], keys).mean(2).sum(2)  # [B, G, S]
+        self.value[layer] = F.avg_pool1d(votes, self.POOL, stride=1, padding=self.POOL // 2)
+
+    def ranked(self, layer):
+        votes = self.value[layer]
+        S = votes.shape[-1]
+        return torch.where(votes == 0, torch.arange(-S, 0, device=votes.device), votes)
+
+
+RIVALS = {"quest": Quest, "h2o": H2O, "snapkv": SnapKV, "keynorm": KeyNorm}

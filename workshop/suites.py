@@ -1,0 +1,270 @@
+"""workshop/suites.py - more measures of quality for bench.py, each from text to mean and interval.
+
+    recall       layer by layer, every position of a window under its own selection: the share of
+                 the true attention that is kept, the rank correlation of scores and attention, and
+                 the error of the attention's output
+    generation   sampled texts: the share of their 8-grams that occurred in the text before
+    drift        tasks, answered token by token, with a new choice at every step (drift 0) and with
+                 --drift: scores, and the steps that one choice served on average
+    tradeoff     tasks: the score beside milliseconds of a decode step behind the first document
+
+    python bench.py --suite recall --selectors oracle,butler,recency
+    python bench.py --suite generation --engine fast --contexts 2048 --selectors dense,butler
+    python bench.py --suite drift --engine fast --drift 0.25 --task coreference --contexts 361
+    python bench.py --suite tradeoff --engine fast --contexts 4096 --budgets 0.05,0.1
+"""
+
+import sys
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+import cli
+import sample
+import synth_task
+from bench import Probe, decode_times
+from cli import UserError, numbers
+from data import evenly_spaced, text_to_measure_on
+from kernel import index_to_mask, true_attention
+from selection import Selector
+from synth_task import answers, evaluate, every_maker, interval, print_results, rules_of
+
+PROMPT = 64  # tokens that a generated text starts from
+
+
+def task_documents(config, tok) -> dict:
+    """bench.py's --task, --contexts, --n and --seed -> {task: its documents}"""
+    return synth_task.task_documents(
+        synth_task.Config(task=config.task, context=config.contexts, n=config.n,
+                          seeds=(str(config.seed),)), tok)
+
+
+# ---------------------------------------------------------------------------- recall
+
+
+def spearman(a, b, seen):
+    """Rank correlation along the last axis over the entries where `seen` is true; ties share their
+    mean rank. a, b [..., S], seen booleans [..., S] -> [...]; NaN where all entries tie."""
+    seen = seen.expand(a.shape)
+    count = seen.sum(-1, keepdim=True)
+
+    def centred_ranks(x):
+        x = x.masked_fill(~seen, torch.inf).contiguous()
+        ordered = x.sort(dim=-1).values
+        first = torch.searchsorted(ordered, x)
+        last = torch.searchsorted(ordered, x, right=True)
+        ranks = ((first + last) * 0.5).masked_fill(~seen, 0)
+        return (ranks - ranks.sum(-1, keepdim=True) / count).masked_fill(~seen, 0)
+
+    a, b = centred_ranks(a), centred_ranks(b)
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+class LayerProbe(Probe):
+    """bench.Probe, and two more measures by layer, means over queries and heads:
+
+    spearman   rank correlation of scores and attention, of selectors that score all tokens
+    error      |o' - o| / |o|, where o is the attention's output over all tokens and o' that over
+               the selected ones
+    """
+
+    def __init__(self, selector, cache):
+        super().__init__(selector)
+        self.cache = cache
+        self.spearman = {}
+        self.error = {}
+
+    def __call__(self, layer, x, q, keys, positions):
+        index = super().__call__(layer, x, q, keys, positions)
+        if index is None:
+            return None
+        S = keys.shape[2]
+        attention = true_attention(q, keys)  # [B, G, H/G, T, S]
+        values = self.cache.v[layer][:, :, None, :S].float()
+        kept = attention * index_to_mask(index, S)[:, :, None]
+        dense = attention @ values
+        sparse = kept / kept.sum(-1, keepdim=True) @ values
+        error = (sparse - dense).norm(dim=-1) / dense.norm(dim=-1)
+        self.error[layer] = error.mean().item()
+        if scores_all_tokens(self.selector):
+            scores = self.selector.scores(layer, q, keys, positions)
+            before = torch.arange(S, device=q.device) < positions[:, None]  # [T, S]
+            rho = spearman(scores.float(), attention.mean(2), before)
+            self.spearman[layer] = rho.nanmean().item()  # one token has no order: NaN
+        return index
+
+
+def scores_all_tokens(selector) -> bool:
+    """Selectors that evict have no scores of their own."""
+    return getattr(type(selector), "scores", Selector.scores) is not Selector.scores
+
+
+@torch.inference_mode()
+def recall(llama, windows, makers) -> dict:
+    """windows [n, T] -> {"results": means over the layers, "layers": means over the windows, a list
+    with an entry for each layer from 1 on}"""
+    results, layers = {}, {}
+    for (name, budget), make in makers.items():
+        if name == "dense":
+            continue  # selects nothing
+        seen = {}  # {measure: [{layer: value} of each window]}
+        for window in tqdm(windows, f"{name} {budget}", file=sys.stderr):
+            cache = llama.new_cache(1, len(window))
+            probe = LayerProbe(make(), cache)
+            llama(window[None], cache, probe, last=True)
+            for measure in ("kept", "error", "spearman"):
+                if by_layer := getattr(probe, measure):
+                    seen.setdefault(measure, []).append(by_layer)
+        for measure, by_window in seen.items():
+            means = [sum(by_layer.values()) / len(by_layer) for by_layer in by_window]
+            results.setdefault(measure, {}).setdefault(name, {})[budget] = interval(means)
+            layers.setdefault(measure, {}).setdefault(name, {})[budget] = [
+                sum(by_layer[layer] for by_layer in by_window) / len(by_window)
+                for layer in by_window[0]]
+    return {"results": results, "layers": layers}
+
+
+# ---------------------------------------------------------------------------- generation
+
+
+def repeated(ids: list[int]) -> float:
+    """Share of the 8-grams of a text that are not their first occurrence."""
+    grams = [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
+    return 1 - len(set(grams)) / len(grams)
+
+
+def generation(llama, tok, windows, length: int, makers, seed: int) -> dict:
+    """Continues prompts [n, 64] to `length` tokens at temperature 0.8, the i-th prompt with the
+    same random numbers for every selector."""
+    shares, endings = {}, {}
+    for (name, budget), make in makers.items():
+        values = []
+        for number, prompt in enumerate(tqdm(windows.tolist(), f"{name} {budget}",
+                                             file=sys.stderr)):
+            settings = sample.Config(temperature=0.8, top_p=1.0, seed=seed + number)
+            cache = llama.new_cache(1, length)
+            text = list(sample.generate(llama, cache, prompt, make(), settings, ends=()))
+            values.append(repeated(text))
+        shares.setdefault(name, {})[budget] = interval(values, proportion=True)
+        endings.setdefault(name, {})[budget] = tok.decode(text)[-300:]
+    return {"results": {"repeated 8-grams": shares}, "endings": endings}
+
+
+# ---------------------------------------------------------------------------- drift
+
+
+def drift(llama, tok, tasks: dict, makers: dict) -> dict:
+    """tasks: {task: documents}; makers: see every_maker -> results; a selector that counts the
+    steps of its choices adds their mean as `steps`."""
+    results = {}
+    for task, documents in tasks.items():
+        scores, steps = [], {}
+        for document in tqdm(documents, task, file=sys.stderr):
+            made = {}
+
+            def remember(key, make, made=made):
+                made[key] = make()
+                return made[key]
+
+            several = [partial(remember, key, make) for key, make in makers.items()]
+            scores.append(answers(llama, tok, document, several, stepwise=True))
+            for key, selector in made.items():
+                if hasattr(selector, "steps_per_choice"):
+                    steps.setdefault(key, []).append(selector.steps_per_choice)
+        results[task] = {}
+        for (name, budget), column in zip(makers, zip(*scores, strict=True), strict=True):
+            m = interval(column, proportion=True)
+            if counted := steps.get((name, budget)):
+                m["steps"] = sum(counted) / len(counted)
+            results[task].setdefault(name, {})[budget] = m
+    return {"results": results}
+
+
+def drift_makers(config, butler) -> dict:
+    """Those of the command line, the butler at drift 0 and at --drift."""
+    if not config.drift or "butler" not in config.selectors:
+        raise UserError("--suite drift compares the butler's choices at drift 0 with those at "
+                        "--drift: name one above 0, and butler among --selectors")
+    others = tuple(name for name in config.selectors if name != "butler")
+    makers = every_maker(others, config.budgets)
+    for allowed in (0.0, config.drift):
+        rules = {"drift": allowed} if allowed else {}
+        for (name, budget), make in every_maker(("butler",), config.budgets, butler,
+                                                **rules).items():
+            makers[f"{name}, drift {allowed:g}", budget] = make
+    return makers
+
+
+# ---------------------------------------------------------------------------- score and time
+
+
+@torch.inference_mode()
+def milliseconds_behind(llama, tok, document, makers: dict, rounds: int) -> dict:
+    """-> {(selector, budget): milliseconds of a decode step behind the document's context}"""
+    context, question, _ = document.encode(tok)
+    size = len(context) + 1
+    cache = llama.new_cache(1, size + rounds + 2)
+    selectors = {key: make() for key, make in makers.items()}
+
+    def watch(*seen):
+        for selector in filter(None, selectors.values()):
+            selector.watch(*seen)
+
+    llama.prefill(torch.tensor([context], device=llama.device), cache, watch)
+    token = torch.tensor([question[:1]], device=llama.device)
+    return decode_times(llama, cache, token, size, selectors, rounds)
+
+
+def tradeoff(llama, tok, tasks: dict, makers: dict, config) -> dict:
+    """-> results, with `ms` beside every mean"""
+    results = {}
+    for task, documents in tasks.items():
+        results[task] = evaluate(llama, tok, documents, makers, stepwise=bool(rules_of(config)),
+                                 title=task)
+        times = milliseconds_behind(llama, tok, documents[0], makers, config.n)
+        for (name, budget), ms in times.items():
+            results[task][name][budget]["ms"] = ms
+    return {"results": results}
+
+
+# ---------------------------------------------------------------------------- called by bench.py
+
+
+def measure(config) -> dict:
+    """bench.Config -> {"results": {what: {selector: {budget: mean and interval}}}} and, of some
+    suites, more. Raises UserError."""
+    if config.shape:
+        raise UserError(f"--shape has random weights: no --suite {config.suite}")
+    contexts = numbers(config.contexts, int, "--contexts")
+    text = text_to_measure_on(config.text)
+    llama, tok, butler = cli.engine(config.engine).load(config.model, config.butler, config.device)
+    if config.suite == "drift":
+        report = drift(llama, tok, task_documents(config, tok), drift_makers(config, butler))
+    else:
+        makers = every_maker(config.selectors, config.budgets, butler, **rules_of(config))
+        length = max(contexts)
+        if config.suite == "tradeoff":
+            report = tradeoff(llama, tok, task_documents(config, tok), makers, config)
+        elif config.suite == "generation":
+            if length <= PROMPT + 8:
+                raise UserError(f"--contexts: a text has more than {PROMPT + 8} tokens")
+            windows = evenly_spaced(tok, text, config.n, PROMPT)
+            report = generation(llama, tok, windows, length, makers, config.seed)
+        else:
+            windows = evenly_spaced(tok, text, config.n, length).to(llama.device)
+            report = recall(llama, windows, makers)
+    print_results(report["results"])
+    print_more(report["results"])
+    return report
+
+
+def print_more(results: dict) -> None:
+    """The numbers that some suites put beside mean and interval."""
+    for task, table in results.items():
+        for name, by_budget in table.items():
+            for budget, m in by_budget.items():
+                if "ms" in m:
+                    print(f"{task:20s} {name:8s} {budget:>6s}  {m['ms']:8.1f} ms a step")
+                if "steps" in m:
+                    print(f"{task:20s} {name:8s} {budget:>6s}  {m['steps']:8.1f} steps a choice")

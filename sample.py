@@ -118,15 +118,9 @@ class Tally:
         colours = (0, 22, 28, 34, 40)  # of the terminal's 256: none, then dark to bright green
         share = self.selected[: len(ids)] / max(1, self.selections)
         levels = torch.bucketize(share, torch.tensor([0.05, 0.15, 0.3, 0.6])).tolist()
-        pieces = token_texts(tok, ids)
+        pieces = tok.texts(ids)
         return "".join(f"\033[48;5;{colours[level]}m{piece}\033[0m" if level else piece
                        for level, piece in zip(levels, pieces, strict=True))
-
-
-def token_texts(tok, ids) -> list[str]:
-    """The text of each token. A character spread over several tokens appears at the last one."""
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    return [utf8.decode(tok.decode_bytes([i])) for i in ids]
 
 
 def main(config: Config) -> dict:

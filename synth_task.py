@@ -73,8 +73,9 @@ class Document:
         return [tok.bos + parts[0], *parts[1:]]
 
     def room(self, answer: list[int]) -> int:
-        """How many tokens behind the question the cache must have room for."""
-        return len(answer)
+        """How many tokens behind the question the cache must have room for: the answer's last token
+        is never read."""
+        return len(answer) - 1
 
     def grade(self, llama, tok, cache, question, answer, selector, stepwise: bool) -> float:
         """The score, 0 to 1, of an answer to the question (ids), behind a cache that holds the

@@ -13,6 +13,7 @@ Chats follow the template that the model brings, a Jinja program that runs in a 
     python tokenizer.py        how the default model splits a sentence
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -271,6 +272,11 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """Ids -> text; special tokens appear by name, incomplete UTF-8 as U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def texts(self, ids) -> list[str]:
+        """The text of each token. A character spread over several tokens appears at the last."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        return [utf8.decode(self.decode_bytes([i])) for i in ids]
 
     def chat(self, text: str) -> list[int]:
         """A user's message -> ids of the model's own chat template, up to the assistant's turn.

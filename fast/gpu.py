@@ -271,8 +271,8 @@ class Step:
         self.index = {}
         self.queries = {}
 
-    def serves(self, cache, selector, bound: int) -> bool:
-        return self.cache is cache and self.selector is selector and self.bound == bound
+    def serves(self, cache, selector) -> bool:
+        return self.cache is cache and self.selector is selector
 
     def __call__(self, token):
         """token [B, 1] -> logits [B, 1, V]"""
@@ -332,10 +332,10 @@ class Llama(model.Llama):
 
     def __init__(self, config):
         super().__init__(config)
-        self.step = None  # the latest recorded step
+        self.steps = []  # recorded steps, one for each selector of the latest cache
 
     def new_cache(self, batch, capacity):
-        self.step = None  # it holds the memory of the last text's cache
+        self.steps = []  # they hold the memory of the last text's cache
         return super().new_cache(batch, capacity)
 
     @torch.inference_mode()
@@ -345,7 +345,9 @@ class Llama(model.Llama):
         if not recordable or cache.size >= cache.capacity:
             return super().decode(token, cache, selector)  # which refuses a full cache
         bound = min((cache.size // CAPACITY + 1) * CAPACITY, cache.capacity)
-        if self.step is None or not self.step.serves(cache, selector, bound):
-            self.step = None
-            self.step = Step(self, cache, selector, bound)
-        return self.step(token)
+        step = next((s for s in self.steps if s.serves(cache, selector)), None)
+        if step is None or step.bound != bound:
+            self.steps = [s for s in self.steps if s.cache is cache and s is not step]
+            step = Step(self, cache, selector, bound)
+            self.steps.append(step)
+        return step(token)

@@ -211,8 +211,7 @@ class ButlerSelector(Selector):
 
     def prefetch_with(self, function) -> None:
         """After each choice made ahead, function(layers, chosen) is called with a list of layers
-        and the tokens chosen for them, [R, B, G, K'] int32, -1 = empty, without sinks and window.
-        The function must not keep them beyond the step."""
+        and the tokens chosen for them between sinks and window, [R, B, G, K'] int32, -1 = empty."""
         self.prefetch = function
 
     # One call per layer, as the plain model makes them.

@@ -286,6 +286,7 @@ def refused(path, *words):
     ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
     ("num_hidden_layers", {"num_hidden_layers": None}),
     ("sizes", {"vocab_size": 2**60}),
+    ("sizes", {"num_hidden_layers": 20_000}),
     ("sizes", {"num_key_value_heads": 0}),
     ("cannot share", {"num_key_value_heads": 3}),
     ("", {"rope_parameters": {"rope_type": "linear"}}),

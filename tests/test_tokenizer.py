@@ -204,6 +204,15 @@ def test_byte_level_vocabularies(tmp_path, kind, form):
     assert made.special.keys() == set(SPECIAL)
 
 
+def test_llama_3_takes_a_word_that_is_a_token_whatever_the_merges(tmp_path):
+    tokens = [*tokenizer.BYTE_OF, "ab", "<|im_end|>", "abb"]  # no merge makes abb
+    types = [TokenType.NORMAL] * 257 + [TokenType.CONTROL, TokenType.NORMAL]
+    for kind, ids in [("gpt-2", [256, tokens.index("b")]), ("llama-bpe", [258])]:
+        made = tokenizer.load(write_vocabulary(tmp_path / f"{kind}.gguf", kind=kind, tokens=tokens,
+                                               token_type=types))
+        assert made.encode("abb") == ids
+
+
 def metaspace(form):
     """A vocabulary like SentencePiece's: pieces with the space as U+2581, bytes for the rest."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}

@@ -23,7 +23,6 @@ import torch
 
 from cli import replacing
 from kernel import index_to_mask
-from sample import token_texts
 from selection import Oracle
 
 
@@ -76,7 +75,7 @@ class Page:
         data = {
             "name": name, "budget": budget.total, "sinks": budget.sinks, "window": budget.window,
             "layers": len(self.masks), "heads": len(self.masks[0][0]) if self.masks else 0,
-            "prompt": len(ids), "texts": token_texts(tok, [*ids, *self.tokens]),
+            "prompt": len(ids), "texts": tok.texts([*ids, *self.tokens]),
             "steps": self.steps, "facts": facts}
         template = Path(__file__).with_suffix(".html").read_text(encoding="ascii")
         # Only a "<" can end a script element, and JSON may write it as \u003c.

@@ -74,10 +74,14 @@ def shape_of(name: str) -> Config:
 def random_model(config):
     """--shape and --engine -> a Llama and a butler with random weights, in bfloat16 where the
     device multiplies such numbers."""
+    on_gpu = config.device.startswith("cuda")
+    cli.known("engine for --shape", config.engine, ("plain", "fast"))
     engine = cli.engine(config.engine)
-    fast = config.device != "cpu" or cli.processor().endswith("bf16")
+    if on_gpu and config.engine == "fast":
+        engine = plug_in("fast.gpu")
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if fast else torch.float32)
+    bfloat16 = on_gpu or cli.processor().endswith("bf16")
+    torch.set_default_dtype(torch.bfloat16 if bfloat16 else torch.float32)
     try:
         with torch.device(config.device):
             llama = engine.Llama(shape_of(config.shape)).eval().requires_grad_(False)

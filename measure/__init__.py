@@ -1,1 +1,0 @@
-"""measure/ - how a number is taken: times, attention kept, intervals, tables."""

@@ -30,7 +30,7 @@ from cli import DEVICE, UserError, flag, numbers, plug_in
 from data import evenly_spaced, text_to_measure_on
 from kernel import index_to_mask, true_attention
 from selection import NAMES
-from synth_task import check_selectors, every_maker, interval, print_results, rules_of
+from synth_task import check_selectors, confidence_interval, every_maker, print_results, rules_of
 
 BLOCK = 32  # tokens at the end of a context that `length` measures on
 SUITES = ("perplexity", "length", "speed")
@@ -75,10 +75,11 @@ def perplexity(llama, windows, makers) -> dict:
             logits = llama(window[None], None, make())[0, :-1].float()
             nats[key].append(F.cross_entropy(logits, window[1:]).item())
     for (name, budget), values in nats.items():
-        results["perplexity"].setdefault(name, {})[budget] = exponential(interval(values))
+        m = exponential(confidence_interval(values))
+        results["perplexity"].setdefault(name, {})[budget] = m
         if name != "oracle" and ("oracle", budget) in nats:
             more = [a - b for a, b in zip(values, nats["oracle", budget], strict=True)]
-            results["over oracle"].setdefault(name, {})[budget] = excess(interval(more))
+            results["over oracle"].setdefault(name, {})[budget] = excess(confidence_interval(more))
     return results
 
 
@@ -124,15 +125,15 @@ def length(llama, windows, contexts, makers) -> dict:
         results.setdefault(f"{what} @{context}", {}).setdefault(name, {})[budget] = m
 
     for (context, name, budget), shares in kept.items():
-        add("kept", context, name, budget, interval(shares))
+        add("kept", context, name, budget, confidence_interval(shares))
         losses = nats[context, name, budget]
-        add("perplexity", context, name, budget, exponential(interval(losses)))
+        add("perplexity", context, name, budget, exponential(confidence_interval(losses)))
         oracle = (context, "oracle", budget)
         if name != "oracle" and oracle in kept:
             of_oracle = [a / b for a, b in zip(shares, kept[oracle], strict=True)]
-            add("kept of oracle", context, name, budget, interval(of_oracle))
+            add("kept of oracle", context, name, budget, confidence_interval(of_oracle))
             more = [a - b for a, b in zip(losses, nats[oracle], strict=True)]
-            add("over oracle", context, name, budget, excess(interval(more)))
+            add("over oracle", context, name, budget, excess(confidence_interval(more)))
     return results
 
 

@@ -1,7 +1,7 @@
 """butler.py - the predictor, and the selector that uses it.
 
 TokenButler (arXiv 2503.07518) keeps the whole KV cache and predicts, for every new token, which few
-cached tokens each layer is about to need. Two small learned maps do that:
+tokens each layer needs to attend to. Two small learned maps do that:
 
     layer input x [B, T, C]  --Producer-->  importance queries of the next R layers [B, G, T, E]
     cached keys [B, G, S, D]  --W_K-->  importance keys [B, G, S, E], stored beside K and V
@@ -9,27 +9,28 @@ cached tokens each layer is about to need. Two small learned maps do that:
     score(t, s) = importance query t . importance key s / sqrt(E)
     selection   = sinks + recent window + the tokens with the highest scores
 
-Glossary, with the part of the paper's method that introduces each symbol:
-    paper    in this file           shape                part of the method
-    p        producer layer         0, R, 2R ...         importance queries, ahead of time
-    q_imp    importance_queries     [B, G, T, E]         the same (there one per query head)
-    W_K      key_projection         [L-1, G, D, E]       projected real keys
-    k_imp    importance_keys        [B, G, S, E]         projected real keys
-    d'       size, E                32                   both of them
-    R        layers_per_producer    5                    depth stride
-    I        interval               1                    prediction interval
-    N        neighbours             0                    neighbour fetch
+Glossary. The last column names the idea of the paper that the symbol belongs to:
+    paper    in this file           shape           idea
+    q_imp    importance_queries     [B, G, T, E]    queries predicted ahead of their layer
+    k_imp    importance_keys        [B, G, S, E]    keys projected from the model's own keys
+    W_K      key_projection         [L-1, G, D, E]  keys projected from the model's own keys
+    d'       size, E                32              both
+    R        layers_per_producer    5               depth stride
+    I        interval               1               prediction interval
+    N        neighbours             0               neighbour fetch
 
-Producers sit at layers 0, R, 2R ... and share no weights. The producer at layer p reads the input
-of layer p and serves layers p+1 ... p+R. So layer 0 has no prediction and stays dense, and every
-other layer's importance queries are known before that layer is reached.
+There is a producer at layers 0, R, 2R ... Each reads the input of its own layer p, predicts for the
+layers p+1 ... p+R, and has its own weights. So nothing is predicted for layer 0, which stays dense,
+and the importance queries of every other layer are known before that layer is reached.
 
-Two things differ from the paper. There is one importance query per KV head, not per query head.
-And positions are treated apart from content. Cached keys are rotated, each by its own position; a
-fixed projection of rotated keys (the paper's form, --rotated-keys) learns the rotations that it
-saw in training and selects badly in longer texts. Here keys are rotated back first, which is exact,
-and importance space has a rotary embedding of its own: half of its channels turn, slowly enough to
-tell thousands of tokens apart, and the other half does not turn and says what a token is.
+Two things differ from the paper. First, there is one importance query per KV head; the paper has
+one per query head. Second, what a token is and where it stands are kept apart. The keys in a cache
+are rotated by their positions. The paper projects these rotated keys (here: --rotated-keys). Its
+projection fits the rotations of the training texts, and the selection becomes bad in longer texts.
+Here each key is first rotated back, which is exact. The projected keys and the importance queries
+then get a rotary embedding of their own, in half of their channels. Its slowest pair of channels
+makes half a turn over the model's whole context, so it can tell distances of thousands of tokens
+apart. The other half of the channels is not rotated and compares contents alone.
 
     python butler.py        prints a short trace of shapes
 """
@@ -53,7 +54,7 @@ from selection import Selector
 from tokenizer import resolve
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
-FASTEST = 0.5  # radians per token of the first pair of turning importance channels
+FASTEST = 0.5  # radians per token of the fastest pair of importance channels
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class ButlerConfig:
     width: int
     kv_heads: int
     head_dim: int
-    rope: tuple  # the base model's radians per token: D/2 numbers, or D/2 for each of L-1 layers
+    rope: tuple  # the base model's radians per token: D/2, or (L-1) * D/2 where layers differ
     layers_per_producer: int = 5  # R
     size: int = 32  # E
-    slowest: float = 4e-4  # radians per token of the last pair: half a turn in the whole context
+    slowest: float = 4e-4  # radians per token of the slowest pair; see for_model
     hidden: int = 176  # width of a producer's hidden layer
-    rotated_keys: bool = False  # the paper's form: keys as they are cached, nothing turns
+    rotated_keys: bool = False  # as in the paper: project keys as cached, rotate nothing
     fingerprint: str = ""
 
     def __post_init__(self):
@@ -86,24 +87,30 @@ class ButlerConfig:
     def base_frequencies(self):
         """Radians per token by which cached keys are rotated back, [L-1, D/2]."""
         rope = torch.tensor(self.rope, device="cpu").view(-1, self.head_dim // 2)
-        return rope.expand(self.layers - 1, -1) * (not self.rotated_keys)
+        if self.rotated_keys:
+            rope = torch.zeros_like(rope)
+        return rope.expand(self.layers - 1, -1)
 
     def importance_frequencies(self):
-        """Radians per token of each pair of importance channels, [E/2]; half of them are 0."""
-        turning = torch.logspace(math.log10(FASTEST), math.log10(self.slowest), self.size // 4,
-                                 device="cpu")
-        still = torch.zeros(self.size // 2 - len(turning), device="cpu")
-        return torch.cat([turning, still]) * (not self.rotated_keys)
+        """Radians per token of each pair of importance channels, [E/2]: one half from FASTEST to
+        slowest, the other half 0."""
+        frequencies = torch.zeros(self.size // 2, device="cpu")
+        rotated = self.size // 4
+        if not self.rotated_keys:
+            frequencies[:rotated] = torch.logspace(math.log10(FASTEST), math.log10(self.slowest),
+                                                   rotated, device="cpu")
+        return frequencies
 
 
 def fingerprint(model) -> str:
     """Which base model is this? A hash of its shape and of all norm weights in bfloat16.
 
-    Quantised files keep norms exactly, so the GGUF and the original of a model agree. Training
-    changes norms, so two models do not. It cannot see a change of the other weights alone.
+    Quantised files keep norms exactly, so a model's GGUF file and its original have the same
+    fingerprint. Training changes norms, so another model has another one. A change of other weights
+    alone is not noticed.
     """
     c = model.config
-    # some families under --engine transformers have no input_layernorm
+    # Some families of transformers have no input_layernorm.
     norms = [getattr(block, "input_layernorm", block.post_attention_layernorm).weight
              for block in model.layers]
     if all((norm == norms[0][0]).all() for norm in norms):  # an untrained model: all are 1
@@ -117,14 +124,14 @@ def fingerprint(model) -> str:
 
 
 class Producer(nn.Module):
-    """Reads one layer's input and predicts importance queries for the next `served` layers."""
+    """Reads one layer's input and predicts importance queries for the next `num_layers` layers."""
 
-    def __init__(self, c: ButlerConfig, served: int):
+    def __init__(self, c: ButlerConfig, num_layers: int):
         super().__init__()
-        self.shape = (served, c.kv_heads, c.size)
+        self.shape = (num_layers, c.kv_heads, c.size)
         self.norm = nn.LayerNorm(c.width)
         self.up = nn.Linear(c.width, c.hidden, bias=False)
-        self.out = nn.Linear(c.hidden, served * c.kv_heads * c.size, bias=False)
+        self.out = nn.Linear(c.hidden, num_layers * c.kv_heads * c.size, bias=False)
 
     def forward(self, x):
         """x [B, T, C] -> [R, B, G, T, E]"""
@@ -135,15 +142,16 @@ class Producer(nn.Module):
 class Butler(nn.Module):
     """All producers and key projections for one base model, in float32."""
 
-    rules = ("interval", "neighbours")  # flags that its selector takes
+    rules = ("interval", "neighbours")  # flags that its selector has; other engines have others
 
     def __init__(self, config: ButlerConfig):
         super().__init__()
-        self.config = c = config
+        self.config = config
+        c = config
         self.producers = nn.ModuleDict()
         for p in range(0, c.layers - 1, c.layers_per_producer):
-            served = min(c.layers_per_producer, c.layers - 1 - p)  # the last one may serve fewer
-            self.producers[str(p)] = Producer(c, served)
+            remaining = c.layers - 1 - p  # above layer p
+            self.producers[str(p)] = Producer(c, min(c.layers_per_producer, remaining))
         # One projection per layer and KV head. Layer 0 is never predicted.
         self.key_projection = nn.Parameter(
             torch.randn(c.layers - 1, c.kv_heads, c.head_dim, c.size) * c.head_dim**-0.5)
@@ -151,24 +159,25 @@ class Butler(nn.Module):
         self.register_buffer("importance_rope", c.importance_frequencies(), persistent=False)
 
     def importance_queries(self, layer: int, x, positions) -> dict:
-        """x [B, T, C], the input of a layer, at positions [T] -> {served layer: [B, G, T, E]};
-        empty if no producer reads this layer."""
+        """x [B, T, C], the input of a layer, at positions [T] -> {later layer: [B, G, T, E]}, empty
+        if there is no producer at this layer."""
         if str(layer) not in self.producers:
             return {}
-        queries = self.producers[str(layer)](x.to(self.key_projection))  # [R, B, G, T, E]
+        x = x.to(self.key_projection)  # the butler's dtype and device
+        queries = self.producers[str(layer)](x)  # [R, B, G, T, E]
         queries = apply_rope(queries, *rope_cos_sin(positions, self.importance_rope))
         return dict(enumerate(queries, layer + 1))
 
     def importance_keys(self, layer: int, keys, positions):
         """Cached keys [B, G, S, D] of a layer above 0, at positions [S] -> [B, G, S, E]"""
         cos, sin = rope_cos_sin(positions, self.rope[layer - 1])
-        keys = apply_rope(keys, cos, -sin)  # rotated back: what the token is, wherever it stands
-        projected = keys @ self.key_projection[layer - 1]
+        keys = apply_rope(keys, cos, -sin)  # rotated back
+        projected = keys @ self.key_projection[layer - 1]  # [G, D, E]: each KV head has its own
         return apply_rope(projected, *rope_cos_sin(positions, self.importance_rope))
 
     def scores(self, importance_queries, importance_keys):
-        """[B, G, T, E], [B, G, S, E] -> [B, G, T, S]"""
-        return importance_queries @ importance_keys.mT * self.config.size**-0.5
+        """Queries [B, G, T, E] and keys [B, G, S, E] -> scores [B, G, T, S]"""
+        return (importance_queries @ importance_keys.mT) * self.config.size**-0.5
 
     def selector(self, budget: float, **rules) -> "ButlerSelector":
         """A fresh selector for one text; see ButlerSelector."""
@@ -178,8 +187,8 @@ class Butler(nn.Module):
         """Raises UserError unless the butler was trained for this base model."""
         actual = fingerprint(model)
         if actual != self.config.fingerprint:
-            raise UserError(f"this butler was trained for another base model (fingerprint "
-                            f"{self.config.fingerprint}, the model's is {actual})")
+            raise UserError(f"this butler was trained for another base model: its fingerprint is "
+                            f"{self.config.fingerprint}, and this model has {actual}")
         trained = torch.tensor(self.config.rope)
         rope = model.frequencies.flatten().cpu()
         if rope.shape != trained.shape or not rope.allclose(trained, rtol=1e-5, atol=0):
@@ -217,18 +226,19 @@ class Butler(nn.Module):
 class ButlerSelector(Selector):
     """Selects by the butler's scores.
 
-    interval     choose anew at every I-th position only; between two choices the sinks and the
-                 recent window alone move on (the paper's prediction interval)
-    neighbours   a chosen token also brings the N tokens on either side, within the same budget (the
-                 paper's neighbour fetch, which there comes on top)
+    interval     choose new tokens at every I-th position only, and use that choice again in
+                 between, when only the recent window changes (the paper's prediction interval);
+                 applies to calls with one token
+    neighbours   with a chosen token choose also the N tokens on either side, within the same budget
+                 (in the paper these come on top of the budget). N is smaller than the window, so
+                 that a query never uses the score of a later token.
 
-    Attributes, each a dictionary by layer:
-    queries      importance queries of the latest tokens, [B, G, T, E]
-    keys         importance keys of all cached tokens, [B, G, S, E]
+    queries      {layer: importance queries of the latest tokens, [B, G, T, E]}
+    keys         {layer: importance keys of all tokens so far, [B, G, S, E]}
     """
 
-    def __init__(self, butler: Butler, budget: float, interval=1, neighbours=0, **rules):
-        super().__init__(budget, **rules)
+    def __init__(self, butler: Butler, budget: float, interval=1, neighbours=0, **sizes):
+        super().__init__(budget, **sizes)
         if interval < 1 or not 0 <= neighbours < self.budget.window:
             raise UserError("an interval is at least 1, and neighbours are fewer than the window's "
                             f"{self.budget.window} tokens")
@@ -241,34 +251,38 @@ class ButlerSelector(Selector):
     def watch(self, layer, x, q, keys, positions):
         """Prefill: project the keys of the prompt while it is read."""
         if layer > 0:
-            self.project_new(layer, keys, len(positions))
+            self.all_importance_keys(layer, keys, len(positions))
 
     def look_ahead(self, layer, x, positions):
-        """Predict, if a producer reads this layer. Its queries serve the layers to come."""
+        """Predicts for the next layers, if there is a producer at this one."""
         self.queries |= self.butler.importance_queries(layer, x, positions)
 
     def choose(self, layer, q, keys, positions):
-        """Between two choices of an interval, the latest choice is used again."""
+        """A new choice, or within an interval the latest one again."""
         position = int(positions[0])
         if len(positions) == 1 and position % self.interval > 0 and layer in self.index:
-            latest = self.index[layer][:, :, -1:]
-            if latest.max() < position:  # not so after a cut: then it may name what is gone
+            latest = self.index[layer][:, :, -1:]  # sinks, window, chosen tokens
+            if latest.max() < position:  # the cache was not truncated meanwhile
                 return latest[..., self.budget.sinks + self.budget.window :]
         return self.topk(self.scores(layer, q, keys, positions))
 
     def scores(self, layer, q, keys, positions):
-        """The layer's own queries q are not needed: that is the point."""
-        importance_keys = self.project_new(layer, keys, len(positions))
+        """Uses the importance queries predicted below; the layer's own queries q are not needed."""
+        importance_keys = self.all_importance_keys(layer, keys, len(positions))
         scores = self.butler.scores(self.queries[layer], importance_keys)
-        if self.neighbours:  # each token takes the highest score near it
+        if self.neighbours:
+            # Each token gets the highest score within N tokens, plus a little of its own, so that
+            # the neighbours of one token do not tie.
             N = self.neighbours
-            highest = F.max_pool1d(scores.flatten(0, 2), 2 * N + 1, 1, N).view_as(scores)
-            scores = highest.lerp(scores, 1e-3)  # among neighbours, its own score breaks the tie
+            rows = scores.flatten(0, 2)
+            highest = F.max_pool1d(rows, kernel_size=2 * N + 1, stride=1, padding=N)
+            scores = 0.999 * highest.view_as(scores) + 0.001 * scores
         return scores
 
-    def project_new(self, layer: int, keys, T: int):
-        """Importance keys of all cached keys [B, G, S, D] -> [B, G, S, E]. Every key is projected
-        once. The last T keys are new, even where a truncated cache had others in their place."""
+    def all_importance_keys(self, layer: int, keys, T: int):
+        """Keys of all tokens so far [B, G, S, D] -> importance keys [B, G, S, E]. Each key is
+        projected once and then stored. The last T keys are always projected: after a truncation of
+        the cache the stored ones belong to other tokens."""
         S = keys.shape[2]
         known = self.keys.get(layer, keys.new_empty(*keys.shape[:2], 0, self.butler.config.size))
         known = known[:, :, : S - T]
@@ -284,15 +298,16 @@ class ButlerSelector(Selector):
 
 def load_for(model, path=None, cls=Butler) -> Butler:
     """The butler at `path` (None: the shipped one) for this base model, on its device. Raises
-    UserError if it was trained for another one. cls: a subclass, of engines with a selector of
-    their own."""
+    UserError if it was trained for another one. cls: the class to load, a subclass of Butler in
+    engines that have their own selector."""
     butler = cls.load(path or SHIPPED)
     butler.check(model)
     return butler.to(model.device)
 
 
 def find_butler(model, path=None, cls=Butler) -> Butler | None:
-    """load_for, but None where no path is named and the shipped butler is not this model's."""
+    """As load_for, but without a path it returns None if the shipped butler belongs to another
+    model."""
     if path is None and fingerprint(model) != Butler.load(SHIPPED).config.fingerprint:
         return None
     return load_for(model, path, cls)
@@ -304,7 +319,7 @@ def load(model=None, butler=None, device="cpu"):
     model). Every engine has this function; see cli.ENGINES. Raises UserError."""
     path = resolve(model)
     if butler is not None:
-        Butler.load(butler)  # a damaged file is noticed before the model is read
+        Butler.load(butler)  # finds a damaged file before the model is read, which takes longer
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
     llama = Llama.from_pretrained(path, dtype, device)
     tok = tokenizer.load(path, llama.config.vocab_size)
@@ -314,7 +329,7 @@ def load(model=None, butler=None, device="cpu"):
 if __name__ == "__main__":
     llama, tok, butler = load()
     share = sum(p.numel() for p in butler.parameters()) / sum(p.numel() for p in llama.parameters())
-    print(f"the butler has {share:.2%} of the base model's parameters")
+    print(f"size of the butler: {share:.2%} of the base model's parameters")
     selector = butler.selector(budget=0.1)
     cache = llama.new_cache(batch=1, capacity=401)
     llama.prefill(torch.arange(400)[None], cache, selector.watch)

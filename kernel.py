@@ -1,22 +1,22 @@
-"""kernel.py - sparse attention: the definition, the gathered form, the Triton kernel.
+"""kernel.py - sparse attention: the definition, gathering, the Triton kernel.
 
     q [B, H, D], keys and values [B, G, S, D], idx [B, G, K] -> out [B, H, D]
 
     out = softmax(q . k[idx] / sqrt(D)) . v[idx]
 
-Every query head h reads KV head h // (H / G). `idx` names the K tokens that a KV head attends to;
--1 is an empty slot. Three forms compute the same, and each says which bytes it moves for one query
-and one layer, with e bytes per number:
+Query head h reads KV head h // (H / G). idx is the index that a selector returns (see model.py): it
+names the K tokens that a KV head attends to, each once, with -1 in an empty slot. Three functions
+compute this. For one query per head, one layer and e bytes per number they move:
 
     masked_attention    mask what was not selected            B*G*S*2D*e: all of K and V
     sparse_decode       copy the selected rows, then attend   B*G*K*2D*e read, written, read again
     triton_attention    read the selected rows once           B*G*K*2D*e
 
-K is a tenth of S or less, so the last two read far less. The price is that the rows lie scattered
-in memory. On a CPU `fast/` has a compiled form of the third.
+With K a tenth of S the last two read far less, but their rows are scattered in memory. For a CPU,
+fast/ has a compiled loop that also reads the rows only once.
 
-    python kernel.py                        the error of the gathered form
-    TRITON_INTERPRET=1 python kernel.py     also of the Triton kernel, interpreted on the CPU
+    python kernel.py                        compares sparse_decode with the definition
+    TRITON_INTERPRET=1 python kernel.py     the Triton kernel too, interpreted on the CPU
 """
 
 import os
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: the gathered form serves everywhere
+except ImportError:  # macOS, Windows: sparse_decode gathers
     from types import SimpleNamespace
     triton, tl = None, SimpleNamespace(constexpr=None)
 
@@ -39,7 +39,7 @@ def true_attention(q, keys, places=None):
     """The attention that a selection approximates.
 
     q [B, H, T, D], keys [B, G, S, D] -> causal softmax [B, G, H/G, T, S] in float32. places [T]:
-    which key belongs to each query's own token; by default the queries are the last T tokens.
+    the place of each query's own token among the keys; by default the last T places.
     """
     T, S = q.shape[2], keys.shape[2]
     token = torch.arange(S, device=q.device)
@@ -57,19 +57,22 @@ def index_to_mask(idx, S: int):
 
 
 def masked_attention(q, k, v, idx):
-    """The definition. q [B, H, T, D], k, v [B, G, S, D], idx [B, G, T, K] -> [B, H, T, D]"""
+    """The definition: attention to all tokens, where a mask hides those that idx does not name.
+
+    q [B, H, T, D], k, v [B, G, S, D], idx [B, G, T, K] -> [B, H, T, D]
+    """
     mask = index_to_mask(idx, k.shape[2])  # [B, G, T, S]
     mask = mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, H, T, S]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 def sparse_decode(q, k, v, idx):
-    """The attention of one decode step. The selected rows are copied out of the cache; attention
-    then runs over K tokens, not S. On a GPU the Triton kernel below does both at once.
+    """The attention of one decode step: copies the K selected rows of keys and values out of the
+    cache, then attends to these copies. On a GPU it calls the Triton kernel below instead.
 
-    q [B, H, D], k, v [B, G, S, D], idx [B, G, K] int32 (-1 = empty) -> [B, H, D]. A query without
-    any token gets 0. Indices must be below S and unique: a repeated one would count twice in the
-    softmax.
+    q [B, H, D], k, v [B, G, S, D], idx [B, G, K] int32 (-1 = empty) -> [B, H, D]. A query whose
+    slots are all empty gets 0. Indices must be below S and unique: a repeated one would count twice
+    in the softmax.
     """
     if triton and q.device.type == "cuda":
         return triton_attention(q, k, v, idx)
@@ -78,7 +81,7 @@ def sparse_decode(q, k, v, idx):
     k, v = k.gather(2, rows), v.gather(2, rows)  # [B, G, K, D]
     empty = (idx < 0)[:, :, None]  # [B, G, 1, K]
     scores = q.view(B, k.shape[1], -1, D) @ k.mT * D**-0.5  # [B, G, H/G, K]
-    # If all slots are empty, softmax divides 0 by 0, and the second masked_fill makes that a 0.
+    # If all slots are empty, softmax gives NaN, and the second masked_fill turns it into 0.
     weights = scores.float().masked_fill(empty, -torch.inf).softmax(-1).masked_fill(empty, 0)
     # An empty slot copied row 0. Its weight is 0, but 0 * NaN would be NaN.
     v = v.masked_fill(empty.mT, 0)
@@ -88,8 +91,8 @@ def sparse_decode(q, k, v, idx):
 def sparse_attention(q, k, v, idx):
     """q [B, H, T, D], k, v [B, G, S, D], idx [B, G, T, K] -> [B, H, T, D].
 
-    Gathering pays for a single query. Many queries, each with a selection of its own, together
-    touch nearly every row, so they are masked.
+    A single query gathers. Many queries have many selections, which together name nearly every
+    row, so all rows are read and masked.
     """
     if q.shape[2] > 1:
         return masked_attention(q, k, v, idx)
@@ -100,14 +103,14 @@ def sparse_attention(q, k, v, idx):
 
 
 @jit
-def attend_chunk(q, k, v, idx, out, top, total, K, scale, G, k_b, k_g, k_s, v_b, v_g, v_s,
+def attend_chunk(q, k, v, idx, sums, top, total, K, scale, G, k_b, k_g, k_s, v_b, v_g, v_s,
                  N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
                  CHUNK: tl.constexpr, BLOCK: tl.constexpr, FLOAT32: tl.constexpr):
     """Online softmax over one chunk of one KV head's selected tokens.
 
-    One program serves all N query heads of the group (padded to NP), so each row of K and V is
-    loaded once. It leaves sum(exp(s - top) * v) in `out`, the largest score in `top` and
-    sum(exp(s - top)) in `total`; merge_chunks combines the chunks.
+    One program computes all N query heads of the group (padded to NP), so each row of K and V is
+    loaded once. With s the scores of the chunk it writes sum(exp(s - top) * v) to `sums`, the
+    largest score to `top` and sum(exp(s - top)) to `total`. merge_chunks combines the chunks.
     """
     row = tl.program_id(0)  # b * G + g
     chunk = tl.program_id(1)
@@ -136,7 +139,8 @@ def attend_chunk(q, k, v, idx, out, top, total, K, scale, G, k_b, k_g, k_s, v_b,
         s = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
         s = tl.where(used, s, float("-inf"))
         new = tl.maximum(highest, tl.max(s, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # no token yet: avoids -inf minus -inf
+        # As long as all slots were empty, the largest score is -inf, and -inf - -inf is NaN.
+        base = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp(s - base[:, None])
         rescale = tl.exp(highest - base)
         denominator = denominator * rescale + tl.sum(p, 1)
@@ -144,7 +148,7 @@ def attend_chunk(q, k, v, idx, out, top, total, K, scale, G, k_b, k_g, k_s, v_b,
         weighted += tl.dot(p.to(values.dtype), values, input_precision="ieee")
         highest = new
     part = (row * N + n) * tl.num_programs(1) + chunk
-    tl.store(out + part[:, None] * D + d, weighted, mask=inside)
+    tl.store(sums + part[:, None] * D + d, weighted, mask=inside)
     tl.store(top + part, highest, mask=n < N)
     tl.store(total + part, denominator, mask=n < N)
 
@@ -170,10 +174,10 @@ def merge_chunks(sums, top, total, out, chunks, D: tl.constexpr, DP: tl.constexp
 
 
 def triton_attention(q, k, v, idx, chunk=None):
-    """sparse_decode in two launches. Shapes as there.
+    """sparse_decode on a GPU, in two kernels. Arguments and result as there.
 
-    The selected tokens are split into chunks (split-K), so that one sequence fills a GPU as well.
-    Nothing waits for the device, so the call can be part of a CUDA graph.
+    The selected tokens are split into chunks (split-K), because a single text has too few KV heads
+    to occupy a GPU. The CPU never waits for a result, so a CUDA graph can contain the call.
     """
     B, H, D = q.shape
     G, K = idx.shape[1:]
@@ -182,7 +186,8 @@ def triton_attention(q, k, v, idx, chunk=None):
     q, idx = q.contiguous(), idx.contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     block = 64
-    chunk = chunk or max(block, triton.next_power_of_2(triton.cdiv(K * B * G, 256)))
+    programs = 256  # about as many as a large GPU runs at a time
+    chunk = chunk or max(block, triton.next_power_of_2(triton.cdiv(K * B * G, programs)))
     chunks = max(1, triton.cdiv(K, chunk))
     sums = torch.empty(B * H, chunks, D, dtype=torch.float32, device=q.device)
     top, total = torch.empty(2, B * H, chunks, dtype=torch.float32, device=q.device)

@@ -6,20 +6,27 @@
                                                  |
                         selector(layer, x, q, keys, positions) -> which tokens to attend to
 
-One forward serves prompts, single tokens and whole texts. They differ in T and in the cache.
+One forward serves prompts, single tokens and whole texts: only T and the cache differ.
 
-A *selector* is any callable with the arguments above: the layer's number, its input x [B, T, C],
-the rotated queries q [B, H, T, D], all cached keys [B, G, S, D] and the positions [T] of the new
-tokens. It returns the indices [B, G, T, K] (int32, -1 = empty) of the tokens that each query
-attends to, or None for all tokens. Selectors are in selection.py and butler.py; the model knows
-none of them.
+A *selector* is any callable with the arguments above:
 
-    out = softmax(q . k[idx] / sqrt(D)) . v[idx]         rotary embedding: arXiv 2104.09864
+    layer       the layer's number
+    x           its input before the norm, [B, T, C]
+    q           its rotated queries, [B, H, T, D]
+    keys        its rotated keys of all tokens so far, the T new ones included, [B, G, S, D]
+    positions   positions of the new tokens, [T]
 
-Dimension key, one letter each, in every file:
-    B batch          C width          L layers    E size of importance queries and keys
-    T new tokens     H query heads    D head size K tokens selected
-    S cached tokens  G KV heads       V vocabulary   R layers per producer
+It returns index [B, G, T, K], int32: the places in `keys` of the tokens that each query attends to,
+-1 in an empty slot, or None if every query attends to all tokens before it. An index names no token
+twice and none after the query's own; the model does not check that. Selectors are in selection.py
+and butler.py. The model knows none of them.
+
+    out = softmax(q . keys[index] / sqrt(D)) . values[index]
+
+Dimension key. Each letter means the same in every file:
+    B batch            H query heads    V vocabulary    K tokens selected
+    T new tokens       G KV heads       L layers        E size of importance queries and keys
+    S tokens so far    D head size      C width         R layers per producer
 
     python model.py        prints a short trace of shapes
 """
@@ -75,7 +82,8 @@ class Config:
 
 
 def rope_frequencies(config: Config) -> torch.Tensor:
-    """Radians per position of each pair of channels, [D/2] float32, context extension included."""
+    """Radians per position of each pair of channels, [D/2] float32 (rotary position embedding,
+    arXiv 2104.09864; rope_scaling extends the context)."""
     channels = torch.arange(0, config.head_dim, 2, device="cpu").float()
     frequencies = config.rope_theta ** -(channels / config.head_dim)
     scaling = config.rope_scaling
@@ -91,15 +99,16 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 
 
 def rope_cos_sin(positions, frequencies):
-    """positions [T], frequencies [..., D/2] -> cos, sin [..., T, D] for apply_rope."""
+    """positions [T], frequencies [..., D/2] -> two factors [..., T, D] for apply_rope: the cosines
+    twice, and the sines twice, the first time negative."""
     angles = positions[:, None] * frequencies[..., None, :]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rope(x, cos, sin):
-    """Rotates x [..., T, D] -> float32. Channels i and i + D/2 are a pair, as in Hugging Face's
-    files. With -sin it rotates back."""
+    """Rotates x [..., T, D] -> float32. Channels i and i + D/2 are a pair (a, b), as in Hugging
+    Face's files, which becomes (a cos - b sin, b cos + a sin). To rotate back, pass -sin."""
     x = x.float()
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -110,8 +119,8 @@ def apply_rope(x, cos, sin):
 class Cache:
     """Keys (already rotated) and values of every layer: k[layer], v[layer] [B, G, capacity, D].
 
-    size       tokens cached so far, the same in every row of the batch
-    capacity   room for so many
+    size       number of cached tokens, the same for every text of the batch
+    capacity   the largest number that fits
     """
 
     def __init__(self, config: Config, batch: int, capacity: int, dtype=torch.float32,
@@ -125,9 +134,9 @@ class Cache:
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
 
     def append(self, layer: int, k, v):
-        """Writes k, v [B, G, T, D] behind the cached tokens -> all keys and values [B, G, S, D],
-        the new ones included. `advance` follows when every layer has written. Raises UserError if
-        the tokens do not fit."""
+        """Writes k, v [B, G, T, D] of one layer after the cached tokens -> keys and values of all
+        tokens so far, [B, G, S, D]. When all layers have done so, the model calls `advance`. Raises
+        UserError if the tokens do not fit."""
         end = self.size + k.shape[2]
         if end > self.capacity:
             raise UserError(f"{end} tokens do not fit into a cache of {self.capacity}")
@@ -148,12 +157,14 @@ class Cache:
 
 
 def attention(q, k, v, index):
-    """Causal attention of T new queries [B, H, T, D], which are the last T of S tokens, to all
-    tokens (index None) or to the selected ones [B, G, T, K] -> [B, H, T, D]."""
+    """q [B, H, T, D] of the last T of S tokens, k, v [B, G, S, D] -> [B, H, T, D]. With an index
+    [B, G, T, K], attention to the tokens that it names; without one, causal attention to all."""
     T, S = q.shape[2], k.shape[2]
     if index is not None:
         return sparse_attention(q, k, v, index)
-    if T in (1, S):  # one new token sees everything; is_causal is right only without a past
+    # PyTorch's is_causal assumes T = S, a text without cached tokens. A single new token needs no
+    # mask: it attends to everything.
+    if T in (1, S):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
@@ -169,16 +180,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.attention_bias)
 
-    def forward(self, x, layer_input, rope, positions, cache, selector):
-        """Normed x [B, T, C] and the layer's input before the norm -> [B, T, C]"""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, G, T, D]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def forward(self, normed, x, rope, positions, cache, selector):
+        """The layer's input after and before its norm, both [B, T, C] -> [B, T, C]"""
+        q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_proj(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, G, T, D]
+        v = self.v_proj(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q = apply_rope(q, *rope)
         k = apply_rope(k, *rope)
         keys, values = cache.append(self.layer, k, v)  # [B, G, S, D]
-        # The selector sees the layer's input and its queries, and names the tokens to attend to.
-        index = selector(self.layer, layer_input, q, keys, positions)
+        # The selector names the tokens to attend to.
+        index = selector(self.layer, x, q, keys, positions)
         out = attention(q.to(keys.dtype), keys, values, index)
         return self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
 
@@ -208,7 +219,7 @@ class Block(nn.Module):
 
 
 def dense(layer, x, q, keys, positions):
-    """The selector that selects nothing: every query attends to all tokens before it."""
+    """The selector of dense attention: every query attends to all tokens before it."""
     return None
 
 
@@ -235,7 +246,7 @@ class Llama(nn.Module):
         return self.embed_tokens.weight.device
 
     def weight_bytes(self) -> int:
-        """Bytes of weights that one decode step reads."""
+        """Bytes of weights that one decode step reads (for bench.py)."""
         embedding = 0 if self.config.tied else self.embed_tokens.weight.nbytes
         return sum(p.nbytes for p in self.parameters()) - embedding
 
@@ -249,7 +260,8 @@ class Llama(nn.Module):
 
         cache: the text so far, which the tokens continue; None starts a new text.
         selector: see the top of this file; None attends to all tokens.
-        positions: [T], rising, for a text with gaps between its tokens; None counts on.
+        positions: [T], rising, for training texts whose positions have gaps; by default positions
+        count on from the cache. Selectors other than the trainer's Recorder expect the default.
         Raises UserError if the tokens do not fit into the cache.
         """
         B, T = tokens.shape
@@ -279,7 +291,7 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Llama":
         """A Hugging Face folder or a GGUF file -> a frozen Llama. Raises UserError, one line that
-        names the path, for a damaged file and for models that are no Llama."""
+        names the path, for a damaged file or another kind of model."""
         check_device(device)
         with one_line(f"{path}: unusable model", SafetensorError):
             read = read_gguf if Path(path).is_file() else read_folder
@@ -297,8 +309,8 @@ class Llama(nn.Module):
 
 # ---------------------------------------------------------------------------- files
 
-# Both readers return a Config, an iterator of (name, tensor), and what to divide the rotary
-# frequencies by, [D/2] or [1].
+# Both readers return a Config, an iterator of (name, tensor), and divisors of the rotary
+# frequencies, [D/2] or [1].
 
 
 def refuse_if(condition, what: str) -> None:
@@ -417,5 +429,5 @@ if __name__ == "__main__":
     print("prefill [1, 7] ->", list(llama.prefill(torch.arange(7)[None], cache).shape))
     print("decode  [1, 1] ->", list(llama.decode(torch.tensor([[7]]), cache).shape))
     numbers = sum(k.numel() + v.numel() for k, v in zip(cache.k, cache.v, strict=True))
-    print(f"a cached token takes {numbers // cache.capacity:,} numbers; the model has "
+    print(f"keys and values of one token: {numbers // cache.capacity:,} numbers; the model: "
           f"{sum(p.numel() for p in llama.parameters()):,}")

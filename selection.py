@@ -2,18 +2,19 @@
 
     scores [B, G, T, S]  --Selector-->  index [B, G, T, K] int32, -1 = empty
 
-    | sinks |  .  .  chosen  .  chosen  .  .  .  | window, ending at the query's own token |
+    text:   | sinks |  .  .  chosen  .  chosen  .  .  .  | window, ending at the query's own token |
+    index:  sinks, window (newest token first), chosen tokens (highest score first)
 
-A selection always holds the sinks (the first tokens of the text) and a recent window. What is left
-of the budget goes to the tokens with the highest scores, one choice per KV head. Methods differ in
-their scores alone:
+A selection always contains the sinks, which are the first tokens of the text, and a window of the
+most recent tokens. The rest of the budget goes to the tokens with the highest scores between the
+two, one choice per KV head. Most selectors differ only in their scores:
 
-    butler    predicted before the layer is reached            butler.py
-    oracle    the true attention of this very step: no other K tokens hold more of it
-    recency   the most recent tokens: StreamingLLM, arXiv 2309.17453
+    butler    predicted before the layer is reached                   butler.py
+    oracle    the true attention of the step, which only an experiment can know in time
+    recency   the most recent tokens (StreamingLLM, arXiv 2309.17453)
     random    random numbers
 
-More of them are in workshop/rivals.py.
+More of them, some of which evict tokens for good, are in workshop/rivals.py.
 
     python selection.py        which tokens some budgets select
 """
@@ -28,13 +29,14 @@ from kernel import true_attention
 
 @dataclass(frozen=True)
 class Budget:
-    """How many cached tokens a query may attend to, per layer and KV head, in total.
+    """How many tokens a query may attend to, in total, per layer and KV head.
 
-    total    a fraction of all cached tokens (up to 1) or a number of tokens (above 1)
-    sinks    the first tokens of the text: attention rests on them when it has nothing to look for
-    window   the most recent tokens, the query's own included
+    total    a fraction of all tokens so far (up to 1) or a number of tokens (above 1)
+    sinks    number of first tokens that are always selected: heads attend to them when nothing
+             else is relevant
+    window   number of most recent tokens that are always selected, the query's own included
 
-    Sinks and window count towards the total, but are selected even if they exceed it.
+    Sinks and window count towards the total. If they alone exceed it, they are still selected.
     """
 
     total: float
@@ -48,46 +50,51 @@ class Budget:
             raise UserError("a selection has at least 0 sinks and a window of at least 1 token")
 
     def allowance(self, cached):
-        """cached [T]: how many tokens each query sees -> how many it may attend to, [T]"""
+        """cached [T]: how many tokens there are up to each query's own -> how many of them it may
+        attend to, [T]"""
         if self.total > 1:
             tokens = torch.full_like(cached, int(self.total))
         else:
-            tokens = (cached.double() * self.total + 1e-4).long()  # a tenth of 10 is 1
+            tokens = (cached.double() * self.total + 1e-4).long()  # 0.29 * 100 is 28.999...
         return tokens.clamp(min=self.sinks + self.window).minimum(cached)
 
 
 class Selector:
-    """Names the cached tokens that each query attends to. Subclasses answer with `scores`.
+    """Names the tokens that each query attends to. A subclass defines `scores`.
 
-    The model calls a selector once per layer (see model.py). Layer 0 attends to all tokens,
-    because no prediction is made before it. Several tokens in one call get what they would get one
-    by one. A selector serves one text; make a fresh one for the next.
+    The model calls a selector once per layer; see model.py for the arguments. Layer 0 attends to
+    all tokens with every selector, because the butler cannot predict it. The T tokens of one call
+    are selected for as if they came one by one. A selector serves one text: make a new one for the
+    next text.
 
-    index[layer] is the latest selection, [B, G, T, K].
+    index   the latest selection of each layer above 0, {layer: [B, G, T, K]}
     """
 
-    def __init__(self, budget: float, **rules):
-        """budget: see Budget.total; rules: sinks, window."""
-        self.budget = Budget(budget, **rules)
+    def __init__(self, budget: float, **sizes):
+        """budget: the total; sizes: sinks and window. See Budget."""
+        self.budget = Budget(budget, **sizes)
         self.index = {}
 
     def watch(self, layer, x, q, keys, positions) -> None:
-        """Pass this as the selector of `prefill`: the prompt is read densely and its keys seen."""
+        """Pass this as the selector of `prefill`. The prompt is then read densely, because this
+        returns None, and subclasses can use its keys."""
 
     def look_ahead(self, layer, x, positions) -> None:
-        """Sees the input of every layer, layer 0 included, before `scores` of that layer."""
+        """Called with the input of every layer, layer 0 included, before the layer selects."""
 
     def scores(self, layer, q, keys, positions):
-        """How important is each cached token? -> [B, G, T, S]; only the order counts."""
+        """How important is each token of `keys` for each query? -> [B, G, T, S], arguments as in
+        model.py. Only the order counts. Of equal scores any may be chosen, so scores should not
+        tie. Scores of sinks, window and later tokens are ignored. Query t is at place S - T + t."""
         raise NotImplementedError
 
     def choose(self, layer, q, keys, positions):
-        """The tokens chosen between sinks and window, [B, G, T, K'], -1 = empty."""
+        """The tokens chosen between sinks and window, [B, G, T, number of them], -1 = empty."""
         return self.topk(self.scores(layer, q, keys, positions))
 
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
-        """See model.py -> index [B, G, T, K] int32, or None for dense attention."""
+        """What the model calls -> index [B, G, T, K], or None in layer 0."""
         self.look_ahead(layer, x, positions)
         if layer == 0:
             return None
@@ -99,27 +106,29 @@ class Selector:
 
     def sinks_and_window(self, T: int, S: int, device):
         """What the last T of S tokens always attend to: [T, sinks + window], -1 = empty."""
-        own = torch.arange(S - T, S, device=device)[:, None]
+        own = torch.arange(S - T, S, device=device)[:, None]  # the place of each query's own token
         sinks = torch.arange(self.budget.sinks, device=device).expand(T, -1)
         recent = own - torch.arange(self.budget.window, device=device)
         sinks = torch.where(sinks <= own, sinks, -1)
-        recent = torch.where(recent >= self.budget.sinks, recent, -1)  # each token only once
+        recent = torch.where(recent >= self.budget.sinks, recent, -1)  # no token twice
         return torch.cat([sinks, recent], dim=1)
 
     def topk(self, scores):
-        """The highest scores between sinks and window. scores [B, G, T, S] -> [B, G, T, K']"""
+        """The tokens with the highest scores between sinks and window: scores [B, G, T, S] ->
+        [B, G, T, number of them], -1 = empty"""
         T, S = scores.shape[2:]
-        token = torch.arange(S, device=scores.device)
-        own = token[S - T :]
-        fixed = self.budget.sinks + self.budget.window
-        num_chosen = (self.budget.allowance(own + 1) - fixed).clamp(min=0)  # [T]
-        candidate = (token >= self.budget.sinks) & (token <= own[:, None] - self.budget.window)
+        tokens = torch.arange(S, device=scores.device)
+        own = tokens[S - T :]
+        always = self.budget.sinks + self.budget.window
+        num_left = (self.budget.allowance(own + 1) - always).clamp(min=0)  # [T]
+        candidate = (tokens >= self.budget.sinks) & (tokens <= own[:, None] - self.budget.window)
         scores = scores.float().masked_fill(~candidate, -torch.inf)
-        values, chosen = scores.topk(min(int(num_chosen.max()), S))
-        # A query near the start of the text may choose fewer than the last one.
+        values, chosen = scores.topk(min(int(num_left.max()), S))
+        # An earlier query has fewer tokens left to choose than the last one, and a short text has
+        # fewer candidates.
         rank = torch.arange(chosen.shape[-1], device=scores.device)
-        granted = (rank < num_chosen[:, None]) & (values > -torch.inf)
-        return torch.where(granted, chosen, -1)
+        valid = (rank < num_left[:, None]) & (values > -torch.inf)
+        return torch.where(valid, chosen, -1)
 
 
 class Oracle(Selector):
@@ -134,6 +143,8 @@ class Recency(Selector):
 
 
 class Random(Selector):
+    """Other tokens at every step and layer; several tokens of one call differ from single calls."""
+
     def scores(self, layer, q, keys, positions):
         B, G, S, _ = keys.shape
         rng = torch.Generator().manual_seed(1000 * int(positions[0]) + layer)
@@ -146,9 +157,9 @@ NAMES = ("dense", "butler", *SELECTORS, *RIVALS)
 
 
 def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | None:
-    """A fresh selector by its name on the command line; None for dense. rules: keyword arguments
-    of a butler's selector, such as interval. Raises UserError."""
-    Budget(budget)  # refuses what makes no sense, for dense too
+    """A new selector by its name on the command line; None for dense. rules: keyword arguments of
+    the butler's selector, such as interval; the others have none. Raises UserError."""
+    Budget(budget)  # checks the budget, for dense too
     if name == "dense":
         return None
     if name == "butler":
@@ -168,9 +179,9 @@ def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | 
 
 if __name__ == "__main__":
     for cached, budget in (100, 14), (100, 0.2), (12, 0.2):
-        selector = Selector(budget)
+        selector = Random(budget)
         always = selector.sinks_and_window(1, cached, "cpu").flatten()
         chosen = selector.topk(torch.rand(1, 1, 1, cached)).flatten()
         index = sorted(int(token) for token in torch.cat([always, chosen]) if token >= 0)
         print(f"{cached} cached tokens, budget {budget}: {index}")
-    print("sinks and window are always selected; the tokens between them are random here")
+    print("the tokens between sinks and window are random here")

@@ -249,7 +249,7 @@ def answers(llama, tok, document, makers, protocol="sparse", stepwise=False) -> 
     return scores
 
 
-def interval(values: list[float], proportion=False) -> dict:
+def confidence_interval(values: list[float], proportion=False) -> dict:
     """Mean and its 95 % interval: a bootstrap over documents, 2,000 draws.
 
     proportion: values are scores from 0 to 1. If all are 0, or all are 1, there is nothing to draw
@@ -295,7 +295,7 @@ def evaluate(llama, tok, documents, makers: dict, protocol="sparse", stepwise=Fa
               for document in tqdm(documents, title, file=sys.stderr)]
     table = {}
     for (name, budget), column in zip(makers, zip(*scores, strict=True), strict=True):
-        table.setdefault(name, {})[budget] = interval(column, proportion=True)
+        table.setdefault(name, {})[budget] = confidence_interval(column, proportion=True)
     return table
 
 

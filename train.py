@@ -1,19 +1,21 @@
 """train.py - distillation: the butler learns to predict where the frozen base model attends.
 
     text -> base model, one dense forward -> inputs x, queries q and keys of every layer
-        teacher   p = mean over a KV head's query heads of softmax(q . k / sqrt(D))
-        student   b = softmax(importance query . importance key / sqrt(E))
-    loss = mean over layers, KV heads and sampled queries of KL(p || b), weighted by p's mass
+        a = mean over a KV head's query heads of softmax(q . k / sqrt(D))
+        m = the sum of a over the candidates
+    teacher   p = a / m                            on the candidates
+    student   b = softmax(importance query . importance key / sqrt(E))     on the candidates
+    loss      mean over layers, KV heads and sampled queries of m * KL(p || b)
 
-Teacher and student are distributions over the tokens that a selection can choose from, between
-sinks and window. The teacher's attention is divided by its mass, the share of attention that falls
-on those tokens; a query with little mass there counts little. Only the butler learns.
+The candidates of a query are the tokens that a selection can choose from: those between sinks and
+window. Weighting by m means that a query which hardly attends to them hardly counts. Only the
+butler learns.
 
-The trainer looks at the base model through the selector hook (`Recorder`), so a producer reads in
-training what it reads when decoding. Queries are sampled, because neighbouring queries say nearly
-the same and the softmaxes of all of them would cost more than the base model. Most steps look at
-short texts, which are cheap. Every fourth step looks at longer texts with gaps between their
-positions, which span up to the model's whole context without as many tokens.
+The trainer sees the base model through the selector hook (`Recorder`), so a producer reads the same
+tensor in training as in decoding. Only a sample of each text's queries enters the loss: queries
+close to each other attend to nearly the same tokens, and the softmaxes of all queries would cost
+more than the base model's forward. Most steps use short texts, which are cheap. Every fourth step
+uses longer texts whose positions have gaps, so that 2,048 tokens cover up to 8,192 positions.
 
     python train.py                                     the default butler, then a table
     python train.py --model DIR --data TEXT --out FILE  another Llama, your own text
@@ -44,7 +46,7 @@ from cli import DEVICE, UserError, flag
 from data import Mixture, default_texts, hold_out, positions_with_gaps, read_texts
 from kernel import true_attention
 from selection import Budget
-from synth_task import coreference_documents, evaluate, every_maker, interval, pools
+from synth_task import confidence_interval, coreference_documents, evaluate, every_maker, pools
 
 SAVE_EVERY = 50  # steps
 
@@ -64,10 +66,10 @@ class Config:
     long: int = flag(2048, "tokens of a long text, at most the model's context", at_least=64)
     span: int = flag(8192, "positions over which gaps spread a long text, at most the model's "
                            "context; 0: no gaps")
-    long_every: int = flag(4, "every so many steps look at long texts; 0: never")
-    repeats: int = flag(2, "random strings that come twice, in every 512 tokens")
-    rows: int = flag(32, "queries per text that a step looks at", at_least=1)
-    reuse: int = flag(8, "steps that one batch of texts serves, each with other queries",
+    long_every: int = flag(4, "every n-th step uses long texts; 0: no step does")
+    repeats: int = flag(2, "per 512 tokens: random strings that occur twice in the text")
+    rows: int = flag(32, "queries per text that enter the loss of a step", at_least=1)
+    reuse: int = flag(8, "steps that use the same batch of texts, each with other queries",
                       at_least=1)
     learning_rate: float = flag(1e-2, "peak learning rate", at_least=1e-9)
     layers_per_producer: int = flag(5, "layers that one producer serves (R)", at_least=1)
@@ -87,21 +89,25 @@ class Config:
 
 
 class Recorder:
-    """A selector that selects nothing and keeps what it sees: the keys of all tokens, and the
-    layer inputs and queries of the sampled rows [N]. Each is a dictionary by layer."""
+    """Stands where a selector stands and records what passes by: the keys of all tokens, and the
+    layer inputs and queries of the sampled rows. Three dictionaries by layer.
+
+    rows [N]: the sampled queries, as places in the text. It returns None, so attention is dense.
+    """
 
     def __init__(self, rows):
         self.rows = rows
         self.positions = None  # [T]
         self.x = {}  # [B, N, C]
         self.q = {}  # [B, H, N, D]
-        self.keys = {}  # [B, G, T, D]
+        self.keys = {}  # [B, G, S, D], where S = T
 
     def __call__(self, layer, x, q, keys, positions):
         self.positions = positions
         self.x[layer] = x[:, self.rows]
         self.q[layer] = q[:, :, self.rows]
         self.keys[layer] = keys
+        return None
 
 
 def record(llama, tokens, rows, positions=None) -> Recorder:
@@ -112,121 +118,141 @@ def record(llama, tokens, rows, positions=None) -> Recorder:
     return recorder
 
 
-def distillation(butler, recorder, some=slice(None), sinks=Budget.sinks,
+def distillation(butler, recorder, sample=slice(None), sinks=Budget.sinks,
                  window=Budget.window):
-    """The mean KL divergence of every layer above 0 -> [L-1], with gradients.
+    """The loss of every layer above 0, as defined at the top -> [L-1], with gradients.
 
-    some: which of the recorded rows to look at. Sinks and window are left out of both
-    distributions, because a selection always holds them.
+    sample: which of the recorded rows to use, as indices into them. The same function is reported
+    as "KL on held-out text".
     """
     losses = []
     queries = {}
-    rows = recorder.rows[some]  # [N]
+    rows = recorder.rows[sample]  # [N]
     token = torch.arange(recorder.keys[0].shape[2], device=rows.device)
-    candidate = (token >= sinks) & (token <= rows[:, None] - window)  # [N, T]
+    candidate = (token >= sinks) & (token <= rows[:, None] - window)  # [N, S]
     # -1e4, not -inf: the teacher's probability is 0 there, and 0 * -inf is NaN
     masked = torch.where(candidate, 0.0, -1e4)
-    for layer, keys in recorder.keys.items():
-        x = recorder.x[layer][:, some]
+    # From layer 0 upwards: a producer's queries are made before the layers that need them.
+    for layer, keys in sorted(recorder.keys.items()):
+        x = recorder.x[layer][:, sample]
         queries |= butler.importance_queries(layer, x, recorder.positions[rows])
         if layer == 0:
             continue
         with torch.no_grad():
-            q = recorder.q[layer][:, :, some]
+            q = recorder.q[layer][:, :, sample]
             # The queries are not the last tokens, so true_attention must know their places.
-            p = true_attention(q, keys, rows).mean(2) * candidate  # [B, G, N, T]
-            mass = p.sum(-1)
-            # mass * KL(p / mass || b) = -sum(p log b) - (sum(entr p) - entr(mass))
-            teacher_entropy = entr(p).sum(-1) - entr(mass)
+            a = true_attention(q, keys, rows).mean(2) * candidate  # [B, G, N, S]
+            m = a.sum(-1)
+            # m * sum(p log p), with p = a / m, written without the division: m may be 0
+            teacher = entr(m) - entr(a).sum(-1)
         importance_keys = butler.importance_keys(layer, keys, recorder.positions)
         scores = butler.scores(queries[layer], importance_keys)
         log_b = (scores + masked).log_softmax(dim=-1)
-        losses.append((-torch.linalg.vecdot(p, log_b) - teacher_entropy).mean())
+        losses.append((teacher - torch.linalg.vecdot(a, log_b)).mean())
     return torch.stack(losses)
 
 
 # ---------------------------------------------------------------------------- the loop
 
 
-def distil(llama, butler, mixture, config) -> list[float]:
-    """Trains the butler in place -> the loss of every step."""
+def training_loop(llama, butler, mixture, config) -> list[float]:
+    """Trains the butler in place -> the loss of every step. After Ctrl-C the step is finished, the
+    state is saved and KeyboardInterrupt raised."""
     optimizers = make_optimizers(butler, config.learning_rate)
     losses = load_state(config, butler, optimizers, mixture) if config.resume else []
     batches = Batches(llama, mixture, config)
     bar = tqdm(range(len(losses), config.steps), initial=len(losses), total=config.steps,
                file=sys.stderr, disable=rank() > 0)
-    try:
+    with ctrl_c_noted() as pressed:
         for step in bar:
-            recorder, some = batches.look(step)
-            loss = distillation(butler, recorder, some).mean()
+            recorder, sample = batches.of_step(step)
+            loss = distillation(butler, recorder, sample).mean()
             if not loss.isfinite():
                 raise UserError(f"training diverges at step {step}: try a lower --learning-rate")
             loss.backward()
-            average_over_processes([p.grad for p in butler.parameters()])
+            average_over_processes([p.grad for p in butler.parameters()] + [loss.detach()])
             torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
-            with uninterrupted():
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = config.learning_rate * schedule(step, config.steps)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                losses.append(loss.item())
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * schedule(step, config.steps)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
             bar.set_postfix_str(f"KL {losses[-1]:.3f}", refresh=False)
-            if step % SAVE_EVERY == SAVE_EVERY - 1:
+            if pressed or step % SAVE_EVERY == SAVE_EVERY - 1:
                 save_state(config, butler, optimizers, mixture, losses)
-    except KeyboardInterrupt:
-        save_state(config, butler, optimizers, mixture, losses)
-        note(f"stopped after {len(losses)} of {config.steps} steps; --resume continues")
-        raise
+            if pressed:
+                note(f"stopped after {len(losses)} of {config.steps} steps; --resume continues")
+                raise KeyboardInterrupt
     return losses
 
 
 class Batches:
-    """The batches of two streams, short texts and long ones. Each batch is recorded once and then
-    serves several steps, every time with other rows: the base model's forward is most of the cost.
-    What a step sees depends on the seed and the step's number alone."""
+    """Two streams of batches: short texts and long texts.
+
+    The base model reads each batch once, and the batch is then used for `reuse` steps, with other
+    sampled rows at every step, because that forward costs more than the rest of a step. Step n sees
+    the same texts and rows in every run with the same flags, so a resumed run repeats nothing.
+    """
 
     def __init__(self, llama, mixture, config):
         self.llama = llama
         self.mixture = mixture
         self.config = config
-        self.latest = {}  # {is it long?: (seed of the batch, its Recorder)}
+        self.latest = {}  # {"short" or "long": (the number of its latest batch, its Recorder)}
 
-    def look(self, step: int):
-        """-> the Recorder of this step's batch, and which of its rows the step looks at."""
-        c, context = self.config, self.llama.config.context
-        every = c.long_every or c.steps + 1
-        long_steps, rest = divmod(step, every)  # long steps before this one
-        is_long = rest == every - 1
-        length = min(c.long if is_long else c.length, context)
-        number, part = divmod(long_steps if is_long else step - long_steps, c.reuse)
-        seed = f"{c.seed} {length} {number}" + " long" * (is_long and length == c.length)
-        if self.latest.get(is_long, ("",))[0] != seed:
-            self.latest.pop(is_long, None)  # frees the memory of the last one first
-            self.latest[is_long] = seed, self.record(seed, length, min(c.span, context) * is_long)
-        recorder = self.latest[is_long][1]
-        return recorder, torch.arange(part, len(recorder.rows), c.reuse, device=self.llama.device)
+    def of_step(self, step: int):
+        """-> the Recorder of the batch that step `step` uses, and the indices of the step's rows
+        among its recorded rows."""
+        c = self.config
+        long_steps = step // c.long_every if c.long_every else 0  # before this one
+        if c.long_every and step % c.long_every == c.long_every - 1:
+            stream = "long"
+            earlier_steps = long_steps
+            length = min(c.long, self.llama.config.context)
+            span = min(c.span, self.llama.config.context)
+        else:
+            stream = "short"
+            earlier_steps = step - long_steps
+            length = min(c.length, self.llama.config.context)
+            span = 0
+        number = earlier_steps // c.reuse
+        if self.latest.get(stream, (None, None))[0] != number:
+            self.latest.pop(stream, None)  # frees the memory of the batch before
+            recorder = self.read(stream, number, length, span)
+            self.latest[stream] = number, recorder
+        recorder = self.latest[stream][1]
+        first = earlier_steps % c.reuse
+        return recorder, torch.arange(first, len(recorder.rows), c.reuse, device=self.llama.device)
 
-    def record(self, seed: str, length: int, span: int) -> Recorder:
-        c, device = self.config, self.llama.device
+    def read(self, stream: str, number: int, length: int, span: int) -> Recorder:
+        """The base model reads batch `number` of a stream; this process reads its share of it."""
+        c = self.config
+        seed = f"{c.seed} {length} {number}"
+        if stream == "long" and length == c.length:
+            seed += " long"  # otherwise both streams would have the same texts
         rows = random.Random(seed).sample(range(length), min(c.reuse * c.rows, length))
-        mine = range(rank() * c.batch // world(), (rank() + 1) * c.batch // world())
-        texts = [self.mixture.window(f"{seed} {i}", length) for i in mine]
+        share = range(rank() * c.batch // world(), (rank() + 1) * c.batch // world())
+        texts = [self.mixture.window(f"{seed} {i}", length) for i in share]
         positions = positions_with_gaps(random.Random(f"{seed} gaps"), length, span)
+        device = self.llama.device
         return record(self.llama, torch.tensor(texts).to(device), torch.tensor(rows).to(device),
                       positions.to(device))
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate: 5 % warm-up, then a cosine down to 0."""
+    """Share of the peak learning rate: a cosine from 1 to 0, multiplied by a linear warm-up during
+    the first 5 % of the steps."""
     warm_up = min(1, (step + 1) / (0.05 * steps))
     return warm_up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is made orthogonal (Muon, Keller Jordan 2024), with AdamW's step
-    size. For matrices only. torch.optim.Muon computes in bfloat16, which processors without it
-    multiply so slowly that it took 0.8 of the 1.0 seconds of a step; this one uses float32."""
+    """Momentum whose every step is made orthogonal (Muon, Keller Jordan 2024), for matrices.
+
+    Why not torch.optim.Muon: it computes in bfloat16. On a processor without bfloat16 it took 0.8
+    of the 1.0 seconds of a training step. This one computes in float32.
+    """
 
     def __init__(self, matrices, learning_rate: float):
         super().__init__(matrices, {"lr": learning_rate})
@@ -237,12 +263,15 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                size = group["lr"] * 0.2 * max(p.shape) ** 0.5
-                p -= size * orthogonal(p.grad.lerp(momentum, 0.95))
+                direction = p.grad.lerp(momentum, 0.95)  # Nesterov's momentum
+                # With this factor a step is about as long as one of AdamW's at the same rate.
+                scale = 0.2 * max(p.shape) ** 0.5
+                p -= group["lr"] * scale * orthogonal(direction)
 
 
 def orthogonal(matrix):
-    """The nearest matrix whose singular values are all about 1: five Newton-Schulz iterations."""
+    """A matrix with the same singular vectors and singular values near 1 (0.7 to 1.2), by five
+    Newton-Schulz iterations."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -259,89 +288,11 @@ def make_optimizers(butler, learning_rate: float) -> list:
             torch.optim.AdamW(others, learning_rate, weight_decay=0.0)]
 
 
-# ---------------------------------------------------------------------------- several processes
-
-
-def rank() -> int:
-    """This process's number, as torchrun counts; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    """The number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def average_over_processes(tensors: list) -> None:
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= world()
-
-
-def note(text: str) -> None:
-    """A line on stderr, by the first process alone."""
-    if rank() == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------- resuming
-
-
-@contextmanager
-def uninterrupted():
-    """Ctrl-C waits for the end of the block: half a step must not be saved."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
-def identity(config, butler, mixture) -> dict:
-    """What must be the same when a run is resumed."""
-    free = ("resume", "out", "windows", "longest", "documents", "device", "learning_rate")
-    settings = {key: value for key, value in asdict(config).items() if key not in free}
-    return settings | {"base model": butler.config.fingerprint, "text": mixture.digest()}
-
-
-def save_state(config, butler, optimizers, mixture, losses) -> None:
-    """Writes OUT.state: everything that the next step depends on."""
-    if rank() == 0:
-        state = {"identity": identity(config, butler, mixture), "losses": losses,
-                 "butler": butler.state_dict(),
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        with cli.replacing(f"{config.out}.state") as part:
-            torch.save(state, part)
-
-
-def load_state(config, butler, optimizers, mixture) -> list[float]:
-    """Puts butler and optimizers where OUT.state ends -> the losses so far. Raises UserError for
-    the state of another run."""
-    path = Path(f"{config.out}.state")
-    if not path.exists():
-        note(f"there is no {path}: training starts from the beginning")
-        return []
-    with cli.one_line(f"{path}: unusable state", Exception):
-        state = torch.load(path, weights_only=True)
-        for key, value in identity(config, butler, mixture).items():
-            if state["identity"][key] != value:
-                raise UserError(f"it belongs to another run: {key} was {state['identity'][key]}, "
-                                f"now it is {value}")
-        butler.load_state_dict(state["butler"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        return state["losses"]
-
-
 # ---------------------------------------------------------------------------- the final table
 
 
 def held_out_kl(llama, butler, windows):
-    """Mean KL of each layer above 0 over held-out windows [n, T], every fourth row -> [L-1]"""
+    """The loss of each layer above 0 on held-out texts [n, T], every fourth query -> [L-1]"""
     rows = torch.arange(3, windows.shape[1], 4, device=windows.device)
     with torch.no_grad():
         return torch.stack([distillation(butler, record(llama, window[None], rows))
@@ -354,13 +305,15 @@ def fitting_documents(llama, tok, n: int, seed: int) -> list:
         documents = coreference_documents("test", n, seed, words=words)
         longest = max(sum(map(len, document.encode(tok))) for document in documents)
         if longest <= llama.config.context:
-            break
-    return documents
+            return documents
+    raise UserError(f"the model's context of {llama.config.context} tokens is too short for the "
+                    f"final table, whose documents have {longest} tokens")
 
 
 def final_table(llama, tok, butler, windows, documents) -> dict:
-    """What 10 % of the tokens keep: {selector: {"coreference": answers right, "kept": {context:
-    share of the attention, at the end of windows [n, T] and of their first 512 tokens}}}"""
+    """Every selector at 10 % of the tokens -> {selector: {"coreference": share of right answers,
+    "kept": {length: share of the attention kept at the end of texts of that length}}}, where the
+    texts are windows [n, T] and their first 512 tokens."""
     names = ("dense", "oracle", "butler", "recency", "random")
     makers = every_maker(names, ("0.1",), butler)
     right = evaluate(llama, tok, documents, makers, title="co-reference")
@@ -372,7 +325,8 @@ def final_table(llama, tok, butler, windows, documents) -> dict:
     table = {}
     for name, budget in makers:
         table[name] = {"coreference": right[name][budget],
-                       "kept": {str(c): interval(kept[name, c]) for c in sorted(contexts)}}
+                       "kept": {str(c): confidence_interval(kept[name, c])
+                                for c in sorted(contexts)}}
     return table
 
 
@@ -407,6 +361,8 @@ def check(config) -> None:
     cli.check_writable(config.out)
     if config.size % 4:
         raise UserError(f"--size {config.size} is no multiple of 4")
+    if config.reuse > min(config.length, config.long):
+        raise UserError(f"--reuse {config.reuse}: a text has fewer tokens than that")
     if config.batch % world():
         raise UserError(f"--batch {config.batch} does not divide among {world()} processes")
 
@@ -414,7 +370,7 @@ def check(config) -> None:
 def main(config: Config) -> dict | None:
     """-> the report, or None in all processes but the first."""
     check(config)
-    start = time.perf_counter()
+    begin = time.perf_counter()
     sources = [read_texts(config.data)] if config.data else default_texts()
     training, held_out = zip(*map(hold_out, sources), strict=True)
     device = config.device
@@ -430,7 +386,8 @@ def main(config: Config) -> dict | None:
     note(f"{num_parameters(butler):,} parameters to train, {share:.2%} of the base model's")
     mixture = Mixture(tok, training, pools("train"), repeats=config.repeats)
 
-    unseen = Mixture(tok, held_out, pools("test"), synthetic=0.0)
+    documents = fitting_documents(llama, tok, config.documents, config.seed)
+    unseen = Mixture(tok, held_out, pool=None, synthetic=0.0)
 
     def held_out_windows(n: int, length: int):
         length = min(length, llama.config.context)
@@ -439,22 +396,22 @@ def main(config: Config) -> dict | None:
 
     short = held_out_windows(16, config.length)
     kl_before = held_out_kl(llama, butler, short).mean().item()
-    losses = distil(llama, butler, mixture, config)
+    start = time.perf_counter()
+    losses = training_loop(llama, butler, mixture, config)
     if dist.is_initialized():
         dist.destroy_process_group()  # the first process finishes alone
     if rank() > 0:
         return None
-    kl_layers = held_out_kl(llama, butler, short)
     training_s = time.perf_counter() - start
+    kl_layers = held_out_kl(llama, butler, short)
     butler.save(config.out, {"config": asdict(config), "kl": kl_layers.mean().item()})
-    documents = fitting_documents(llama, tok, config.documents, config.seed)
     table = final_table(llama, tok, butler, held_out_windows(config.windows, config.longest),
                         documents)
     report = {
         "parameters": num_parameters(butler), "share": share, "kl_before": kl_before,
         "kl": kl_layers.mean().item(), "kl_layers": kl_layers.tolist(), "table": table,
         "loss": losses, "processes": world(), "fingerprint": butler.config.fingerprint,
-        "training_s": round(training_s, 1), "seconds": round(time.perf_counter() - start, 1)}
+        "training_s": round(training_s, 1), "seconds": round(time.perf_counter() - begin, 1)}
     whole = {"config": asdict(config)} | report | cli.provenance()
     with cli.replacing(f"{config.out}.json") as part:
         part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -462,6 +419,85 @@ def main(config: Config) -> dict | None:
     print_table(whole)
     print(f"saved {config.out} and {config.out}.json")
     return report
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+def rank() -> int:
+    """This process's number, as torchrun counts; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average_over_processes(tensors: list) -> None:
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= world()
+
+
+def note(text: str) -> None:
+    """A line on stderr, by the first process alone."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+@contextmanager
+def ctrl_c_noted():
+    """Ctrl-C inside the block raises nothing -> a list that is empty until it is pressed, so that
+    training can stop between two steps."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def identity(config, butler, mixture) -> dict:
+    """What must be the same when a run is resumed. A run that diverged may be resumed with a lower
+    learning rate."""
+    free = ("resume", "out", "windows", "longest", "documents", "device", "learning_rate")
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    return settings | {"base model": butler.config.fingerprint, "text": mixture.digest()}
+
+
+def save_state(config, butler, optimizers, mixture, losses) -> None:
+    """Writes OUT.state: everything that the next step depends on."""
+    if rank() > 0:
+        return
+    state = {"identity": identity(config, butler, mixture), "losses": losses,
+             "butler": butler.state_dict(),
+             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    with cli.replacing(f"{config.out}.state") as part:
+        torch.save(state, part)
+
+
+def load_state(config, butler, optimizers, mixture) -> list[float]:
+    """Loads OUT.state into butler and optimizers -> the losses of the steps so far. Raises
+    UserError for the state of another run."""
+    path = Path(f"{config.out}.state")
+    if not path.exists():
+        note(f"there is no {path}: training starts from the beginning")
+        return []
+    with cli.one_line(f"{path}: unusable state", Exception):
+        state = torch.load(path, weights_only=True)
+        for key, value in identity(config, butler, mixture).items():
+            saved = state["identity"].get(key)
+            if saved != value:
+                raise UserError(f"it belongs to another run: {key} was {saved}, now it is {value}")
+        butler.load_state_dict(state["butler"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return state["losses"]
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def draw(panels: list[dict], path) -> None:
 
 def paint(axis, panel: dict) -> None:
     for name, points in panel["lines"].items():
-        colour, marker = LOOKS[name]
+        colour, marker = LOOKS.get(name, (GREY, "x"))
         x, y, *ends = zip(*sorted(points), strict=True)
         axis.plot(x, y, label=name, color=colour, marker=marker, markersize=4,
                   linewidth=2.2 if name in ("dense", "butler") else 1.2)

@@ -244,7 +244,7 @@ def test_neighbours_of_a_chosen_token_come_with_it(tiny_butler):
     importance_keys[..., 40, 0] = 8
 
     class Peaks(ButlerSelector):
-        def project_new(self, layer, keys, T):
+        def all_importance_keys(self, layer, keys, T):
             return importance_keys
 
     selector = Peaks(tiny_butler, 4 + 8 + 8, neighbours=2)

@@ -68,7 +68,7 @@ def test_a_token_brings_those_that_follow_it():
         assert set(selector.topk(scores).flatten().tolist()) == expected
 
 
-@pytest.mark.skip(reason="exercise 3: a softer student")
+@pytest.mark.skip(reason="exercise 3: temperature")
 def test_a_temperature_divides_the_students_scores(tiny, tiny_butler, ids):
     recorder, some = record(tiny, ids, torch.arange(CACHED)), torch.tensor([40, 120, 199])
     softer = Butler(tiny_butler.config)
@@ -82,8 +82,8 @@ def test_a_temperature_divides_the_students_scores(tiny, tiny_butler, ids):
     assert_close("divergence", actual, expected, 1e-5)
 
 
-@pytest.mark.skip(reason="exercise 4: a taste for the recent")
-def test_a_score_loses_with_the_distance(tiny, tiny_butler, ids):
+@pytest.mark.skip(reason="exercise 4: prefer recent tokens")
+def test_a_score_falls_with_the_distance(tiny, tiny_butler, ids):
     selector = tiny_butler.selector(0.2, fade=0.02)
     selected = last_selection(tiny, ids, selector)
     default = last_selection(tiny, ids, tiny_butler.selector(0.2))
@@ -110,7 +110,7 @@ def test_importance_keys_fit_in_4_bits(tiny, tiny_butler, ids):
     assert 0.8 < same / total < 1
 
 
-@pytest.mark.skip(reason="exercise 6: whole pages")
+@pytest.mark.skip(reason="exercise 6: pages")
 def test_pages_are_chosen_by_their_best_token(tiny, ids):
     table = torch.rand(CACHED, generator=torch.Generator().manual_seed(2))
     for budget in (40, 60, 62):
@@ -125,7 +125,7 @@ def test_pages_are_chosen_by_their_best_token(tiny, ids):
             assert (counts > 0).sum() == whole + ((budget - 12) % 4 > 0)
 
 
-@pytest.mark.skip(reason="exercise 7: the head that cares most")
+@pytest.mark.skip(reason="exercise 7: maximum over heads")
 def test_the_widest_oracle_asks_the_head_that_cares_most():
     keys = torch.randn(1, 2, 60, 16, generator=torch.Generator().manual_seed(1))
     q = torch.randn(1, 4, 1, 16, generator=torch.Generator().manual_seed(2))
@@ -136,7 +136,7 @@ def test_the_widest_oracle_asks_the_head_that_cares_most():
         assert set(chosen[g].tolist()) == set((heads[4:52].topk(8).indices + 4).tolist())
 
 
-@pytest.mark.skip(reason="exercise 8: budgets where attention is wide")
+@pytest.mark.skip(reason="exercise 8: budgets per layer")
 def test_adaptive_budgets_keep_more_with_the_same_total(llama, tok):
     documents = coreference_documents("test", 2, seed=5)
     text = " ".join(f"{d.context}{d.question} {d.answer}" for d in documents)

@@ -17,9 +17,9 @@ from synth_task import (
     PHRASES,
     Document,
     answers,
+    confidence_interval,
     coreference_documents,
     every_maker,
-    interval,
     num_words,
     pools,
     training_text,
@@ -251,7 +251,7 @@ def test_documents_beyond_the_context_are_refused(tiny, ids):
 
 
 def test_the_bootstrap_brackets_the_mean():
-    m = interval([1.0] * 30 + [0.0] * 70, proportion=True)
+    m = confidence_interval([1.0] * 30 + [0.0] * 70, proportion=True)
     exact = stats.binomtest(30, 100).proportion_ci(0.95, "exact")
     assert (m["mean"], m["n"]) == (0.3, 100)
     assert m["low"] == pytest.approx(exact.low, abs=0.02)
@@ -261,9 +261,9 @@ def test_the_bootstrap_brackets_the_mean():
 def test_equal_scores_are_no_certainty():
     for score, side in ((1.0, "low"), (0.0, "high")):
         exact = stats.binomtest(int(5 * score), 5).proportion_ci(0.95, "exact")
-        m = interval([score] * 5, proportion=True)
+        m = confidence_interval([score] * 5, proportion=True)
         assert m[side] == pytest.approx(getattr(exact, side)) and m["mean"] == score
-    assert interval([2.5] * 5) == {"mean": 2.5, "low": 2.5, "high": 2.5, "n": 5}
+    assert confidence_interval([2.5] * 5) == {"mean": 2.5, "low": 2.5, "high": 2.5, "n": 5}
 
 
 def test_script_reports_every_task_selector_and_budget(main):

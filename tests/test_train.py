@@ -126,7 +126,7 @@ def settings(folder, **changes):
 def trained(tiny, config, noise=None):
     """-> butler, the loss of every step"""
     butler = small_butler(tiny, layers_per_producer=1, size=16, hidden=64)
-    return butler, train.distil(tiny, butler, noise or Noise(), config)
+    return butler, train.training_loop(tiny, butler, noise or Noise(), config)
 
 
 def assert_same_weights(one, two):
@@ -183,7 +183,7 @@ def test_every_fourth_step_is_long_and_a_batch_serves_several_steps(tiny, tmp_pa
     config = settings(tmp_path, long_every=4, reuse=3, rows=8, span=2000)
     noise = Noise()
     batches = train.Batches(tiny, noise, config)
-    steps = [(step, *batches.look(step)) for step in range(24)]
+    steps = [(step, *batches.of_step(step)) for step in range(24)]
     lengths = [recorder.keys[1].shape[2] for _, recorder, _ in steps]
     assert lengths == [96 if step % 4 == 3 else 64 for step in range(24)]
     first_texts = [seed for seed in noise.seeds if seed.endswith(" 0")]
@@ -194,7 +194,7 @@ def test_every_fourth_step_is_long_and_a_batch_serves_several_steps(tiny, tmp_pa
         looked.setdefault(id(recorder), []).extend(recorder.rows[some].tolist())
         assert (recorder.positions[-1] > 100) == (step % 4 == 3)  # gaps
     assert all(len(set(rows)) == len(rows) == 24 for rows in looked.values())
-    again, _ = train.Batches(tiny, Noise(), config).look(13)
+    again, _ = train.Batches(tiny, Noise(), config).of_step(13)
     assert torch.equal(again.keys[2], steps[13][1].keys[2])
 
 
@@ -224,12 +224,12 @@ def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("moment", ["reading", "between two matrices", "before the first step"])
-def test_ctrl_c_at_any_moment_and_resuming_end_with_the_same_weights(
+@pytest.mark.parametrize("moment", ["reading", "between two matrices", "in the first step"])
+def test_ctrl_c_ends_behind_the_step_and_resuming_end_with_the_same_weights(
         tiny, tmp_path, monkeypatch, capsys, interruptible, moment):
     whole, losses = trained(tiny, settings(tmp_path / "whole"))
     config = settings(tmp_path / "cut")
-    start = "0 64 0 0" if moment == "before the first step" else "0 64 4 0"
+    start = "0 64 0 0" if moment == "in the first step" else "0 64 4 0"
     orthogonal, calls = train.orthogonal, []
 
     def interrupted(matrix):
@@ -245,7 +245,7 @@ def test_ctrl_c_at_any_moment_and_resuming_end_with_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         trained(tiny, config, noise)
     monkeypatch.undo()
-    steps = {"reading": 8, "between two matrices": 9, "before the first step": 0}[moment]
+    steps = 1 if moment == "in the first step" else 9
     assert f"stopped after {steps} of 12 steps; --resume continues" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "cut").iterdir()] == ["b.safetensors.state"]
     resumed, again = trained(tiny, replace(config, resume=True))
@@ -416,17 +416,19 @@ def test_a_batch_divides_among_the_processes(tmp_path, monkeypatch):
 def test_positions_far_apart_need_no_more_tokens_than_the_context(tiny, tmp_path):
     """`long` and `span` stop at the model's context."""
     config = settings(tmp_path, long_every=1, long=10**4, span=10**6, rows=1)
-    recorder, _ = train.Batches(tiny, Noise(), config).look(0)
+    recorder, _ = train.Batches(tiny, Noise(), config).of_step(0)
     assert recorder.keys[0].shape[2] == tiny.config.context == 2048
     config = replace(config, long=64)
-    last = [int(train.Batches(tiny, Noise(), replace(config, seed=seed)).look(0)[0].positions[-1])
-            for seed in range(20)]
+    last = []
+    for seed in range(20):
+        recorder, _ = train.Batches(tiny, Noise(), replace(config, seed=seed)).of_step(0)
+        last.append(int(recorder.positions[-1]))
     assert 1024 < max(last) < 2048
 
 
 def test_sampled_rows_depend_on_the_seed(tiny, tmp_path):
-    one, two = (train.Batches(tiny, Noise(), settings(tmp_path, seed=seed)).look(0)[0].rows
+    one, two = (train.Batches(tiny, Noise(), settings(tmp_path, seed=seed)).of_step(0)[0].rows
                 for seed in (0, 1))
     assert len(one.unique()) == 32 and set(one.tolist()) != set(two.tolist())
     random.seed(5)
-    assert torch.equal(one, train.Batches(tiny, Noise(), settings(tmp_path)).look(0)[0].rows)
+    assert torch.equal(one, train.Batches(tiny, Noise(), settings(tmp_path)).of_step(0)[0].rows)

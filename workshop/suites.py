@@ -28,7 +28,7 @@ from cli import UserError, numbers
 from data import evenly_spaced, text_to_measure_on
 from kernel import index_to_mask, true_attention
 from selection import Selector
-from synth_task import answers, evaluate, every_maker, interval, print_results, rules_of
+from synth_task import answers, confidence_interval, evaluate, every_maker, print_results, rules_of
 
 PROMPT = 64  # tokens that a generated text starts from
 
@@ -118,7 +118,8 @@ def recall(llama, windows, makers) -> dict:
                     seen.setdefault(measure, []).append(by_layer)
         for measure, by_window in seen.items():
             means = [sum(by_layer.values()) / len(by_layer) for by_layer in by_window]
-            results.setdefault(measure, {}).setdefault(name, {})[budget] = interval(means)
+            m = confidence_interval(means)
+            results.setdefault(measure, {}).setdefault(name, {})[budget] = m
             layers.setdefault(measure, {}).setdefault(name, {})[budget] = [
                 sum(by_layer[layer] for by_layer in by_window) / len(by_window)
                 for layer in by_window[0]]
@@ -146,7 +147,7 @@ def generation(llama, tok, windows, length: int, makers, seed: int) -> dict:
             cache = llama.new_cache(1, length)
             text = list(sample.generate(llama, cache, prompt, make(), settings, ends=()))
             values.append(repeated(text))
-        shares.setdefault(name, {})[budget] = interval(values, proportion=True)
+        shares.setdefault(name, {})[budget] = confidence_interval(values, proportion=True)
         endings.setdefault(name, {})[budget] = tok.decode(text)[-300:]
     return {"results": {"repeated 8-grams": shares}, "endings": endings}
 
@@ -174,7 +175,7 @@ def drift(llama, tok, tasks: dict, makers: dict) -> dict:
                     steps.setdefault(key, []).append(selector.steps_per_choice)
         results[task] = {}
         for (name, budget), column in zip(makers, zip(*scores, strict=True), strict=True):
-            m = interval(column, proportion=True)
+            m = confidence_interval(column, proportion=True)
             if counted := steps.get((name, budget)):
                 m["steps"] = sum(counted) / len(counted)
             results[task].setdefault(name, {})[budget] = m

@@ -79,7 +79,7 @@ class Config:
     rotated_keys: bool = flag(False, "the paper's form: project keys as they are cached")
     windows: int = flag(20, "held-out texts in the final table", at_least=1)
     longest: int = flag(2048, "tokens of each of them, at most the model's context", at_least=64)
-    documents: int = flag(60, "co-reference documents in the final table", at_least=1)
+    documents: int = flag(40, "co-reference documents in the final table", at_least=1)
     resume: bool = flag(False, "continue from OUT.state, or start where there is none")
     seed: int = flag(0, "seed of initialisation, texts and queries")
     device: str = flag(DEVICE, "cpu or cuda")

@@ -162,12 +162,13 @@ def attention(q, k, v, index):
     T, S = q.shape[2], k.shape[2]
     if index is not None:
         return sparse_attention(q, k, v, index)
-    # PyTorch's is_causal assumes T = S, a text without cached tokens. A single new token needs no
-    # mask: it attends to everything.
-    if T in (1, S):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
-    causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
+    if T == 1:  # the query heads of a group become queries of their KV head, which is read once
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, G, H/G, D]
+        return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
+    # PyTorch's is_causal is right only for a text without cached tokens, T = S.
+    causal = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal, is_causal=T == S,
+                                          enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -255,8 +256,8 @@ class Llama(nn.Module):
         that exceeds the model's context."""
         return Cache(self.config, batch, capacity, self.embed_tokens.weight.dtype, self.device)
 
-    def forward(self, tokens, cache=None, selector=None, positions=None, last=False):
-        """tokens [B, T] -> logits [B, T, V]; with `last` only those of the last token, [B, 1, V].
+    def forward(self, tokens, cache=None, selector=None, positions=None, last=0):
+        """tokens [B, T] -> logits [B, T, V]; with last=1 only those of the last token, [B, 1, V].
 
         cache: the text so far, which the tokens continue; None starts a new text.
         selector: see the top of this file; None attends to all tokens.
@@ -274,14 +275,13 @@ class Llama(nn.Module):
         for block in self.layers:
             x = block(x, rope, positions, cache, selector)
         cache.advance(T)
-        x = x[:, -1:] if last else x
-        return self.lm_head(self.norm(x))
+        return self.lm_head(self.norm(x[:, -last:]))  # last=0: x[:, 0:] is all of them
 
     @torch.inference_mode()
     def prefill(self, tokens, cache, selector=None):
         """Reads a prompt [B, T] -> logits [B, 1, V] of its last token. Pass `selector.watch` to
         read densely while the selector sees the keys."""
-        return self(tokens, cache, selector, last=True)
+        return self(tokens, cache, selector, last=1)
 
     @torch.inference_mode()
     def decode(self, token, cache, selector=None):

@@ -114,7 +114,7 @@ def record(llama, tokens, rows, positions=None) -> Recorder:
     """One dense forward of the frozen base model over tokens [B, T]."""
     recorder = Recorder(rows)
     with torch.no_grad():
-        llama(tokens, None, recorder, positions, last=True)  # `last`: the logits are not needed
+        llama(tokens, None, recorder, positions, last=1)  # the logits are not needed
     return recorder
 
 

@@ -57,7 +57,7 @@ class Llama(model.Llama):
         """Bytes of weights that one decode step reads."""
         return self.packed.nbytes if self.packed else super().weight_bytes()
 
-    def forward(self, tokens, cache=None, selector=None, positions=None, last=False):
+    def forward(self, tokens, cache=None, selector=None, positions=None, last=0):
         """See model.Llama.forward."""
         fits = (tokens.numel() == 1 and positions is None and isinstance(cache, Cache)
                 and (selector is None or isinstance(selector, ButlerSelector)))

@@ -87,13 +87,16 @@ class ImportanceKeys:
         self.scales = None
         self.capacity = 0
 
+    @torch.inference_mode()
     def update(self, some: slice, keys, new: int) -> None:
         """Projects what is missing of the cached keys [R, B, G, S, D] of some layers (0 is layer
         1). Their last `new` tokens are new, even where a truncated cache had others there."""
         S = keys.shape[3]
         start = min(*self.known[some], S - new)
         if self.scales is None or self.capacity < S:
-            self.grow(S, keys.shape[1:3])
+            # The keys are the beginning of the cache's buffer: take room for as many at once.
+            room = keys.stride(2) // keys.stride(3)
+            self.grow(max(S, room), keys.shape[1:3])
         for at in range(start, S, CAPACITY):  # in pieces: float32 copies stay small
             self.project(some, keys[:, :, :, at : at + CAPACITY], at)
         self.known[some] = [S] * len(keys)

@@ -112,7 +112,7 @@ def recall(llama, windows, makers) -> dict:
         for window in tqdm(windows, f"{name} {budget}", file=sys.stderr):
             cache = llama.new_cache(1, len(window))
             probe = LayerProbe(make(), cache)
-            llama(window[None], cache, probe, last=True)
+            llama(window[None], cache, probe, last=1)
             for measure in ("kept", "error", "spearman"):
                 if by_layer := getattr(probe, measure):
                     seen.setdefault(measure, []).append(by_layer)

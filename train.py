@@ -79,7 +79,7 @@ class Config:
     rotated_keys: bool = flag(False, "the paper's form: project keys as they are cached")
     windows: int = flag(20, "held-out texts in the final table", at_least=1)
     longest: int = flag(2048, "tokens of each of them, at most the model's context", at_least=64)
-    documents: int = flag(40, "co-reference documents in the final table", at_least=1)
+    documents: int = flag(60, "co-reference documents in the final table", at_least=1)
     resume: bool = flag(False, "continue from OUT.state, or start where there is none")
     seed: int = flag(0, "seed of initialisation, texts and queries")
     device: str = flag(DEVICE, "cpu or cuda")
@@ -318,9 +318,10 @@ def final_table(llama, tok, butler, windows, documents) -> dict:
     makers = every_maker(names, ("0.1",), butler)
     right = evaluate(llama, tok, documents, makers, title="co-reference")
     contexts = {min(512, windows.shape[1]), windows.shape[1]}
-    kept = {}
+    kept = {("dense", context): [1.0] * len(windows) for context in contexts}
+    selecting = {key: make for key, make in makers.items() if key[0] != "dense"}
     for window in tqdm(windows, "attention kept", file=sys.stderr):
-        for context, (name, _), share, _ in kept_at_lengths(llama, window, contexts, makers):
+        for context, (name, _), share, _ in kept_at_lengths(llama, window, contexts, selecting):
             kept.setdefault((name, context), []).append(share)
     table = {}
     for name, budget in makers:

@@ -174,12 +174,16 @@ def part_of(path: Path) -> Path:
 @contextmanager
 def replacing(path):
     """Gives a temporary path beside `path` and, after the block, moves it to `path`: an interrupted
-    write never leaves half a file. Raises UserError where nothing can be written."""
+    write never leaves half a file. A file that was there keeps its permissions. Raises UserError
+    where nothing can be written."""
     path = Path(path)
     with one_line(f"cannot write {path}"):
         part = part_of(path)
         try:
+            part.touch()
+            mode = (path if path.exists() else part).stat().st_mode
             yield part
+            part.chmod(mode)  # safetensors makes files that only their owner can read
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ a selected cache. `--selector dense` is the model as its authors made it.
     python sample.py --prompt-file book.txt --show         continue a long text, selected tokens in
                                                            colour
     python sample.py --chat --prompt "Name three rivers."  talk to the model
-    python sample.py --engine fast                         the same, several times as fast
+    python sample.py --engine fast                         several times as fast
     python sample.py --html page.html                      a page that shows every step
 """
 
@@ -41,8 +41,8 @@ class Config:
     neighbours: int = flag(0, "tokens that a chosen one brings on either side (plain engine)")
     drift: float = flag(0.0, "how far a query may turn before the butler chooses anew (fast "
                              "engine), 1 - cosine", at_most=2)
-    offload: str = flag("none", "where keys and values live: none, disk (a file) or pinned (the "
-                                "host's memory beside a GPU); needs --engine fast")
+    offload: str = flag("none", "where keys and values are: none (beside the model), disk (a "
+                                "file) or pinned (the host's memory beside a GPU)")
     prompt: str = flag(None, "text to continue (default: a generated document and its question)")
     prompt_file: str = flag(None, "UTF-8 file with the text to continue")
     chat: bool = flag(False, "the prompt is a message, in the model's own chat template")
@@ -182,8 +182,7 @@ def main(config: Config) -> dict:
     if cache.size == llama.config.context and len(new) < config.max_new_tokens:
         print(f"stopped: the model's context of {cache.size:,} tokens is full", file=sys.stderr)
     if config.engine == "plain":
-        print("python sample.py --engine fast writes the same several times as fast",
-              file=sys.stderr)
+        print("--engine fast is several times as fast", file=sys.stderr)
     return report
 
 

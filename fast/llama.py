@@ -6,7 +6,8 @@
 
 A step of one token of one text runs compiled on packed weights, with no selector or with the
 selector of fast/selector.py. Everything else runs as in model.py: prompts, batches, other
-selectors, other caches, weights that have no packed form.
+selectors, other caches, weights that have no packed form. A step over a cache in a file attends to
+the rows that this cache holds in memory, see fast/offload.py.
 
     python -m fast.llama        milliseconds of a step, plain and compiled
 """
@@ -21,9 +22,11 @@ import model
 from cli import UserError
 from fast import loops
 from fast.loops import run
+from fast.offload import DiskCache
 from fast.packed import PackedModel, one_layer
 from fast.selector import ButlerSelector
 from model import rope_cos_sin
+from selection import Selector
 
 
 class Cache(model.Cache):
@@ -63,6 +66,8 @@ class Llama(model.Llama):
                 and (selector is None or isinstance(selector, ButlerSelector)))
         if fits and self.packed:
             return self.step(tokens, cache, selector)
+        if tokens.shape[1] == 1 and isinstance(cache, DiskCache) and isinstance(selector, Selector):
+            selector = cache.through_held_rows(selector)
         return super().forward(tokens, cache, selector, positions, last)
 
     @torch.inference_mode()

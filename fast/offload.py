@@ -6,14 +6,16 @@
     layers 1 .. L-1    in the store, as rows [L-1, B, G, capacity, 2, D]: the key and the value of a
                        token are neighbours, so one read brings both
 
-A sparse step reads few rows, and every row is at most two pages of the file. The butler names the
-rows of several layers before these layers are reached:
+A sparse step selects few rows, and the step before selected about half of them. The fast engine
+keeps recently used rows in memory, and reads a row from the file only if it is not held there. The
+butler names the rows of several layers before these layers are reached:
 
-    producer at layer p chooses -> prefetch(layers, chosen) -> posix_fadvise: read these pages
-    layers p+1 .. p+R           -> attention finds its rows in memory, or waits for the last of them
+    producer at layer p chooses -> prefetch(layers, chosen) -> posix_fadvise: read the missing rows
+    layers p+1 .. p+R           -> HeldRows copies them; attention reads the held rows
 
-The operating system keeps as much of the file in memory as there is room for. The file has no name:
-nobody else can open it, and it is gone when the process ends, however it ends.
+The operating system reads whole pages, at most two for a row. It keeps as much of the file in
+memory as there is room for, but pages that contain one useful row fill this room quickly. The file
+has no name: nobody else can open it, and it is gone when the process ends, however it ends.
 
     python sample.py --engine fast --offload disk
     python -m fast.offload        which pages a prefetch brings into memory
@@ -36,6 +38,7 @@ from model import Cache
 
 PAGE = mmap.PAGESIZE
 STORES = ("disk", "pinned")
+HELD = 3  # rows in memory for each row that a step may select
 QUIET = 24  # choices (about 4 steps of the default model) without a read: all is in memory
 
 
@@ -86,12 +89,83 @@ class OffloadedCache(Cache):
 # ---------------------------------------------------------------------------- a file
 
 
+class HeldRows:
+    """Recently used rows of one layer, in memory. A new row replaces the least recently used one.
+
+    rows    C rows for each KV head, [B, G, C, 2, D]
+    token   the token that a row belongs to, [B*G, C], -1 = none
+    used    the number of the row's latest use, [B*G, C], -1 = never
+    slot    where a token's row is, [B*G, capacity], -1 = not in memory
+    """
+
+    @torch.inference_mode()
+    def __init__(self, store, slots: int):
+        """store [B, G, capacity, 2, D]: all rows; slots: C, at least as many as a step selects"""
+        B, G, capacity = store.shape[:3]
+        self.store = store.flatten(0, 2).flatten(1)  # [B*G*capacity, 2*D], a view
+        self.rows = store.new_zeros(B, G, slots, *store.shape[3:])
+        self.token = torch.full((B * G, slots), -1)
+        self.used = torch.full((B * G, slots), -1)
+        self.slot = torch.full((B * G, capacity), -1, dtype=torch.int32)
+        self.uses = 0  # calls of `fetch`
+        self.end = 0  # tokens from here on are not held
+
+    @torch.inference_mode()
+    def find(self, tokens):
+        """tokens [B, G, K], -1 = empty -> their slots [B*G, K] int64, -1 = empty or not held"""
+        tokens = tokens.flatten(0, 1)
+        slots = self.slot.gather(1, tokens.clamp(min=0).long()).long()
+        return slots.masked_fill_(tokens < 0, -1)
+
+    @torch.inference_mode()
+    def fetch(self, tokens):
+        """Holds the rows of tokens [B, G, K], -1 = empty -> their slots, [B, G, K] int32."""
+        slots = self.find(tokens)
+        missing = (tokens.flatten(0, 1) >= 0) & (slots < 0)
+        self.uses += 1
+        head, at = (slots >= 0).nonzero(as_tuple=True)
+        self.used[head, slots[head, at]] = self.uses
+        head, at = missing.nonzero(as_tuple=True)
+        new = tokens.flatten(0, 1)[head, at].long()
+        # Copying waits for pages that are not in memory yet.
+        rows = self.store.index_select(0, head * self.slot.shape[1] + new)
+        # The n-th missing row of a KV head replaces the head's n-th least recently used row.
+        oldest = self.used.topk(int(missing.sum(1).max()), largest=False).indices
+        free = oldest[head, missing.cumsum(1)[head, at] - 1]
+        gone = self.token[head, free]
+        self.slot[head[gone >= 0], gone[gone >= 0]] = -1
+        self.slot[head, new] = free.int()
+        self.token[head, free] = new
+        self.used[head, free] = self.uses
+        self.end = max(self.end, int(tokens.max()) + 1)
+        places = head * self.token.shape[1] + free
+        self.rows.flatten(0, 2).flatten(1).index_copy_(0, places, rows)
+        slots[head, at] = free
+        return slots.view(tokens.shape).int()
+
+    @torch.inference_mode()
+    def forget(self, length: int) -> None:
+        """Gives up the rows of all tokens from `length` on."""
+        if self.end <= length:
+            return
+        gone = self.token >= length
+        self.token[gone] = -1
+        self.used[gone] = -1
+        self.slot[:, length:] = -1
+        self.end = length
+
+
 class DiskCache(OffloadedCache):
-    """Rows in an unnamed file that is mapped into memory."""
+    """Rows in an unnamed file that is mapped into memory.
+
+    held    HeldRows of layers 1 .. L-1; empty until the first step through held rows
+    """
 
     def __init__(self, llama, batch: int, capacity: int, folder=None):
         self.folder = folder or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
         self.advisor = ThreadPoolExecutor(1)  # it waits when the disk's queue is full
+        self.held = []
+        self.through_held = False  # does `append` return held rows in this step?
         self.access = mmap.MADV_NORMAL  # how the kernel was told the file will be read
         self.chosen_ahead = False  # did `prefetch` name rows of this step?
         self.reads = 0  # of this process, from any disk
@@ -106,23 +180,59 @@ class DiskCache(OffloadedCache):
         return torch.frombuffer(self.map, dtype=dtype)[: shape.numel()].view(shape)
 
     def append(self, layer, k, v):
-        """See model.Cache. The kernel reads more than it is asked for while steps are dense, and no
-        more than that while they are sparse."""
+        """See model.Cache. In a step through held rows the result is all held keys and values,
+        [B, G, C, D], in layers above 0. The kernel reads more than it is asked for while steps are
+        dense, and no more than that while they are sparse."""
         access = mmap.MADV_RANDOM if self.chosen_ahead else mmap.MADV_NORMAL
         if layer > 0 and access != self.access:
             self.map.madvise(access)
             self.access = access
-        return super().append(layer, k, v)
+        keys, values = super().append(layer, k, v)
+        if layer == 0:
+            self.through_held = False  # its selector comes after this call
+        elif self.held:
+            # A truncated or interrupted step may have left other rows of these tokens.
+            self.held[layer - 1].forget(self.size)
+            if self.through_held:
+                keys, values = self.held[layer - 1].rows.unbind(3)
+        return keys, values
 
     def advance(self, T):
         super().advance(T)
         self.chosen_ahead = False
 
+    def through_held_rows(self, selector):
+        """-> a selector for one decode step, in which layers above 0 attend to held rows. It gives
+        `selector` the keys of the file, fetches the rows that are not held, and returns an index
+        into the keys and values that `append` returns."""
+        allowance = int(selector.budget.allowance(torch.tensor([self.capacity])))
+        slots = min(HELD * allowance, self.capacity)
+        if not self.held or self.held[0].token.shape[1] < slots:
+            self.held = [HeldRows(rows, slots) for rows in self.rows]
+
+        def select(layer, x, q, keys, positions):
+            if layer == 0:
+                self.through_held = True
+                return selector(layer, x, q, keys, positions)
+            keys = self.k[layer][:, :, : self.size + 1]
+            index = selector(layer, x, q, keys, positions)  # [B, G, 1, K]
+            return self.held[layer - 1].fetch(index[:, :, 0])[:, :, None]
+
+        return select
+
     def prefetch(self, layers, chosen) -> None:
         """Starts to read what these layers will need: chosen [R, B, G, K], -1 = empty."""
         self.chosen_ahead = True
         if self.reads_happen():
+            if self.through_held:
+                chosen = torch.stack([self.not_held(layer, tokens)
+                                      for layer, tokens in zip(layers, chosen, strict=True)])
             self.advisor.submit(self.ask_for, *self.pages_of(layers, chosen))
+
+    def not_held(self, layer: int, tokens):
+        """tokens [B, G, K] -> the same, with -1 in place of those whose rows are held"""
+        slots = self.held[layer - 1].find(tokens).view(tokens.shape)
+        return tokens.masked_fill(slots >= 0, -1)
 
     def reads_happen(self) -> bool:
         """Has this process read from a disk during the latest choices? If not, all rows are in

@@ -19,6 +19,7 @@ import kernel
 from butler import Butler, ButlerConfig
 from cli import UserError
 from fast import offload
+from fast.llama import Llama as FastLlama
 from fast.offload import PAGE, PinnedCache, new_cache
 from model import Llama
 from selection import make_selector
@@ -30,6 +31,14 @@ IDS = torch.randint(256, (1, 260), generator=torch.Generator().manual_seed(0))
 def tiny_butler(tiny):
     config = ButlerConfig.for_model(tiny, layers_per_producer=2, size=8, hidden=16)
     return randomise(Butler(config), seed=1)
+
+
+@pytest.fixture(scope="module")
+def fast_tiny(tiny):
+    """The same weights; its steps attend to rows that a DiskCache holds in memory."""
+    llama = FastLlama(tiny.config)
+    llama.load_state_dict(tiny.state_dict())
+    return llama.eval().requires_grad_(False)
 
 
 def store(name, llama, capacity, selector=None, folder=None):
@@ -49,9 +58,10 @@ def decode(llama, cache, selector, ids, prompt=200):
     return torch.cat(logits, dim=1)[0]
 
 
-@pytest.fixture(params=["disk", "pinned"])
+@pytest.fixture(params=["disk", "held", "pinned"])
 def place(request, monkeypatch):
-    """The stores. The pinned one with the kernel that reads it on a GPU, interpreted."""
+    """The stores; `held` is the file, read by the fast engine. The pinned one with the kernel that
+    reads it on a GPU, interpreted."""
     if request.param == "pinned":
         if not (kernel.triton and kernel.INTERPRETED):
             pytest.skip("for Triton's interpreter")
@@ -62,13 +72,15 @@ def place(request, monkeypatch):
 # ---------------------------------------------------------------------------- the same results
 
 
-@pytest.mark.parametrize("name", ["dense", "oracle", "recency", "butler"])
-def test_every_store_gives_the_logits_of_a_cache_in_memory(tiny, tiny_butler, place, name):
+@pytest.mark.parametrize("name", ["dense", "oracle", "recency", "random", "butler"])
+def test_every_store_gives_the_logits_of_a_cache_in_memory(tiny, fast_tiny, tiny_butler, place,
+                                                           name):
     seen = []
     for where in ("memory", place):
         selector = make_selector(name, 0.2, tiny_butler)
-        cache = store(where, tiny, 212, selector)
-        seen.append(decode(tiny, cache, selector, IDS[:, :212]))
+        llama = fast_tiny if where == "held" else tiny
+        cache = store(where, llama, 212, selector)
+        seen.append(decode(llama, cache, selector, IDS[:, :212]))
     assert cache.size == 212
     assert_close(f"{place}, {name}", seen[1], seen[0], 2e-5)
 
@@ -82,15 +94,16 @@ def test_the_real_model_from_a_file(llama, butler):
     assert_close("logits", seen[1], seen[0], 1e-4)
 
 
-def test_a_second_question_behind_a_truncated_cache(tiny, tiny_butler, place):
+def test_a_second_question_behind_a_truncated_cache(tiny, fast_tiny, tiny_butler, place):
     """Rows of the first question are still in the store; the second one must not read them."""
     seen = []
     for where in ("memory", place):
+        llama = fast_tiny if where == "held" else tiny
         first, second = tiny_butler.selector(0.3), tiny_butler.selector(0.3)
-        cache = store(where, tiny, 260, first)
-        decode(tiny, cache, first, IDS[:, :210])
+        cache = store(where, llama, 260, first)
+        decode(llama, cache, first, IDS[:, :210])
         cache.truncate(150)
-        seen.append(decode(tiny, cache, second, IDS[:, 200:260], prompt=50))
+        seen.append(decode(llama, cache, second, IDS[:, 200:260], prompt=50))
     assert_close(place, seen[1], seen[0], 2e-5)
     fresh = tiny.new_cache(1, 260)
     ids = torch.cat([IDS[:, :150], IDS[:, 200:260]], dim=1)
@@ -98,19 +111,147 @@ def test_a_second_question_behind_a_truncated_cache(tiny, tiny_butler, place):
     assert_close("read without the first question", seen[1], expected, 2e-5)
 
 
-def test_two_texts_of_equal_length(tiny, tiny_butler):
+def test_two_texts_of_equal_length(tiny, fast_tiny, tiny_butler):
     ids, seen = IDS.view(2, 130), []
-    for make in (tiny.new_cache, lambda B, S: new_cache(tiny, S, "disk", batch=B)):
-        cache, selector = make(2, 130), tiny_butler.selector(0.3)
-        tiny.prefill(ids[:, :120], cache, selector.watch)
-        seen.append(torch.cat([tiny.decode(token, cache, selector)
+    for llama, on_disk in ((tiny, False), (tiny, True), (fast_tiny, True)):
+        selector = tiny_butler.selector(0.3)
+        cache = new_cache(llama, 130, "disk", batch=2) if on_disk else llama.new_cache(2, 130)
+        llama.prefill(ids[:, :120], cache, selector.watch)
+        seen.append(torch.cat([llama.decode(token, cache, selector)
                                for token in ids[:, 120:].split(1, dim=1)]))
     assert_close("two texts", seen[1], seen[0], 2e-5)
+    assert_close("two texts, held rows", seen[2], seen[0], 2e-5)
 
 
 def test_a_full_cache_is_one_line(tiny):
     with pytest.raises(UserError, match="12 tokens do not fit into a cache of 11"):
         decode(tiny, new_cache(tiny, 11, "disk"), None, IDS[:, :12], prompt=10)
+
+
+# ---------------------------------------------------------------------------- held rows
+
+
+@pytest.mark.parametrize("held", [1, 3])
+@pytest.mark.parametrize("rules", [{}, {"drift": 0.3}], ids=str)
+def test_held_rows_give_the_logits_of_a_cache_in_memory(fast_tiny, tiny_butler, monkeypatch, rules,
+                                                        held):
+    """The fast selector, which prefetches. With 1 held row for each selected one, every new row
+    replaces another."""
+    monkeypatch.setattr(offload, "HELD", held)
+    module = pytest.importorskip("fast.selector")
+    seen = []
+    for where in ("memory", "disk"):
+        selector = make_fast_selector(module, tiny_butler, 0.2, **rules)
+        cache = store(where, fast_tiny, 260, selector)
+        seen.append(decode(fast_tiny, cache, selector, IDS))
+    assert cache.held[0].rows.shape == (1, 2, held * 52, 2, 16)  # 0.2 * 260 tokens
+    assert_close("logits", seen[1], seen[0], 2e-5)
+
+
+def held_rows(slots):
+    """HeldRows of a random store, the store, and a list of how many rows each read copied"""
+    rows = torch.randn(1, 2, 50, 2, 4, generator=torch.Generator().manual_seed(1))
+    held = offload.HeldRows(rows, slots)
+    counts = []
+
+    def copy_rows(dim, places):
+        counts.append(len(places))
+        return rows.flatten(0, 2).flatten(1)[places]
+
+    held.store = SimpleNamespace(index_select=copy_rows)
+    return held, rows, counts
+
+
+def assert_holds(held, rows, tokens, slots):
+    assert slots.dtype == torch.int32 and torch.equal(slots < 0, tokens < 0)
+    for head in range(2):
+        real = tokens[0, head] >= 0
+        named = slots[0, head, real].long()
+        assert torch.equal(held.rows[0, head, named], rows[0, head, tokens[0, head, real].long()])
+
+
+def test_repeated_selections_read_nothing_again():
+    held, rows, counts = held_rows(slots=30)
+    chosen = choose(1, 50, 10)[0]  # [1, 2, 10]
+    real = int((chosen >= 0).sum())
+    for _ in range(3):
+        assert_holds(held, rows, chosen, held.fetch(chosen))
+    assert counts == [real, 0, 0]
+    assert torch.equal(held.find(chosen) < 0, chosen.flatten(0, 1) < 0)
+
+
+def test_a_new_row_replaces_the_least_recently_used_one():
+    """Against a dictionary for each KV head: the step of each token's latest use."""
+    held, rows, counts = held_rows(slots=12)
+    last_use = [{}, {}]
+    for step in range(30):
+        chosen = choose(1, 20 if step % 3 else 50, 10, seed=step)[0]
+        missing = 0
+        for head, known in enumerate(last_use):
+            tokens = set(chosen[0, head].tolist()) - {-1}
+            missing += len(tokens - known.keys())
+            known.update(dict.fromkeys(tokens, step))
+        before = sum(counts)
+        assert_holds(held, rows, chosen, held.fetch(chosen))
+        assert sum(counts) - before == missing
+        for head, known in enumerate(last_use):
+            now_held = set(held.token[head].tolist()) - {-1}
+            assert now_held <= known.keys() and len(now_held) == min(len(known), 12)
+            gone = known.keys() - now_held
+            assert all(known[old] <= known[token] for old in gone for token in now_held)
+            for token in gone:
+                del known[token]
+
+
+def test_rows_behind_a_length_are_forgotten():
+    held, rows, counts = held_rows(slots=30)
+    chosen = torch.tensor([3, 9, 20, 40, -1]).expand(1, 2, 5)
+    held.fetch(chosen)
+    held.forget(20)
+    assert (held.find(chosen) >= 0).tolist() == [[True, True, False, False, False]] * 2
+    rows[:, :, 20:] += 1
+    assert_holds(held, rows, chosen, held.fetch(chosen))
+    assert counts == [8, 4]
+
+
+def test_a_step_that_was_interrupted_is_done_again(tiny, fast_tiny, tiny_butler):
+    """Another token at the same place: the row of the first one must not be used."""
+    class Stops(Exception):
+        pass
+
+    def stop(*_):
+        raise Stops
+
+    selector = tiny_butler.selector(0.3)
+    cache = new_cache(fast_tiny, 210, "disk", selector)
+    decode(fast_tiny, cache, selector, IDS[:, :205])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_tiny.layers[4].mlp, "forward", stop)
+        with pytest.raises(Stops):
+            fast_tiny.decode(IDS[:, 250:251], cache, selector)
+    again = tiny_butler.selector(0.3)
+    expected = decode(tiny, tiny.new_cache(1, 210), again, IDS[:, :206])[-1]
+    logits = fast_tiny.decode(IDS[:, 205:206], cache, tiny_butler.selector(0.3))[0, 0]
+    assert_close("logits", logits, expected, 2e-5)
+
+
+def test_only_rows_that_are_not_held_are_asked_for(fast_tiny, tiny_butler, monkeypatch):
+    """What each prefetch asks for, against what the step before and this one chose."""
+    module = pytest.importorskip("fast.selector")
+    selector = make_fast_selector(module, tiny_butler, 0.2)
+    cache = new_cache(fast_tiny, 260, "disk", selector)
+    asked = []
+    pages_of = cache.pages_of
+    monkeypatch.setattr(cache, "pages_of", lambda layers, chosen: asked.append(chosen)
+                        or pages_of(layers, chosen))
+    fast_tiny.prefill(IDS[:, :200], cache, selector.watch)
+    fast_tiny.decode(IDS[:, 200:201], cache, selector)
+    first = torch.cat(asked)
+    assert (first >= 0).all()
+    cache.truncate(200)
+    asked.clear()
+    fast_tiny.decode(IDS[:, 200:201], cache, selector)  # the same token, so the same choice
+    assert (torch.cat(asked) < 0).all()
 
 
 # ---------------------------------------------------------------------------- prefetching

@@ -135,7 +135,9 @@ class Spy:
     """A document that notes the text which it scores."""
 
     def __init__(self, document, seen):
-        self.encode, self.room, self.new_tokens = document.encode, document.room, 8
+        self.encode = document.encode
+        self.room = document.room
+        self.new_tokens = 8
         self.finished = document.finished
         self.score = lambda text: seen.append(text) or 0.0
 

@@ -36,6 +36,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see main: before the process group exists
 from torch.special import entr  # -p log p, and 0 for p = 0
 from tqdm import tqdm
 
@@ -376,6 +377,9 @@ def main(config: Config) -> dict | None:
     training, held_out = zip(*map(hold_out, sources), strict=True)
     device = config.device
     if world() > 1:
+        # torch.distributed.nn keeps the group that exists when it is imported (an optimizer imports
+        # it) in its default arguments. The group's threads then outlive destroy_process_group, and
+        # now and then one of them aborts the process when it exits.
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         dist.init_process_group()
     torch.manual_seed(config.seed)

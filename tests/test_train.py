@@ -355,10 +355,28 @@ def test_a_process_is_stopped_and_resumed(folder, whole, tmp_path):
         assert torch.equal(w, whole[0][name]), name
 
 
+# A thread of the process group that is left aborts its process now and then when it exits, and
+# torchrun then stops all of them.
+PROCESS_GROUP_ENDS = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import cli, train
+def main(config):
+    report = train.main(config)
+    tasks = "/proc/self/task"  # Linux lists threads there
+    threads = [open(f"{tasks}/{t}/comm").read() for t in os.listdir(tasks)]
+    assert not any("gloo" in name for name in threads), threads
+    return report
+cli.run(main, train.Config)
+"""
+
+
 def test_two_processes_train_as_one_does(folder, whole, tmp_path):
     out = tmp_path / "b.safetensors"
+    program = tmp_path / "program.py"
+    program.write_text(PROCESS_GROUP_ENDS)
     done = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                  "train.py", *flags(folder, out))
+                  program, *flags(folder, out))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["processes"] == 2 and done.stdout.count("saved ") == 1

@@ -50,10 +50,11 @@ from torch import nn
 import tokenizer
 from cli import UserError, one_line, replacing
 from model import Llama, apply_rope, rope_cos_sin
-from selection import Selector
+from selection import BLOCK, Selector
 from tokenizer import resolve
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
+POOL = 16  # queries of a prompt that ask together; divides selection.BLOCK
 FASTEST = 0.5  # radians per token of the fastest pair of importance channels
 
 
@@ -179,6 +180,17 @@ class Butler(nn.Module):
         """Queries [B, G, T, E] and keys [B, G, S, E] -> scores [B, G, T, S]"""
         return (importance_queries @ importance_keys.mT) * self.config.size**-0.5
 
+    def block_scores(self, importance_queries, importance_keys, positions, block: int):
+        """How important is each token for each block of queries? Queries [B, G, T, E] at positions
+        [T], keys [B, G, S, E] -> [B, G, T/block, S]. Of every POOL queries the mean asks; their
+        softmaxes are averaged over the block."""
+        queries = importance_queries.unflatten(2, (-1, POOL)).mean(3)  # [B, G, T/POOL, E]
+        last = positions[POOL - 1 :: POOL]
+        token = torch.arange(importance_keys.shape[2], device=positions.device)
+        scores = self.scores(queries, importance_keys)
+        shares = scores.masked_fill_(token > last[:, None], -torch.inf).softmax(-1)
+        return shares.unflatten(2, (-1, block // POOL)).mean(3)
+
     def selector(self, budget: float, **rules) -> "ButlerSelector":
         """A fresh selector for one text; see ButlerSelector."""
         return ButlerSelector(self, budget, **rules)
@@ -264,7 +276,7 @@ class ButlerSelector(Selector):
             latest = self.index[layer][:, :, -1:]  # sinks, window, chosen tokens
             if latest.max() < position:  # the cache was not truncated meanwhile
                 return latest[..., self.budget.sinks + self.budget.window :]
-        return self.topk(self.scores(layer, q, keys, positions))
+        return self.budget.topk(self.scores(layer, q, keys, positions), positions)
 
     def scores(self, layer, q, keys, positions):
         """Uses the importance queries predicted below; the layer's own queries q are not needed."""
@@ -278,6 +290,10 @@ class ButlerSelector(Selector):
             highest = F.max_pool1d(rows, kernel_size=2 * N + 1, stride=1, padding=N)
             scores = 0.999 * highest.view_as(scores) + 0.001 * scores
         return scores
+
+    def block_scores(self, layer, q, keys, positions):
+        importance_keys = self.all_importance_keys(layer, keys, len(positions))
+        return self.butler.block_scores(self.queries[layer], importance_keys, positions, BLOCK)
 
     def all_importance_keys(self, layer: int, keys, T: int):
         """Keys of all tokens so far [B, G, S, D] -> importance keys [B, G, S, E]. Each key is

@@ -15,6 +15,9 @@ compute this. For one query per head, one layer and e bytes per number they move
 With K a tenth of S the last two read far less, but their rows are scattered in memory. For a CPU,
 fast/ has a compiled loop that also reads the rows only once.
 
+The queries of a prompt can share a choice. Then idx [B, G, T', K] has a row for each block of
+T / T' queries, which `block_attention` copies once for all of them.
+
     python kernel.py                        compares sparse_decode with the definition
     TRITON_INTERPRET=1 python kernel.py     the Triton kernel too, interpreted on the CPU
 """
@@ -59,9 +62,13 @@ def index_to_mask(idx, S: int):
 def masked_attention(q, k, v, idx):
     """The definition: attention to all tokens, where a mask hides those that idx does not name.
 
-    q [B, H, T, D], k, v [B, G, S, D], idx [B, G, T, K] -> [B, H, T, D]
+    q [B, H, T, D] of the last T of S tokens, k, v [B, G, S, D], idx [B, G, T', K] -> [B, H, T, D].
+    Row t' of idx is for a block of T / T' queries. It may name tokens of the block itself, and each
+    query attends to those that do not come after its own.
     """
-    mask = index_to_mask(idx, k.shape[2])  # [B, G, T, S]
+    T, S = q.shape[2], k.shape[2]
+    mask = index_to_mask(idx, S).repeat_interleave(T // idx.shape[2], dim=2)  # [B, G, T, S]
+    mask &= torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     mask = mask.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, H, T, S]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
@@ -88,15 +95,38 @@ def sparse_decode(q, k, v, idx):
     return (weights.to(v.dtype) @ v).view(B, H, D)
 
 
-def sparse_attention(q, k, v, idx):
-    """q [B, H, T, D], k, v [B, G, S, D], idx [B, G, T, K] -> [B, H, T, D].
+def block_attention(q, k, v, idx):
+    """As masked_attention, for blocks of many queries: copies the rows that a block selected out of
+    the cache, then attends to these copies. Moves 3 * B*G*T'*K*2D*e bytes."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    blocks, K = idx.shape[2:]
+    own = torch.arange(S - T, S, device=q.device).view(blocks, -1, 1)  # [T', T/T', 1]
+    named = idx[:, :, :, None]  # [B, G, T', 1, K]
+    mask = ((named >= 0) & (named <= own)).repeat(1, 1, 1, H // G, 1)  # [B, G, T', N, K]
+    rows = idx.clamp(min=0).long().flatten(2)[..., None].expand(-1, -1, -1, D)
+    k = k.gather(2, rows).unflatten(2, (blocks, K))  # [B, G, T', K, D]
+    v = v.gather(2, rows).unflatten(2, (blocks, K))
+    # The N = H/G * T/T' queries of a block, all query heads of the KV head, are one product.
+    q = q.unflatten(1, (G, -1)).unflatten(3, (blocks, -1)).transpose(2, 3).flatten(3, 4)
+    out = F.scaled_dot_product_attention(q.flatten(0, 2)[:, None], k.flatten(0, 2)[:, None],
+                                         v.flatten(0, 2)[:, None],
+                                         attn_mask=mask.flatten(0, 2)[:, None])
+    out = out.view(B, G, blocks, H // G, T // blocks, D).transpose(2, 3)
+    return out.reshape(B, H, T, D)
 
-    A single query gathers. Many queries have many selections, which together name nearly every
-    row, so all rows are read and masked.
+
+def sparse_attention(q, k, v, idx):
+    """q [B, H, T, D], k, v [B, G, S, D], idx [B, G, T', K] -> [B, H, T, D].
+
+    A single query gathers, and so does a block of queries that share a choice. Many queries with a
+    choice each together name nearly every row, so all rows are read and masked.
     """
-    if q.shape[2] > 1:
-        return masked_attention(q, k, v, idx)
-    return sparse_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
+    if q.shape[2] == 1:
+        return sparse_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]
+    if idx.shape[2] < q.shape[2]:
+        return block_attention(q, k, v, idx)
+    return masked_attention(q, k, v, idx)
 
 
 # ---------------------------------------------------------------------------- Triton

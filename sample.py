@@ -1,7 +1,7 @@
 """sample.py - generates text and shows what the selector attended to.
 
-    prompt --encode--> ids --dense prefill, all but the last--> cache --one token at a time--> text
-                                                                  ^ every step through the selector
+    prompt --encode--> ids --prefill, all but the last--> cache --one token at a time--> text
+                                                             ^ every step through the selector
 
 The last token of the prompt already goes through the selector, so every generated token comes from
 a selected cache. `--selector dense` is the model as its authors made it.
@@ -11,6 +11,8 @@ a selected cache. `--selector dense` is the model as its authors made it.
                                                            colour
     python sample.py --chat --prompt "Name three rivers."  talk to the model
     python sample.py --engine fast                         several times as fast
+    python sample.py --engine fast --prefill sparse --prompt-file book.txt
+                                                           long prompts are read faster, too
     python sample.py --html page.html                      a page that shows every step
 """
 
@@ -24,8 +26,8 @@ import torch
 
 import cli
 from cli import DEVICE, UserError, flag, known, plug_in, read_text
-from selection import NAMES, Budget, make_selector
-from synth_task import coreference, pools, rules_of
+from selection import NAMES, Budget, make_selector, prefill
+from synth_task import check_prefill, coreference, pools, prefill_budget, rules_of
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Config:
                              "engine), 1 - cosine", at_most=2)
     offload: str = flag("none", "where keys and values are: none (beside the model), disk (a "
                                 "file) or pinned (the host's memory beside a GPU)")
+    prefill: str = flag("dense", "how the prompt is read: dense, or sparse through the selector")
+    prefill_budget: float = flag(0.1, "tokens attended by a block of 64 queries of the prompt")
     prompt: str = flag(None, "text to continue (default: a generated document and its question)")
     prompt_file: str = flag(None, "UTF-8 file with the text to continue")
     chat: bool = flag(False, "the prompt is a message, in the model's own chat template")
@@ -89,7 +93,7 @@ def generate(llama, cache, ids, selector, config, ends):
     generator = torch.Generator().manual_seed(config.seed)
     prompt = torch.tensor([ids], device=llama.device)
     if len(ids) > 1:
-        llama.prefill(prompt[:, :-1], cache, selector.watch if selector else None)
+        prefill(llama, prompt[:, :-1], cache, selector, prefill_budget(config))
     token = prompt[:, -1:]
     while cache.size < cache.capacity:
         logits = llama.decode(token, cache, selector)
@@ -126,6 +130,7 @@ class Tally:
 def main(config: Config) -> dict:
     Budget(config.budget)  # refused before anything slow starts
     known("selector", config.selector, NAMES)
+    check_prefill(config, [config.selector])
     text, answer = read_prompt(config)
     engine = cli.engine(config.engine)
     cli.check_device(config.device)

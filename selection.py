@@ -16,6 +16,9 @@ two, one choice per KV head. Most selectors differ only in their scores:
 
 More of them, some of which evict tokens for good, are in workshop/rivals.py.
 
+A selector can also read a prompt (`prefill`, SparsePrefill): each block of 64 queries shares
+one choice, so that reading a long prompt becomes faster too.
+
     python selection.py        which tokens some budgets select
 """
 
@@ -25,6 +28,10 @@ import torch
 
 from cli import UserError, plug_in
 from kernel import true_attention
+
+BLOCK = 64  # queries of a prompt that share one choice
+DENSE = 512  # first tokens of a prompt that are read densely
+CHUNK = 1024  # tokens of a prompt that go through the model at once when it is read sparsely
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,30 @@ class Budget:
             tokens = (cached.double() * self.total + 1e-4).long()  # 0.29 * 100 is 28.999...
         return tokens.clamp(min=self.sinks + self.window).minimum(cached)
 
+    def sinks_and_window(self, own):
+        """What the queries of the tokens at places own [T] always attend to:
+        [T, sinks + window], -1 = empty."""
+        sinks = torch.arange(self.sinks, device=own.device).expand(len(own), -1)
+        recent = own[:, None] - torch.arange(self.window, device=own.device)
+        sinks = torch.where(sinks <= own[:, None], sinks, -1)
+        recent = torch.where(recent >= self.sinks, recent, -1)  # no token twice
+        return torch.cat([sinks, recent], dim=1)
+
+    def topk(self, scores, own):
+        """The tokens with the highest scores between sinks and window: scores [B, G, T, S] of the
+        queries of the tokens at places own [T] -> [B, G, T, number of them], -1 = empty"""
+        S = scores.shape[3]
+        tokens = torch.arange(S, device=scores.device)
+        num_left = (self.allowance(own + 1) - self.sinks - self.window).clamp(min=0)  # [T]
+        candidate = (tokens >= self.sinks) & (tokens <= own[:, None] - self.window)
+        scores = scores.float().masked_fill(~candidate, -torch.inf)
+        values, chosen = scores.topk(min(int(num_left.max()), S))
+        # An earlier query has fewer tokens left to choose than the last one, and a short text has
+        # fewer candidates.
+        rank = torch.arange(chosen.shape[-1], device=scores.device)
+        valid = (rank < num_left[:, None]) & (values > -torch.inf)
+        return torch.where(valid, chosen, -1)
+
 
 class Selector:
     """Names the tokens that each query attends to. A subclass defines `scores`.
@@ -90,7 +121,11 @@ class Selector:
 
     def choose(self, layer, q, keys, positions):
         """The tokens chosen between sinks and window, [B, G, T, number of them], -1 = empty."""
-        return self.topk(self.scores(layer, q, keys, positions))
+        return self.budget.topk(self.scores(layer, q, keys, positions), positions)
+
+    def block_scores(self, layer, q, keys, positions):
+        """As `scores`, one row for each block of 64 queries of a prompt: [B, G, T/64, S]"""
+        return self.scores(layer, q, keys, positions).float().unflatten(2, (-1, BLOCK)).mean(3)
 
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
@@ -99,36 +134,10 @@ class Selector:
         if layer == 0:
             return None
         chosen = self.choose(layer, q, keys, positions)
-        always = self.sinks_and_window(x.shape[1], keys.shape[2], keys.device)
+        always = self.budget.sinks_and_window(positions)
         always = always.expand(*chosen.shape[:2], -1, -1)
         self.index[layer] = torch.cat([always, chosen], dim=-1).int()
         return self.index[layer]
-
-    def sinks_and_window(self, T: int, S: int, device):
-        """What the last T of S tokens always attend to: [T, sinks + window], -1 = empty."""
-        own = torch.arange(S - T, S, device=device)[:, None]  # the place of each query's own token
-        sinks = torch.arange(self.budget.sinks, device=device).expand(T, -1)
-        recent = own - torch.arange(self.budget.window, device=device)
-        sinks = torch.where(sinks <= own, sinks, -1)
-        recent = torch.where(recent >= self.budget.sinks, recent, -1)  # no token twice
-        return torch.cat([sinks, recent], dim=1)
-
-    def topk(self, scores):
-        """The tokens with the highest scores between sinks and window: scores [B, G, T, S] ->
-        [B, G, T, number of them], -1 = empty"""
-        T, S = scores.shape[2:]
-        tokens = torch.arange(S, device=scores.device)
-        own = tokens[S - T :]
-        always = self.budget.sinks + self.budget.window
-        num_left = (self.budget.allowance(own + 1) - always).clamp(min=0)  # [T]
-        candidate = (tokens >= self.budget.sinks) & (tokens <= own[:, None] - self.budget.window)
-        scores = scores.float().masked_fill(~candidate, -torch.inf)
-        values, chosen = scores.topk(min(int(num_left.max()), S))
-        # An earlier query has fewer tokens left to choose than the last one, and a short text has
-        # fewer candidates.
-        rank = torch.arange(chosen.shape[-1], device=scores.device)
-        valid = (rank < num_left[:, None]) & (values > -torch.inf)
-        return torch.where(valid, chosen, -1)
 
 
 class Oracle(Selector):
@@ -150,6 +159,52 @@ class Random(Selector):
         rng = torch.Generator().manual_seed(1000 * int(positions[0]) + layer)
         return torch.rand(B, G, q.shape[2], S, generator=rng).to(q.device)
 
+
+# ---------------------------------------------------------------------------- prompts
+
+
+class SparsePrefill:
+    """Reads a prompt by a selector: blocks of 64 queries share one choice per layer and KV head.
+
+    Pass it as the selector of `prefill`, with a multiple of 64 tokens at a time. A block attends to
+    the sinks, to the 64 tokens before it, to its own tokens, and to those between sinks and these
+    that have the highest scores for its queries, on average. The budget counts all of them.
+    """
+
+    def __init__(self, selector: Selector, budget: float):
+        self.selector = selector
+        self.budget = Budget(budget, window=2 * BLOCK)  # of a block's last query
+
+    @torch.inference_mode()
+    def __call__(self, layer, x, q, keys, positions):
+        """-> index [B, G, T/64, K], a row for each block, or None in layer 0"""
+        self.selector.watch(layer, x, q, keys, positions)
+        self.selector.look_ahead(layer, x, positions)
+        if layer == 0:
+            return None
+        last = positions[BLOCK - 1 :: BLOCK]  # of each block
+        scores = self.selector.block_scores(layer, q, keys, positions)
+        chosen = self.budget.topk(scores, last)
+        always = self.budget.sinks_and_window(last).expand(*chosen.shape[:2], -1, -1)
+        return torch.cat([always, chosen], dim=-1).int()
+
+
+def prefill(llama, prompt, cache, selector=None, budget=None):
+    """Reads a prompt [B, T] into an empty cache -> logits [B, 1, V] of its last token.
+
+    budget: None reads densely, while the selector watches. A number reads sparsely: the first 512
+    tokens and what does not fill a block of 64 densely, the rest through the selector.
+    """
+    if budget is None:
+        return llama.prefill(prompt, cache, selector and selector.watch)
+    dense = prompt.shape[1] - max(0, prompt.shape[1] - DENSE) // BLOCK * BLOCK
+    logits = llama.prefill(prompt[:, :dense], cache, selector.watch)
+    for chunk in prompt[:, dense:].split(CHUNK, dim=1):
+        logits = llama.prefill(chunk, cache, SparsePrefill(selector, budget))
+    return logits
+
+
+# ---------------------------------------------------------------------------- by name
 
 SELECTORS = {"oracle": Oracle, "recency": Recency, "random": Random}
 RIVALS = ("quest", "h2o", "snapkv", "keynorm")  # in workshop/rivals.py
@@ -180,8 +235,9 @@ def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | 
 if __name__ == "__main__":
     for cached, budget in (100, 14), (100, 0.2), (12, 0.2):
         selector = Random(budget)
-        always = selector.sinks_and_window(1, cached, "cpu").flatten()
-        chosen = selector.topk(torch.rand(1, 1, 1, cached)).flatten()
+        own = torch.tensor([cached - 1])
+        always = selector.budget.sinks_and_window(own).flatten()
+        chosen = selector.budget.topk(torch.rand(1, 1, 1, cached), own).flatten()
         index = sorted(int(token) for token in torch.cat([always, chosen]) if token >= 0)
         print(f"{cached} cached tokens, budget {budget}: {index}")
     print("the tokens between sinks and window are random here")

@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import cli
 from cli import DEVICE, UserError, flag, known, numbers, plug_in
-from selection import NAMES, Budget, make_selector
+from selection import NAMES, Budget, make_selector, prefill
 
 # ---------------------------------------------------------------------------- documents
 
@@ -222,12 +222,14 @@ def training_text(rng: random.Random, pools: Pools) -> str:
 
 
 @torch.inference_mode()
-def answers(llama, tok, document, makers, protocol="sparse", stepwise=False) -> list[float]:
+def answers(llama, tok, document, makers, protocol="sparse", stepwise=False,
+            prefill_budget=None) -> list[float]:
     """Reads the context once, then asks its question once through each selector -> scores.
 
     makers: functions that return a fresh selector, or None for dense. stepwise: one token per call,
     for selectors that reuse a choice from step to step; otherwise all tokens of a forced answer go
     through in one call, each with its own selection, which gives the same and is faster.
+    prefill_budget: see selection.prefill; unless it is None, each selector reads the context.
     Raises UserError if the document exceeds the model's context.
     """
     context, question, answer = document.encode(tok)
@@ -241,9 +243,14 @@ def answers(llama, tok, document, makers, protocol="sparse", stepwise=False) -> 
             if selector:
                 selector.watch(*seen)
 
-    llama.prefill(torch.tensor([context], device=llama.device), cache, watch)
+    ids = torch.tensor([context], device=llama.device)
+    if prefill_budget is None:
+        llama.prefill(ids, cache, watch)
     scores = []
     for selector in selectors:
+        if prefill_budget is not None:
+            cache.truncate(0)
+            prefill(llama, ids, cache, selector, prefill_budget if selector else None)
         cache.truncate(len(context))
         scores.append(document.grade(llama, tok, cache, question, answer, selector, stepwise))
     return scores
@@ -289,9 +296,9 @@ def every_maker(selectors, budgets, butler=None, **rules) -> dict:
 
 
 def evaluate(llama, tok, documents, makers: dict, protocol="sparse", stepwise=False,
-             title="documents") -> dict:
+             title="documents", prefill_budget=None) -> dict:
     """makers: see every_maker -> {selector: {budget: mean and interval}}"""
-    scores = [answers(llama, tok, document, makers.values(), protocol, stepwise)
+    scores = [answers(llama, tok, document, makers.values(), protocol, stepwise, prefill_budget)
               for document in tqdm(documents, title, file=sys.stderr)]
     table = {}
     for (name, budget), column in zip(makers, zip(*scores, strict=True), strict=True):
@@ -326,6 +333,8 @@ class Config:
                             f"comma-separated, of {', '.join(NAMES)}")
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended")
     question: str = flag("sparse", "how the question is read: sparse or prefill (densely)")
+    prefill: str = flag("dense", "how the context is read: dense, or sparse through each selector")
+    prefill_budget: float = flag(0.1, "tokens attended by a block of 64 queries of the context")
     n: int = flag(100, "documents for each seed", at_least=1)
     seeds: tuple = flag(("0",), "comma-separated seeds of the documents")
     context: tuple = flag((), "comma-separated lengths of the context in tokens (default: about "
@@ -344,6 +353,20 @@ def rules_of(config) -> dict:
     rules = {"interval": config.interval, "neighbours": config.neighbours, "drift": config.drift}
     defaults = {"interval": 1, "neighbours": 0, "drift": 0}
     return {name: value for name, value in rules.items() if value != defaults[name]}
+
+
+def check_prefill(config, selectors) -> None:
+    """Refuses flags of the prefill that make no sense."""
+    known("--prefill", config.prefill, ("dense", "sparse"))
+    if config.prefill == "sparse":
+        Budget(config.prefill_budget)
+        if set(selectors) == {"dense"}:
+            raise UserError("--prefill sparse reads through a selector: name one that is not dense")
+
+
+def prefill_budget(config) -> float | None:
+    """What the flags of the prefill mean to selection.prefill."""
+    return config.prefill_budget if config.prefill == "sparse" else None
 
 
 def task_documents(config, tok) -> dict:
@@ -376,6 +399,7 @@ def numbers_or_zero(words) -> list[int]:
 def main(config: Config) -> dict:
     known("--question", config.question, ("sparse", "prefill"))
     check_selectors(config.selectors, config.budgets)
+    check_prefill(config, config.selectors)
     engine = cli.engine(config.engine)
     cli.check_device(config.device)
     llama, tok, butler = engine.load(config.model, config.butler, config.device)
@@ -389,7 +413,7 @@ def main(config: Config) -> dict:
     results = {}
     for task, documents in tasks.items():
         results[task] = evaluate(llama, tok, documents, makers, config.question,
-                                 stepwise=bool(rules), title=task)
+                                 bool(rules), task, prefill_budget(config))
     print_results(results)
     return {"results": results}
 

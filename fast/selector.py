@@ -27,7 +27,7 @@ import butler
 from cli import UserError
 from fast import loops
 from fast.loops import LINE, run
-from selection import Selector
+from selection import BLOCK, Selector
 
 CAPACITY = 1024  # the tables of importance keys grow by so many tokens
 MAX_AGE = 16  # steps that one choice serves at most
@@ -223,6 +223,7 @@ class ButlerSelector(Selector):
         """Prefill: project the keys of the prompt while it is read."""
         if layer == 0:
             self.end = keys.shape[2]
+            self.ahead = False
             self.refresh.forget()
         else:
             self.keys.update(slice(layer - 1, layer), keys[None], len(positions))
@@ -251,7 +252,7 @@ class ButlerSelector(Selector):
 
     def choose(self, layer, q, keys, positions):
         if not self.ahead:
-            return self.topk(self.scores(layer, q, keys, positions))
+            return self.budget.topk(self.scores(layer, q, keys, positions), positions)
         self.keys.update(slice(layer - 1, layer), keys[None], 1)
         return self.chosen[layer - 1, :, :, None]
 
@@ -259,6 +260,10 @@ class ButlerSelector(Selector):
         self.keys.update(slice(layer - 1, layer), keys[None], len(positions))
         importance_keys = self.keys.dequantised(layer, keys.shape[2])
         return self.butler.scores(self.queries[layer], importance_keys)
+
+    def block_scores(self, layer, q, keys, positions):
+        importance_keys = self.keys.dequantised(layer, keys.shape[2])
+        return self.butler.block_scores(self.queries[layer], importance_keys, positions, BLOCK)
 
     # A step that chooses ahead.
 
@@ -271,7 +276,8 @@ class ButlerSelector(Selector):
         """Makes the table of a step whose token is the last of S."""
         follows = S - self.end in (0, 1)  # or is the latest token once more
         self.end = S
-        always = self.sinks_and_window(1, S, self.keys.scales.device)
+        own = torch.tensor([S - 1], device=self.keys.scales.device)
+        always = self.budget.sinks_and_window(own)
         fixed = always.shape[1]
         total = int(self.budget.allowance(torch.tensor([S])))
         # A new table for each step: whoever keeps an index of the last step keeps its content.

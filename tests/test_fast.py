@@ -387,7 +387,7 @@ class Beside(Selector):
         return used
 
     def always(self, S):
-        return set(self.plain.sinks_and_window(1, S, "cpu").flatten().tolist())
+        return set(self.plain.budget.sinks_and_window(torch.tensor([S - 1])).flatten().tolist())
 
 
 def test_the_fast_engine_is_near_the_plain_one(llama, butler, fast_llama, fast_butler, ids):

@@ -9,7 +9,13 @@ import torch
 from conftest import ROOT, assert_close
 
 import kernel
-from kernel import index_to_mask, masked_attention, sparse_attention, sparse_decode
+from kernel import (
+    block_attention,
+    index_to_mask,
+    masked_attention,
+    sparse_attention,
+    sparse_decode,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there Triton's interpreter, see conftest
 
@@ -119,10 +125,31 @@ def test_several_queries():
     k, v = torch.randn(2, 2, 2, 31, 16, generator=rng)
     q = torch.randn(2, 6, 5, 16, generator=rng)
     idx = torch.stack([problem(seed=t)[3] for t in range(5)], dim=2)
+    idx = torch.where(idx > torch.arange(26, 31)[:, None], -1, idx)  # nothing after the query
     expected = torch.stack([loop(q[:, :, t], k, v, idx[:, :, t]) for t in range(5)], dim=2)
     assert_close("five queries", sparse_attention(q, k, v, idx), expected, 1e-5)
     assert_close("one query", sparse_attention(q[:, :, :1], k, v, idx[:, :, :1]),
                  expected[:, :, :1], 1e-5)
+
+
+@pytest.mark.parametrize("T, blocks", [(12, 3), (12, 1), (30, 2)])
+def test_blocks_of_queries_that_share_a_choice(T, blocks):
+    """Each query attends to those tokens of its block's choice that do not come after it."""
+    rng = torch.Generator().manual_seed(T)
+    k, v = torch.randn(2, 2, 2, 40, 16, generator=rng)
+    q = torch.randn(2, 6, T, 16, generator=rng)
+    idx = torch.rand(2, 2, blocks, 40, generator=rng).topk(20).indices.int()
+    idx[torch.rand(idx.shape, generator=rng) < 0.2] = -1
+    idx[..., 0] = 0  # a sink, which every query can see
+    idx[..., 1:][idx[..., 1:] == 0] = -1
+    expected = []
+    for t in range(T):
+        own = idx[:, :, t // (T // blocks)]
+        expected.append(loop(q[:, :, t], k, v, torch.where(own > 40 - T + t, -1, own)))
+    expected = torch.stack(expected, dim=2)
+    assert_close("definition", masked_attention(q, k, v, idx), expected, 1e-5)
+    assert_close("copied rows", block_attention(q, k, v, idx), expected, 1e-5)
+    assert torch.equal(sparse_attention(q, k, v, idx), block_attention(q, k, v, idx))
 
 
 @pytest.mark.parametrize("places", [None, [0, 3, 17]])

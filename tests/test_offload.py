@@ -404,7 +404,7 @@ def test_the_fast_selector_names_in_time_what_is_then_read(tiny, tiny_butler, ru
         for token in IDS[:, 200:220].split(1, dim=1):
             tiny.decode(token, cache, fast_selector)
             assert sorted(told) == [1, 2, 3, 4]
-            fixed = fast_selector.sinks_and_window(1, cache.size, "cpu")
+            fixed = fast_selector.budget.sinks_and_window(torch.tensor([cache.size - 1]))
             always = set(fixed.flatten().tolist())
             for layer, chosen in told.items():
                 for named, read in zip(chosen[0], fast_selector.index[layer][0, :, 0], strict=True):

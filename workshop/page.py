@@ -48,6 +48,12 @@ class Page:
         if self.selector:
             self.selector.watch(layer, x, q, keys, positions)
 
+    def look_ahead(self, *seen) -> None:
+        self.selector.look_ahead(*seen)
+
+    def block_scores(self, *seen):
+        return self.selector.block_scores(*seen)
+
     def __call__(self, layer, x, q, keys, positions):
         index = self.selector(layer, x, q, keys, positions) if self.selector else None
         best = self.oracle(layer, x, q, keys, positions)

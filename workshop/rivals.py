@@ -75,6 +75,10 @@ class Evicting(Selector):
         """What decides at this step, [B, G, S]: tokens with the lowest numbers are evicted."""
         return self.value[layer]
 
+    def block_scores(self, layer, q, keys, positions):
+        raise UserError(f"{type(self).__name__.lower()} evicts tokens after the prompt, so it "
+                        "cannot select while the prompt is read")
+
     def attended(self, layer, q, keys):
         """Called after each step with its query [B, H, 1, D] and all keys up to its own token."""
 
@@ -103,8 +107,9 @@ class Evicting(Selector):
         """Keeps what the latest token may attend to -> its choice [B, G, 1, K']."""
         alive = self.alive[layer]
         ranked = self.ranked(layer).masked_fill(~alive, -torch.inf)
-        chosen = self.topk(ranked[:, :, None])
-        always = self.sinks_and_window(1, alive.shape[-1], alive.device)
+        own = torch.tensor([alive.shape[-1] - 1], device=alive.device)
+        chosen = self.budget.topk(ranked[:, :, None], own)
+        always = self.budget.sinks_and_window(own)
         kept = torch.cat([always.expand(*chosen.shape[:2], -1, -1), chosen], dim=-1)
         self.alive[layer] = index_to_mask(kept, alive.shape[-1])[:, :, 0]
         return chosen

@@ -9,8 +9,8 @@
     python bench.py --suite length --contexts 512,2048
     python bench.py --suite speed --engine fast --budgets 0.05
 
-More suites are in workshop/suites.py (recall, generation, drift, tradeoff) and workshop/timing.py
-(attention, offload, speed of a --shape with random weights).
+More suites are in workshop/suites.py (recall, generation, drift, tradeoff, prefill) and in
+workshop/timing.py (attention, offload, speed of a --shape with random weights).
 """
 
 import json
@@ -34,7 +34,7 @@ from synth_task import check_selectors, confidence_interval, every_maker, print_
 
 BLOCK = 32  # tokens at the end of a context that `length` measures on
 SUITES = ("perplexity", "length", "speed")
-MORE_SUITES = {"workshop.suites": ("recall", "generation", "drift", "tradeoff"),
+MORE_SUITES = {"workshop.suites": ("recall", "generation", "drift", "tradeoff", "prefill"),
                "workshop.timing": ("attention", "offload")}
 
 
@@ -52,7 +52,10 @@ class Probe:
     def __call__(self, layer, x, q, keys, positions):
         index = self.selector(layer, x, q, keys, positions)
         if index is not None:
-            selected = index_to_mask(index, keys.shape[2])[:, :, None]  # [B, G, 1, T, S]
+            selected = index_to_mask(index, keys.shape[2])
+            # A prompt's queries share choices.
+            selected = selected.repeat_interleave(len(positions) // index.shape[2], dim=2)
+            selected = selected[:, :, None]  # [B, G, 1, T, S]
             self.kept[layer] = (true_attention(q, keys) * selected).sum(-1).mean().item()
         return index
 
@@ -236,7 +239,7 @@ class Config:
     """Measures what a selection costs in quality and what it gains in time."""
 
     suite: str = flag("length", "perplexity, length, speed; of workshop/: recall, generation, "
-                                "drift, tradeoff, attention, offload")
+                                "drift, tradeoff, prefill, attention, offload")
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     butler: str = flag(None, "butler file (default: the shipped one)")
     engine: str = flag("plain", f"what runs the model: {', '.join(cli.ENGINES)}")

@@ -54,7 +54,7 @@ from selection import BLOCK, Selector
 from tokenizer import resolve
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
-POOL = 16  # queries of a prompt that ask together; divides selection.BLOCK
+POOL = 4  # queries of a prompt that ask together; divides selection.BLOCK
 FASTEST = 0.5  # radians per token of the fastest pair of importance channels
 
 

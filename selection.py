@@ -29,9 +29,12 @@ import torch
 from cli import UserError, plug_in
 from kernel import true_attention
 
-BLOCK = 64  # queries of a prompt that share one choice
-DENSE = 512  # first tokens of a prompt that are read densely
-CHUNK = 1024  # tokens of a prompt that go through the model at once when it is read sparsely
+# A prompt that is read sparsely; results/README.md has what other values gave.
+BLOCK = 64  # queries that share one choice
+DENSE_LAYERS = 3  # first layers that read everything: they cost little, and most depends on them
+DENSE_START = 512  # first tokens, where there is little to leave out
+DENSE_END = 256  # last tokens, where the question usually stands
+CHUNK = 1024  # tokens that go through the model at once
 
 
 @dataclass(frozen=True)
@@ -175,12 +178,21 @@ class SparsePrefill:
         self.selector = selector
         self.budget = Budget(budget, window=2 * BLOCK)  # of a block's last query
 
+    def check(self, length: int) -> None:
+        """Raises UserError if nothing can be chosen even at the end of a prompt."""
+        always = self.budget.sinks + self.budget.window
+        total = int(self.budget.allowance(torch.tensor([length])))
+        if total <= always:
+            raise UserError(f"a prefill budget of {self.budget.total:g} leaves nothing to choose: "
+                            f"sinks, own block and the 64 tokens before it are {always} tokens, "
+                            f"and the prompt has {length:,}")
+
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
-        """-> index [B, G, T/64, K], a row for each block, or None in layer 0"""
+        """-> index [B, G, T/64, K], a row for each block, or None in the first layers"""
         self.selector.watch(layer, x, q, keys, positions)
         self.selector.look_ahead(layer, x, positions)
-        if layer == 0:
+        if layer < DENSE_LAYERS:
             return None
         last = positions[BLOCK - 1 :: BLOCK]  # of each block
         scores = self.selector.block_scores(layer, q, keys, positions)
@@ -192,16 +204,22 @@ class SparsePrefill:
 def prefill(llama, prompt, cache, selector=None, budget=None):
     """Reads a prompt [B, T] into an empty cache -> logits [B, 1, V] of its last token.
 
-    budget: None reads densely, while the selector watches. A number reads sparsely: the first 512
-    tokens and what does not fill a block of 64 densely, the rest through the selector.
+    budget: None reads densely, while the selector watches. A number reads sparsely: all but the
+    first 512 tokens, the last 256 and what does not fill a block of 64 go through the selector.
+    Raises UserError if the budget leaves nothing to choose.
     """
-    if budget is None:
+    T = prompt.shape[1]
+    end = DENSE_START
+    if budget is not None:
+        end += max(0, T - DENSE_START - DENSE_END) // BLOCK * BLOCK
+    if end == DENSE_START:
         return llama.prefill(prompt, cache, selector and selector.watch)
-    dense = prompt.shape[1] - max(0, prompt.shape[1] - DENSE) // BLOCK * BLOCK
-    logits = llama.prefill(prompt[:, :dense], cache, selector.watch)
-    for chunk in prompt[:, dense:].split(CHUNK, dim=1):
-        logits = llama.prefill(chunk, cache, SparsePrefill(selector, budget))
-    return logits
+    reader = SparsePrefill(selector, budget)
+    reader.check(end)
+    llama.prefill(prompt[:, :DENSE_START], cache, selector.watch)
+    for start in range(DENSE_START, end, CHUNK):
+        llama.prefill(prompt[:, start : min(start + CHUNK, end)], cache, reader)
+    return llama.prefill(prompt[:, end:], cache, selector.watch)
 
 
 # ---------------------------------------------------------------------------- by name

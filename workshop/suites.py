@@ -7,30 +7,37 @@
     drift        tasks, answered token by token, with a new choice at every step (drift 0) and with
                  --drift: scores, and the steps that one choice served on average
     tradeoff     tasks: the score beside milliseconds of a decode step behind the first document
+    prefill      prompts read densely and through each selector: the perplexity of the 512 tokens
+                 behind them, which attend to all tokens, and the seconds that reading took
 
     python bench.py --suite recall --selectors oracle,butler,recency
     python bench.py --suite generation --engine fast --contexts 2048 --selectors dense,butler
     python bench.py --suite drift --engine fast --drift 0.25 --task coreference --contexts 361
     python bench.py --suite tradeoff --engine fast --contexts 4096 --budgets 0.05,0.1
+    python bench.py --suite prefill --engine fast --contexts 4096 --selectors dense,oracle,butler
 """
 
+import statistics
 import sys
+import time
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import cli
 import sample
 import synth_task
-from bench import Probe, decode_times
+from bench import Probe, decode_times, excess, exponential, synchronize
 from cli import UserError, numbers
 from data import evenly_spaced, text_to_measure_on
 from kernel import index_to_mask, true_attention
-from selection import Selector
+from selection import Selector, prefill
 from synth_task import answers, confidence_interval, evaluate, every_maker, print_results, rules_of
 
 PROMPT = 64  # tokens that a generated text starts from
+BEHIND = 512  # tokens behind a prompt that `prefill` scores
 
 
 def task_documents(config, tok) -> dict:
@@ -229,6 +236,46 @@ def tradeoff(llama, tok, tasks: dict, makers: dict, config) -> dict:
     return {"results": results}
 
 
+# ---------------------------------------------------------------------------- prompts
+
+
+@torch.inference_mode()
+def read_and_score(llama, window, context: int, selector, budget: float) -> tuple[float, float]:
+    """Reads window[:context] through a selector (None: densely) -> seconds that it took, and mean
+    nats of the 512 tokens that follow, which attend to all tokens."""
+    cache = llama.new_cache(1, context + BEHIND)
+    synchronize(llama.device)
+    start = time.perf_counter()
+    prefill(llama, window[None, :context], cache, selector, budget if selector else None)
+    synchronize(llama.device)
+    seconds = time.perf_counter() - start
+    behind = window[context : context + BEHIND]
+    logits = llama(behind[None], cache)[0, :-1].float()
+    return seconds, F.cross_entropy(logits, behind[1:]).item()
+
+
+def prompts(llama, windows, contexts, makers) -> dict:
+    """windows [n, longest context + 512] -> {"results": perplexity behind the prompts and, with the
+    median `seconds` of reading beside it, the excess over dense}"""
+    seconds, nats = {}, {}
+    for window in tqdm(windows, "windows", file=sys.stderr):
+        for context in contexts:
+            for (name, budget), make in makers.items():
+                took, loss = read_and_score(llama, window, context, make(), float(budget))
+                seconds.setdefault((context, name, budget), []).append(took)
+                nats.setdefault((context, name, budget), []).append(loss)
+    results = {}
+    for (context, name, budget), losses in nats.items():
+        behind = exponential(confidence_interval(losses))
+        behind["seconds"] = statistics.median(seconds[context, name, budget])
+        results.setdefault(f"behind @{context}", {}).setdefault(name, {})[budget] = behind
+        if name != "dense" and (dense := nats.get((context, "dense", "1.0"))):
+            more = [a - b for a, b in zip(losses, dense, strict=True)]
+            over = results.setdefault(f"over dense @{context}", {}).setdefault(name, {})
+            over[budget] = excess(confidence_interval(more))
+    return {"results": results}
+
+
 # ---------------------------------------------------------------------------- called by bench.py
 
 
@@ -247,6 +294,9 @@ def measure(config) -> dict:
         length = max(contexts)
         if config.suite == "tradeoff":
             report = tradeoff(llama, tok, task_documents(config, tok), makers, config)
+        elif config.suite == "prefill":
+            windows = evenly_spaced(tok, text, config.n, length + BEHIND).to(llama.device)
+            report = prompts(llama, windows, contexts, makers)
         elif config.suite == "generation":
             if length <= PROMPT + 8:
                 raise UserError(f"--contexts: a text has more than {PROMPT + 8} tokens")
@@ -267,5 +317,7 @@ def print_more(results: dict) -> None:
             for budget, m in by_budget.items():
                 if "ms" in m:
                     print(f"{task:20s} {name:8s} {budget:>6s}  {m['ms']:8.1f} ms a step")
+                if "seconds" in m:
+                    print(f"{task:20s} {name:8s} {budget:>6s}  {m['seconds']:8.2f} s to read")
                 if "steps" in m:
                     print(f"{task:20s} {name:8s} {budget:>6s}  {m['steps']:8.1f} steps a choice")

@@ -277,6 +277,10 @@ def measure(config: Config) -> dict:
         raise UserError(f"--contexts: a context has at least {2 * BLOCK} tokens")
     text = text_to_measure_on(config.text)
     llama, tok, butler = cli.engine(config.engine).load(config.model, config.butler, config.device)
+    last = max(contexts) + (config.n + 2 if config.suite == "speed" else 0)
+    if last > llama.config.context:
+        raise UserError(f"--contexts: {last:,} tokens exceed the model's context of "
+                        f"{llama.config.context:,}")
     makers = every_maker(config.selectors, config.budgets, butler, **rules_of(config))
     number = config.batch if config.suite == "speed" else config.n
     windows = evenly_spaced(tok, text, number, max(contexts)).to(llama.device)
@@ -295,10 +299,12 @@ def measure(config: Config) -> dict:
 def main(config: Config) -> dict:
     cli.check_device(config.device)
     check_selectors(config.selectors, config.budgets)
-    if config.write:
+    for task in config.task if config.suite in ("drift", "tradeoff") else ():
+        cli.known("task", task, ("coreference", *plug_in("workshop.ruler").TASKS))
+    if config.write is not None:
         cli.check_writable(config.write)
     report = measure(config)
-    if config.write:
+    if config.write is not None:
         whole = {"config": asdict(config)} | report | cli.provenance()
         with cli.replacing(config.write) as part:
             Path(part).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -49,9 +49,9 @@ from torch import nn
 
 import tokenizer
 from cli import UserError, one_line, replacing
-from model import Llama, apply_rope, rope_cos_sin
+from model import Llama, apply_rope, check_weights, rope_cos_sin
 from selection import BLOCK, Selector
-from tokenizer import resolve
+from tokenizer import real_file, resolve
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
 POOL = 4  # queries of a prompt that ask together; divides selection.BLOCK
@@ -75,8 +75,11 @@ class ButlerConfig:
     fingerprint: str = ""
 
     def __post_init__(self):
-        if self.layers > 1000:  # a damaged file's; building a million producers would take hours
-            raise UserError(f"no Llama has {self.layers} layers")
+        sizes = (self.layers, self.width, self.kv_heads, self.head_dim, self.layers_per_producer,
+                 self.size, self.hidden)
+        possible = all(type(size) is int and 0 < size <= 2**24 for size in sizes)
+        if not possible or self.layers > 1000:  # building a million producers would take hours
+            raise UserError(f"sizes {sizes} are not those of a butler")
 
     @classmethod
     def for_model(cls, model, **sizes) -> "ButlerConfig":
@@ -107,8 +110,11 @@ def fingerprint(model) -> str:
     """Which base model is this? A hash of its shape and of all norm weights in bfloat16.
 
     Quantised files keep norms exactly, so a model's GGUF file and its original have the same
-    fingerprint. Training changes norms, so another model has another one. A change of other weights
-    alone is not noticed.
+    fingerprint. Training changes norms, so another model has another one. What it cannot see is a
+    change of other weights alone, as merging a LoRA adapter makes. The butler is accepted then; it
+    predicts the attention of the model before the change, so measure it (synth_task.py) or train
+    another one. A comparison of the weights within a tolerance would not help: rounding to 4 bits,
+    which must be accepted, may change them more than an adapter does.
     """
     c = model.config
     # Some families of transformers have no input_layernorm.
@@ -217,10 +223,12 @@ class Butler(nn.Module):
     @classmethod
     def load(cls, path) -> "Butler":
         """Reads what `save` wrote. Raises UserError, one line that names the file."""
-        if not Path(path).exists():
-            raise UserError(f"no butler at {path}: train one with python train.py")
+        with one_line(f"no butler at {path}"):
+            path = Path(path).expanduser()
+            if not path.exists():
+                raise UserError("train one with python train.py")
         with (one_line(f"{path}: unreadable butler", SafetensorError),
-              safe_open(path, framework="pt") as f):
+              safe_open(real_file(path), framework="pt") as f):
             entries = json.loads((f.metadata() or {})["butler"])
             if "stride" in entries:  # the name in files of earlier versions
                 entries["layers_per_producer"] = entries.pop("stride")
@@ -229,6 +237,7 @@ class Butler(nn.Module):
                 butler = cls(config)
             weights = {name: f.get_tensor(name).float() for name in f.keys()}
             butler.load_state_dict(weights, assign=True)
+            check_weights([*butler.named_parameters(), *butler.named_buffers()])
         return butler.eval().requires_grad_(False)
 
 

@@ -17,7 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, field, fields
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +42,22 @@ DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, Attribut
           RuntimeError, ImportError)
 
 
+# How PyTorch's RuntimeError and the system's OSError tell that memory is missing.
+NO_MEMORY = re.compile("out of memory|(can't|cannot) allocate|bad_?alloc|alloc_failed|new thread",
+                       re.IGNORECASE)
+
+
+def out_of_memory(error) -> bool:
+    by_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return by_type or bool(NO_MEMORY.search(str(error)))
+
+
+def reason(error) -> str:
+    """What a message says of an exception."""
+    kind = "not enough memory" if out_of_memory(error) else type(error).__name__
+    return f"{kind}: {str(error) or repr(error)}"
+
+
 @contextmanager
 def one_line(what: str, *more):
     """Whatever a damaged file raises inside becomes one UserError that starts with `what`.
@@ -51,7 +67,7 @@ def one_line(what: str, *more):
     except UserError as e:
         raise UserError(f"{what}: {e}") from None
     except (*DAMAGE, *more) as e:
-        raise UserError(f"{what}: {type(e).__name__}: {e}") from None
+        raise UserError(f"{what}: {reason(e)}") from None
 
 
 # ---------------------------------------------------------------------------- flags
@@ -165,24 +181,34 @@ def read_text(path, errors="strict") -> str:
         return Path(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
-def part_of(path: Path) -> Path:
-    """A temporary name beside `path`, different for every process. Makes the folder."""
+def file_to_write(path) -> Path:
+    """The file that `path` names or, as a link, points to. Makes its folder."""
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise UserError("it is no file")  # a folder; a device, which root could replace
     path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def part_of(path: Path) -> Path:
+    """A temporary name beside `path`, different for every process."""
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
 def replacing(path):
-    """Gives a temporary path beside `path` and, after the block, moves it to `path`: an interrupted
-    write never leaves half a file. A file that was there keeps its permissions. Raises UserError
-    where nothing can be written."""
-    path = Path(path)
+    """Gives a temporary path and, after the block, moves it to `path`: neither an interrupted write
+    nor a full disk leaves half a file. A file that was there keeps its permissions, and a link
+    stays a link. Raises UserError where nothing can be written."""
     with one_line(f"cannot write {path}"):
+        path = file_to_write(path)
         part = part_of(path)
         try:
             part.touch()
             mode = (path if path.exists() else part).stat().st_mode
             yield part
+            with part.open("r+b") as f:  # Windows does not sync what is open for reading only
+                os.fsync(f.fileno())
             part.chmod(mode)  # safetensors makes files that only their owner can read
             part.replace(path)
         finally:
@@ -191,11 +217,8 @@ def replacing(path):
 
 def check_writable(path) -> None:
     """Raises UserError at once if a script could not write `path` at its end."""
-    path = Path(path)
     with one_line(f"cannot write {path}"):
-        if path.is_dir():
-            raise UserError("it is a folder")
-        part = part_of(path)
+        part = part_of(file_to_write(path))
         part.touch()
         part.unlink()
 
@@ -207,14 +230,14 @@ def check_device(device: str) -> None:
     """Raises UserError if PyTorch cannot compute there."""
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"device {device!r} cannot be used here") from None
 
 
 def processor(device="cpu") -> str:
     """The kind of processor, as result files are named: avx2, avx512-bf16, nvidia-h200 ..."""
     if str(device).startswith("cuda"):
-        return torch.cuda.get_device_name().lower().replace(" ", "-")
+        return torch.cuda.get_device_name().lower().replace(" ", "-").replace("/", "-")
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return capability + "-bf16" * torch.cpu._is_avx512_bf16_supported()
 
@@ -222,38 +245,68 @@ def processor(device="cpu") -> str:
 def provenance() -> dict:
     """What a number must not travel without: command, hardware, versions and commit."""
     info = Path("/proc/cpuinfo")  # Linux only
-    model = info.exists() and re.search(r"model name\s*: (.*)", info.read_text())
+    model = info.exists() and re.search(r"model name\s*: (.*)", info.read_text("utf-8", "replace"))
     hardware = f"{model[1] if model else platform.processor()} ({processor()})"
     hardware += f", {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         hardware = f"{torch.cuda.get_device_name()}; {hardware}"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=9"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(git, capture_output=True, check=True, encoding="utf-8",
+                                errors="replace").stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware, "commit": commit,
             "python": platform.python_version(), "torch": torch.__version__}
 
 
-def run(main, config_class) -> None:
-    """What stands under `__main__` of every script. Exit codes: 2 for a UserError, 130 after
-    Ctrl-C, 141 when nobody reads stdout any more (`| head`)."""
+def open_streams() -> None:
+    """A standard stream that was closed (`>&-`) is None in Python; it becomes one that discards
+    everything. Its number is taken too. Else the next file opened would get it, and with it what
+    libraries print."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack a character
+
+
+def end(code: int, line="") -> None:
+    """Ends the process, with a line on stderr. A stream that cannot be written is given up, because
+    Python would try again at exit, and tell it in several lines."""
+    with suppress(OSError):
+        if line:
+            print(f"{sys.argv[0]}: {line}", file=sys.stderr)
+    for stream in sys.stdout, sys.stderr:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def run(main, config_class) -> None:
+    """What stands under `__main__` of every script. Exit codes: 2 for a UserError, for too little
+    memory and for a disk that is full, 130 after Ctrl-C, 141 when nobody reads stdout any more
+    (`| head`)."""
+    open_streams()
     try:
-        config = parse(config_class)
-        report = main(config)
-        if report is not None:  # of several processes only the first one reports
-            print(json.dumps({"config": asdict(config)} | report | provenance()), flush=True)
+        try:
+            config = parse(config_class)
+            report = main(config)
+            if report is not None:  # of several processes only the first one reports
+                print(json.dumps({"config": asdict(config)} | report | provenance()))
+        finally:
+            sys.stdout.flush()  # what cannot be written is told here
     except UserError as e:
-        print(f"{sys.argv[0]}: error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as e:
-        print(f"{sys.argv[0]}: error: {UserError(f'not enough memory: {e}')}", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"error: {e}")
     except KeyboardInterrupt:
-        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        end(130, "interrupted")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
-        sys.exit(141)
+        end(141)
+    except (OSError, RuntimeError, MemoryError) as e:
+        if isinstance(e, RuntimeError) and not out_of_memory(e):
+            raise
+        end(2, f"error: {UserError(reason(e))}")

@@ -11,6 +11,7 @@ the standard library (code). The mixture adds co-reference documents from the tr
 
 import hashlib
 import json
+import os
 import random
 import sysconfig
 from pathlib import Path
@@ -18,11 +19,11 @@ from pydoc_data.topics import topics
 
 import torch
 
-from cli import UserError, read_text
+from cli import UserError, one_line, read_text
 from synth_task import pools, training_text
 
 HELD_OUT = set(json.loads(Path(__file__).with_name("held_out.json").read_text("utf-8")))
-PART = 8192  # characters: longer texts of a user are cut into parts before some are held out
+PART = 8191  # characters of a user's text that are held out or trained on together, at most
 
 
 def default_texts() -> list[dict[str, str]]:
@@ -36,15 +37,65 @@ def default_texts() -> list[dict[str, str]]:
     return [topics, code]
 
 
-def read_texts(paths: list) -> dict[str, str]:
-    """Files and folders -> {path: text}, without empty files. Raises UserError."""
+def read_texts(paths: list) -> tuple[dict[str, str], list[str]]:
+    """Files and folders -> ({path: text} without empty files, files skipped). Of a folder, hidden
+    files and folders are left out, and files that are not UTF-8 text are skipped. Raises UserError
+    if a file that was named itself is no such text, or if no text is left."""
+    texts = {}
+    skipped = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"--data: there is no {path or repr('')}")
+        if not os.path.isdir(path):
+            with one_line("--data"):
+                texts[os.path.abspath(path)] = read_utf8(path)
+            continue
+        for file in files_below(path):
+            try:
+                if not os.path.isfile(file):  # reading a pipe would wait for a writer
+                    raise UserError(f"{file} is no file")
+                texts[os.path.abspath(file)] = read_utf8(file)
+            except UserError:
+                skipped.append(file)
+    texts = {path: text for path, text in texts.items() if text.strip()}
+    if not texts:
+        but = f"; not UTF-8 text: {some_of(skipped)}" * bool(skipped)
+        raise UserError(f"--data: there is no text in {some_of(paths)}{but}")
+    return texts, skipped
+
+
+def files_below(folder) -> list[str]:
+    """Whatever is in a folder and in the folders within, except what is hidden. A link to a folder
+    is not followed, because it may lead back."""
     files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"--data: there is no {path}")
-        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    texts = {str(f): read_text(f, errors="replace") for f in files}
-    return {name: text for name, text in texts.items() if text.strip()}
+    unreadable = []
+    for place, folders, names in os.walk(folder, onerror=lambda e: unreadable.append(e.filename)):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        files += [os.path.join(place, name) for name in names + links if not name.startswith(".")]
+    return sorted(files + unreadable)
+
+
+def read_utf8(path) -> str:
+    """The text of a file. Raises UserError if it cannot be read or is not UTF-8 text."""
+    parts = []
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            while part := f.read(2**20):  # in parts: a large file of another kind is soon noticed
+                if "\0" in part:
+                    raise UserError(f"{path} is not UTF-8 text")
+                parts.append(part)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    return "".join(parts)
+
+
+def some_of(paths: list) -> str:
+    """The first three paths, and how many more there are."""
+    names = ", ".join(repr(str(path)) for path in paths[:3])
+    return f"{names} and {len(paths) - 3:,} more" if len(paths) > 3 else names
 
 
 def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
@@ -57,15 +108,31 @@ def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
     parts = list(dict.fromkeys(texts.values()))  # the reference repeats texts under other names
     held = {texts[name] for name in HELD_OUT & texts.keys()}
     if not held:
-        parts = [text[i : i + PART] for text in parts for i in range(0, len(text), PART)]
-        parts = list(dict.fromkeys(parts))
-        if len(parts) < 2:
-            raise UserError(f"--data: too little text, at least {2 * PART:,} characters are needed")
+        characters = sum(map(len, parts))
+        if characters < 320:
+            raise UserError(f"--data: too little text: {characters} characters, at least 320 are "
+                            "needed")
+        # An odd length: parts of a text that repeats itself are seldom the same.
+        size = min(PART, characters // 20 | 1)
+        parts = {text[i : i + size] for text in parts for i in range(0, len(text), size)}
         rank = {p: hashlib.sha256(p.encode(errors="replace")).digest() for p in parts}
-        held = {p for p in parts if rank[p][0] < 26}  # 26 of 256
-        if len(held) in (0, len(parts)):
-            held = {min(parts, key=rank.get)}
+        parts = sorted(parts, key=rank.get)
+        characters = sum(map(len, parts))
+        count = 0
+        for part in parts:
+            # About a tenth of the parts. Where parts are few, chance might hold out almost nothing
+            # or almost all: at least a twentieth of the characters, and no more after a fifth.
+            if count < characters / 20 or (rank[part][0] < 26 and count < characters / 5):
+                held.add(part)
+                count += len(part)
     return [p for p in parts if p not in held], [p for p in parts if p in held]
+
+
+def num_tokens(tok, texts: list[str]) -> int:
+    """How many tokens the texts have. Of more than 500 texts, an estimate from the first 500."""
+    sample = texts[:500]
+    tokens = sum(len(tok.encode(text)) for text in sample)
+    return round(tokens * sum(map(len, texts)) / max(sum(map(len, sample)), 1))
 
 
 class Mixture:

@@ -31,8 +31,9 @@ Dimension key. Each letter means the same in every file:
     python model.py        prints a short trace of shapes
 """
 
-import json
 import math
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,9 @@ from gguf import dequantize
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cli import UserError, check_device, one_line, read_text
+from cli import UserError, check_device, one_line
 from kernel import sparse_attention
-from tokenizer import open_gguf, resolve
+from tokenizer import INSTEAD, instead, open_gguf, read_json, real_file, resolve
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,18 @@ class Config:
     mlp_bias: bool = False
 
     def __post_init__(self):
-        sizes = (self.vocab_size, self.width, self.layers, self.heads, self.kv_heads,
-                 self.head_dim, self.mlp_width, self.context)
-        possible = all(type(size) is int and 0 < size <= 2**24 for size in sizes)
-        if not possible or self.layers > 1000:  # building a million layers would take hours
-            raise UserError(f"sizes {sizes} are not those of a Llama")
+        sizes = {name: getattr(self, name) for name in (
+            "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width",
+            "context")}
+        numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
+        numbers |= {name: value for name, value in (self.rope_scaling or {}).items()
+                    if name.endswith("factor") or name == "original_max_position_embeddings"}
+        wrong = {name: size for name, size in sizes.items()
+                 if type(size) is not int or not 0 < size <= 2**24}
+        wrong |= {name: number for name, number in numbers.items()
+                  if type(number) not in (int, float) or not 0 < number < 1e30}
+        if wrong or self.layers > 1000:  # building a million layers would take hours
+            raise UserError(f"sizes {wrong or {'layers': self.layers}} are not those of a Llama")
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads of "
                             f"size {self.head_dim}")
@@ -304,6 +312,7 @@ class Llama(nn.Module):
             model.load_state_dict(state, assign=True)
             model.tie()
             model.frequencies = (rope_frequencies(config) / divisors).to(device)
+            check_weights([*state.items(), ("rotary frequencies", model.frequencies)])
         return model.eval().requires_grad_(False)
 
 
@@ -319,6 +328,61 @@ def refuse_if(condition, what: str) -> None:
                         "transformers)")
 
 
+def even_share(width, heads) -> int:
+    """The size of a head where the file names none. What is no number is refused by Config."""
+    return width // heads if type(width) is type(heads) is int and heads else 1
+
+
+def check_weights(named) -> None:
+    """named: pairs (name, tensor). Raises UserError that names the first tensor with a number that
+    no trained weight is: NaN, or larger than float16 can hold. What is computed from such weights
+    would be NaN. This is one pass over memory, without a copy."""
+    for name, tensor in named:
+        if tensor.numel() == 0:
+            continue
+        low, high = (float(end) for end in tensor.detach().aminmax())  # a NaN makes both NaN
+        if not -65504 <= low <= high <= 65504:
+            raise UserError(f"{name} has NaN, infinite or huge numbers ({low:g} to {high:g}): the "
+                            "file is damaged")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The *.safetensors of a folder: one file, or all its shards. Raises UserError, which says what
+    to do, where they are incomplete."""
+    found = {file.name for file in folder.glob("*.safetensors")
+             if not file.name.startswith("consolidated")}  # Meta's own format, beside the shards
+    problem = instead(folder, ["adapter_*"] if found else INSTEAD)
+    if problem or not found:
+        raise UserError(problem or "there are no *.safetensors")
+    index = folder / "model.safetensors.index.json"
+    if "model.safetensors" in found:
+        needed = {"model.safetensors"}
+    elif index.exists():
+        entries = read_json(index)
+        with one_line(index.name):
+            needed = set(entries["weight_map"].values())
+    else:
+        parts = filter(None, (re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", name)
+                              for name in found))
+        needed = found.union(*([f"{part[1]}{i:05}{part[2]}" for i in range(1, int(part[3]) + 1)]
+                               for part in parts))
+    for file in folder.iterdir():
+        if file.stem in needed and f"*{file.suffix}" in INSTEAD:
+            raise UserError(f"{file.name} {INSTEAD[f'*{file.suffix}']}")
+    if missing := sorted(needed - found):
+        raise UserError(f"{len(missing)} of {len(needed)} weight files are missing: fetch "
+                        f"{missing[0]}{' and others' * (len(missing) > 1)}")
+    return [folder / name for name in sorted(needed)]
+
+
+@contextmanager
+def open_weights(file: Path):
+    """safetensors' reader of one file. Raises UserError that names the file."""
+    with (one_line(file.name, SafetensorError),
+          safe_open(real_file(file), framework="pt") as weights):
+        yield weights
+
+
 def read_rope_scaling(rope: dict, context: int) -> dict | None:
     """config.json's `rope_scaling` or `rope_parameters` -> Config.rope_scaling"""
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -330,26 +394,26 @@ def read_rope_scaling(rope: dict, context: int) -> dict | None:
 
 def read_folder(folder: Path):
     """config.json and *.safetensors"""
-    text = read_text(folder / "config.json")
-    c = {key: value for key, value in json.loads(text).items() if value is not None}
+    entries = read_json(folder / "config.json")
+    c = {key: value for key, value in entries.items() if value is not None}
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    refuse_if(not isinstance(rope, dict), f"rope_parameters {rope!r}")
     refuse_if(c.get("model_type") != "llama", f"model_type {c.get('model_type')!r}")
     refuse_if(c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')!r}")
     refuse_if(c.get("sliding_window") and c.get("use_sliding_window", True), "sliding window")
     refuse_if((rope | c).get("partial_rotary_factor", 1) != 1, "partial_rotary_factor")
     refuse_if(c.get("quantization_config"), "quantization_config")
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise UserError("there are no *.safetensors (pickled weights are not read)")
+    shards = weight_files(folder)
     names = set()
     for shard in shards:
-        with safe_open(shard, framework="pt") as f:
+        with open_weights(shard) as f:
             names |= {name.removeprefix("model.") for name in f.keys()}
     heads, width = c["num_attention_heads"], c["hidden_size"]
     context = c.get("max_position_embeddings", 2048)
     config = Config(
         vocab_size=c["vocab_size"], width=width, layers=c["num_hidden_layers"], heads=heads,
-        kv_heads=c.get("num_key_value_heads", heads), head_dim=c.get("head_dim", width // heads),
+        kv_heads=c.get("num_key_value_heads", heads),
+        head_dim=c.get("head_dim", even_share(width, heads)),
         mlp_width=c["intermediate_size"], context=context,
         norm_eps=float(c.get("rms_norm_eps", 1e-6)),
         rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
@@ -359,7 +423,7 @@ def read_folder(folder: Path):
 
     def weights():
         for shard in shards:
-            with safe_open(shard, framework="pt") as f:
+            with open_weights(shard) as f:
                 for name in f.keys():
                     if "rotary_emb" not in name:  # old files carry the frequencies too
                         yield name.removeprefix("model."), f.get_tensor(name)
@@ -390,8 +454,7 @@ def read_gguf(path: Path):
     refuse_if(get("llama.expert_count"), "mixture of experts")
     refuse_if(get("llama.attention.sliding_window"), "sliding window")
     heads, width = get("llama.attention.head_count"), get("llama.embedding_length")
-    head_dim = get("llama.attention.key_length", width // heads)
-    refuse_if(get("llama.rope.dimension_count", head_dim) != head_dim, "partial rotary embedding")
+    head_dim = get("llama.attention.key_length", even_share(width, heads))
     factor = get("llama.rope.scaling.factor")
     kind = get("llama.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp does
     config = Config(
@@ -404,6 +467,7 @@ def read_gguf(path: Path):
         rope_scaling=read_rope_scaling({"type": kind, "factor": factor}, 2048),
         tied="output.weight" not in tensors, attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors)
+    refuse_if(get("llama.rope.dimension_count", head_dim) != head_dim, "partial rotary embedding")
     factors = tensors.pop("rope_freqs.weight", None)  # llama3's scaling, as divisors
 
     def read(t):

@@ -25,9 +25,16 @@ from dataclasses import asdict, dataclass
 import torch
 
 import cli
-from cli import DEVICE, UserError, flag, known, plug_in, read_text
+from cli import DEVICE, UserError, flag, known, one_line, plug_in, read_text
 from selection import NAMES, Budget, make_selector, prefill
-from synth_task import check_prefill, coreference, pools, prefill_budget, rules_of
+from synth_task import (
+    check_prefill,
+    coreference,
+    likeliest,
+    pools,
+    prefill_budget,
+    rules_of,
+)
 
 
 @dataclass
@@ -73,16 +80,17 @@ def read_prompt(config) -> tuple[str, str | None]:
         text, answer = document.context + document.question, document.answer
     if not text:
         raise UserError("the prompt is empty")
+    with one_line("the prompt is no UTF-8 text"):
+        text.encode()
     return text, answer
 
 
 def sample_token(logits, temperature: float, top_p: float, generator) -> int:
     """Nucleus sampling (arXiv 1904.09751) from logits [V]; the likeliest token at temperature 0.
     Raises UserError for logits that are not finite, which damaged weights give."""
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite: its weights are damaged")
+    best = int(likeliest(logits))
     if temperature == 0:
-        return int(logits.argmax())
+        return best
     p, ids = (logits.double() / temperature).softmax(-1).sort(descending=True)
     p[p.cumsum(-1) - p >= top_p] = 0  # the tokens before it already make up top_p
     return int(ids[torch.multinomial(p.cpu(), 1, generator=generator)])
@@ -134,8 +142,10 @@ def main(config: Config) -> dict:
     text, answer = read_prompt(config)
     engine = cli.engine(config.engine)
     cli.check_device(config.device)
-    if config.html:
+    if config.html is not None:
         cli.check_writable(config.html)
+    if config.offload != "none":
+        plug_in("fast.offload").check_store(config.offload, config.device)
     llama, tok, butler = engine.load(config.model, config.butler, config.device)
     rules = rules_of(config) if config.selector == "butler" else {}
     selector = make_selector(config.selector, config.budget, butler, **rules)
@@ -148,7 +158,9 @@ def main(config: Config) -> dict:
         cache = llama.new_cache(1, capacity)
     else:
         cache = plug_in("fast.offload").new_cache(llama, capacity, config.offload, selector)
-    page = plug_in("workshop.page").Page(selector, config.budget) if config.html else None
+    page = None
+    if config.html is not None:
+        page = plug_in("workshop.page").Page(selector, config.budget)
     tally = Tally(capacity)
     new = []
 

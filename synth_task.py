@@ -34,6 +34,7 @@ most published tables. An answer is right when all its tokens are the model's mo
 
 import json
 import random
+import re
 import sys
 from collections import namedtuple
 from dataclasses import dataclass
@@ -89,8 +90,16 @@ class Document:
         forced = torch.tensor([question + answer[:-1]], device=llama.device)
         blocks = forced.split(1 if stepwise else forced.shape[1], dim=1)
         logits = torch.cat([llama(block, cache, selector) for block in blocks], dim=1)
-        likeliest = logits[0, -len(answer) :].argmax(-1).tolist()
-        return [a == b for a, b in zip(likeliest, answer, strict=True)]
+        written = likeliest(logits[0, -len(answer) :]).tolist()
+        return [a == b for a, b in zip(written, answer, strict=True)]
+
+
+def likeliest(logits) -> torch.Tensor:
+    """Logits [..., V] -> the most likely ids. Raises UserError for logits that are not finite,
+    which damaged weights give: the score would be a wrong 0."""
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are damaged")
+    return logits.argmax(-1)
 
 
 CUE = "The place is called"
@@ -369,15 +378,20 @@ def prefill_budget(config) -> float | None:
     return config.prefill_budget if config.prefill == "sparse" else None
 
 
-def task_documents(config, tok) -> dict:
-    """{task: its documents}, or {task@context: ...} where --context names several."""
+def task_documents(config, tok, limit: int) -> dict:
+    """{task: its documents}, or {task@context: ...} where --context names several. limit: the
+    model's context. Raises UserError."""
+    seeds = numbers_or_zero(config.seeds)
+    for length in numbers(config.context, int, "--context"):
+        if length > limit:
+            raise UserError(f"--context {length}: the model's context is {limit}")
     found = {}
     for task in config.task:
         for context in config.context or (None,):
             length = context and numbers([context], int, "--context")[0]
             name = f"{task}@{context}" if len(config.context) > 1 else task
             found[name] = []
-            for seed in numbers_or_zero(config.seeds):
+            for seed in seeds:
                 if task == "coreference":
                     # 1.3 of the default model's tokens per word, and 36 for the question
                     words = 250 if length is None else max(0, round((length - 36) / 1.3))
@@ -391,9 +405,10 @@ def task_documents(config, tok) -> dict:
 
 
 def numbers_or_zero(words) -> list[int]:
-    if not all(word.isdigit() for word in words):
-        raise UserError(f"--seeds: {','.join(words)} are not all whole numbers")
-    return [int(word) for word in words]
+    """--seeds, each once: 0 and 00 are one. Raises UserError."""
+    if not all(re.fullmatch("[0-9]{1,10}", word) for word in words):
+        raise UserError(f"--seeds: {','.join(words)} are not all whole numbers of up to 10 digits")
+    return list(dict.fromkeys(map(int, words)))
 
 
 def main(config: Config) -> dict:
@@ -409,7 +424,7 @@ def main(config: Config) -> dict:
         limit = llama.config.context
         tasks = plug_in("workshop.longbench").read_data(config.data, tok, config.n, limit)
     else:
-        tasks = task_documents(config, tok)
+        tasks = task_documents(config, tok, llama.config.context)
     results = {}
     for task, documents in tasks.items():
         results[task] = evaluate(llama, tok, documents, makers, config.question,

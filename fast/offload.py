@@ -42,18 +42,24 @@ HELD = 3  # rows in memory for each row that a step may select
 QUIET = 24  # choices (about 4 steps of the default model) without a read: all is in memory
 
 
+def check_store(store: str, device) -> None:
+    """Raises UserError if a model on this device cannot use this store."""
+    known("store", store, STORES)
+    needed = "cuda" if store == "pinned" else "cpu"
+    kind = torch.device(device).type
+    if kind != needed:
+        raise UserError(f"--offload {store} is for --device {needed}, not {kind}")
+    if store == "disk" and sys.platform != "linux":
+        raise UserError("--offload disk needs Linux")
+
+
 def new_cache(llama, capacity: int, store: str, selector=None, folder=None, batch=1) -> Cache:
     """An empty cache for `batch` texts of up to `capacity` tokens. store: disk or pinned; selector:
     the one that will read from it; folder: where the file lies (default: /var/tmp, because /tmp may
     itself be memory). Raises UserError."""
-    known("store", store, STORES)
-    device = "cuda" if store == "pinned" else "cpu"
-    if llama.device.type != device:
-        raise UserError(f"--offload {store} is for --device {device}, not {llama.device.type}")
+    check_store(store, llama.device)
     if store == "pinned":
         return PinnedCache(llama, batch, capacity, dense=selector is None)
-    if sys.platform != "linux":
-        raise UserError("--offload disk needs Linux")
     cache = DiskCache(llama, batch, capacity, folder)
     if hasattr(selector, "prefetch_with"):
         selector.prefetch_with(cache.prefetch)

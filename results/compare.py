@@ -72,11 +72,10 @@ def ours(budget: float):
 
 def theirs(path, budget: float, dtype, stack):
     """The butler stays attached to a second model with the same weights until `stack` ends."""
-    from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-
     attach = plug_in("workshop.transformers")
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    model = model.eval().requires_grad_(False)
+    from transformers import DynamicCache, StaticCache
+
+    model = attach.read_model(path, dtype)
     second = deepcopy(model, {id(p): p for p in model.parameters()})
     butler = attach.butler_for(second)
     stack.enter_context(attach.attached(second, partial(butler.selector, budget)))

@@ -13,7 +13,10 @@ import hashlib
 import json
 import sys
 
-from render import RESULTS, load, measures
+from render import RESULTS, load, measures  # first: it says where cli.py is
+
+import cli
+from cli import UserError
 
 GREY = "#808080"  # readable on light and on dark pages
 LOOKS = {  # of a selector in every figure: colour and marker
@@ -97,8 +100,10 @@ def draw(panels: list[dict], path) -> None:
         for axis, panel in zip(axes[0], panels, strict=True):
             paint(axis, panel)
         axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(path, transparent=True, metadata={
-            "Date": None, "Description": f"drawn from numbers with SHA-256 {digest(panels)}"})
+        metadata = {"Date": None,
+                    "Description": f"drawn from numbers with SHA-256 {digest(panels)}"}
+        with cli.replacing(path) as part:
+            figure.savefig(part, format="svg", transparent=True, metadata=metadata)
         pyplot.close(figure)
 
 
@@ -127,7 +132,7 @@ def main() -> None:
         try:
             if panels := function():
                 draw(panels, RESULTS / f"{name}.svg")
-        except FileNotFoundError as e:
-            print(f"{name}.svg is not drawn: there is no {e.filename}", file=sys.stderr)
+        except UserError as e:
+            print(f"{name}.svg is not drawn: {e}", file=sys.stderr)
         except ImportError:
             print(f"{name}.svg is not drawn: matplotlib is missing", file=sys.stderr)

@@ -79,15 +79,20 @@ def measure(name: str, command: str, again: bool) -> bool:
     """Runs one step -> was it measured, or there already? Raises UserError if it fails."""
     target = ROOT / "results" / f"{name}.json"
     if not again and target.exists():
-        before = json.loads(cli.read_text(target))["command"]
-        if before == f"python {command}":
+        with cli.one_line(str(target)):
+            before = json.loads(cli.read_text(target))
+            same = before["command"] == f"python {command}"
+        if same:
+            print(f"{name}: measured before, at commit {before.get('commit')} on "
+                  f"{before.get('hardware')}", file=sys.stderr)
             return False
     print("python", command, file=sys.stderr, flush=True)
     log = ROOT / "out" / "make" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as errors:
-        run = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=errors)
+    with cli.one_line(f"step {name}"):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w", encoding="utf-8") as errors:
+            run = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, text=True,
+                                 stdout=subprocess.PIPE, stderr=errors)
     if run.returncode:
         raise UserError(f"step {name} ended with exit code {run.returncode}: see {log}")
     report = json.loads(run.stdout.splitlines()[-1])
@@ -109,7 +114,8 @@ def main(config: Config) -> dict:
         name = f"{step}_{cli.processor()}" if step in TIMED else step
         if measure(name, command, config.again):
             seconds[name] = round(time.monotonic() - start)
-    subprocess.run([sys.executable, str(ROOT / "results" / "render.py")], check=True)
+    if subprocess.run([sys.executable, str(ROOT / "results" / "render.py")]).returncode:
+        raise UserError("the tables could not be written: see above")
     return {"seconds": seconds}
 
 

@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,13 +23,19 @@ sys.path.insert(0, str(ROOT))
 
 import cli
 import train
+from cli import UserError
 
 MARKER = re.compile(r"<!-- results(?:/(\S+)\.json)?(?:: (.*?))? -->\n.*?<!-- end -->", re.S)
 
 
 def load(name: str) -> dict:
-    """results/NAME.json. Names of keys in older files become today's; numbers stay."""
-    report = json.loads((RESULTS / f"{name}.json").read_text())
+    """results/NAME.json. Names of keys in older files become today's; numbers stay. Raises
+    UserError for a file that is no report."""
+    path = RESULTS / f"{name}.json"
+    with cli.one_line(str(path)):
+        report = json.loads(cli.read_text(path))
+        if not (isinstance(report, dict) and "command" in report):
+            raise UserError("expected one JSON object, the report of a script")
     results = report.get("results", {})
     if "over_oracle" in results:
         results["over oracle"] = results.pop("over_oracle")
@@ -204,9 +211,20 @@ def render(text: str) -> str:
     return MARKER.sub(block, text)
 
 
-if __name__ == "__main__":
+@dataclass
+class Config:
+    """Writes the tables and the figures; it has no flags."""
+
+
+def main(config: Config) -> None:
     import draw
 
     draw.main()
     for readme in (ROOT / "README.md", RESULTS / "README.md"):
-        readme.write_text(render(readme.read_text()))
+        text = render(cli.read_text(readme))
+        with cli.replacing(readme) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -5,12 +5,14 @@
     PYTHONPATH=. python tests/fuzz.py FOLDER CASES SEED [KIND ...]
 
 prints {kind: {"worked", "refused", "problems", "errors", "peak_mb"}} as JSON. Damage is done to the
-bytes (set, flipped, dropped, inserted, repeated, cut off) and to the structure (absurd numbers,
-other types, missing and nested entries). Each kind has a process of its own with 2 GB of memory and
-20 seconds a case, so that a crash, a hang or a memory blow-up ends that process alone. The file
-that made a problem stays in FOLDER/KIND.
+bytes (set, flipped, dropped, inserted, repeated, cut off), to the structure (absurd numbers, other
+types, missing and nested entries) and to the weights (NaN, infinite and huge ones), or another file
+stands in its place (a pointer of git-lfs, a web page, another encoding). Each kind has a process of
+its own with 2 GB of memory and 20 seconds a case, so that a crash, a hang or a memory blow-up ends
+that process alone. The file that made a problem stays in FOLDER/KIND.
 """
 
+import codecs
 import copy
 import faulthandler
 import json
@@ -72,6 +74,24 @@ def scramble(rng, data: bytes, head: int) -> bytes:
             data[at:at] = data[at : at + size]
         else:
             del data[at:]
+    return bytes(data)
+
+
+def replaced(rng, data: bytes) -> bytes:
+    """What stands in a file's place after a download, or after an editor has saved it."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+    return rng.choice((pointer, b"<!DOCTYPE html>\n<html></html>", codecs.BOM_UTF8 + data,
+                       data.decode("latin-1").encode(rng.choice(("utf-16", "utf-16-be")))))
+
+
+def poison(rng, data: bytes, head: int) -> bytes:
+    """One to three numbers after the first `head` bytes that are none, or huge."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at = len(data) - 4 * rng.randint(1, (len(data) - head) // 4)
+        kind, huge = rng.choice((("<f4", 3e38), ("<f2", 65504)))
+        new = np.array(rng.choice((np.nan, np.inf, -np.inf, huge)), kind).tobytes()
+        data[at : at + len(new)] = new
     return bytes(data)
 
 
@@ -166,8 +186,13 @@ def damager(path: Path):
         head = max(at for parts in fields for at, _ in parts)
 
     def damage(rng):
-        if rng.random() < 0.3:
+        way = rng.random()
+        if way < 0.3:
             return scramble(rng, data, head)
+        if way < 0.35:
+            return replaced(rng, data)
+        if way < 0.45 and path.suffix != ".json":
+            return poison(rng, data, head)
         if path.suffix == ".gguf":
             return change_gguf(rng, data, fields)
         return {".json": change_json, ".safetensors": change_safetensors}[path.suffix](rng, data)
@@ -181,7 +206,8 @@ def damager(path: Path):
 def use_model(path):
     """Loads and computes."""
     llama = Llama.from_pretrained(path)
-    llama(torch.arange(6)[None] % llama.config.vocab_size)
+    logits = llama(torch.arange(min(6, llama.config.context))[None] % llama.config.vocab_size)
+    assert logits.isfinite().all()
     cache = llama.new_cache(1, 1)
     llama.decode(torch.tensor([[0]]), cache)
 
@@ -201,13 +227,15 @@ def use_butler(path):
     x, keys = torch.ones(1, 3, c.width), torch.ones(1, c.kv_heads, 3, c.head_dim)
     positions = torch.arange(3)
     for layer, queries in butler.importance_queries(0, x, positions).items():
-        butler.scores(queries, butler.importance_keys(layer, keys, positions))
+        scores = butler.scores(queries, butler.importance_keys(layer, keys, positions))
+        assert scores.isfinite().all()
 
 
 # kind: (files that are damaged, what is loaded, how it is used), all inside FOLDER/KIND
 KINDS = {
     "config": (["config.json"], "", use_model),
     "safetensors": (["model.safetensors"], "", use_model),
+    "shards": (["model.safetensors.index.json"], "", use_model),
     "gguf": (["model.gguf"], "model.gguf", use_model),
     "quantised": (["model.gguf"], "model.gguf", use_model),
     "tokenizer": (["tokenizer.json", "tokenizer_config.json", "generation_config.json"], "",

@@ -166,6 +166,11 @@ def test_the_script_prints_and_writes_its_report(main, tmp_path, suite):
     ({"budgets": ("1.5",)}, "budget 1.5"), ({"selectors": ("magic",)}, "unknown selector"),
     ({"text": "/nowhere"}, "cannot read /nowhere"), ({"text": "LICENSE"}, "too few for 20 windows"),
     ({"drift": 0.2}, "no --drift"), ({"write": "tests"}, "cannot write tests"),
+    ({"suite": "drift", "task": ("magic",), "model": "/nowhere"}, "unknown task 'magic'"),
+    ({"suite": "tradeoff", "task": ("copy", ""), "model": "/nowhere"}, "unknown task ''"),
+    ({"suite": "speed", "contexts": ("64", "8171")}, "8,193 tokens exceed"),
+    ({"write": ""}, "it is no file"),
+    ({"contexts": ("64", "9000"), "n": 1}, "9,000 tokens exceed the model's context of 8,192"),
     ({"model": "/nowhere"}, "no model at /nowhere"), ({"device": "abacus"}, "device 'abacus'")])
 def test_nonsense_is_refused_in_one_line(in_memory, flags, message):
     with pytest.raises(UserError, match=message) as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import gguf
@@ -333,10 +334,40 @@ def test_damaged_files_end_in_one_line(tiny_butler, tmp_path):
         with pytest.raises(UserError, match="unreadable butler") as error:
             Butler.load(path)
         assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
-    with pytest.raises(UserError, match="no butler at"):
-        Butler.load(tmp_path / "nothing")
+    for name in "nothing", "x" * 300, "a\0b":
+        with pytest.raises(UserError, match="no butler at"):
+            Butler.load(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name, word in ("pipe", "no file"), ("pointer", "pointer of git-lfs"):
+        with pytest.raises(UserError, match=f"unreadable butler: it is .*{word}"):
+            Butler.load(tmp_path / name)
     with pytest.raises(UserError, match="unreadable butler"):
         Butler.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+def test_numbers_that_no_training_gives_are_refused_by_name(tiny_butler, tmp_path, value):
+    path = tmp_path / "b.safetensors"
+    for name in "key_projection", "producers.2.norm.weight":
+        broken = Butler(tiny_butler.config)
+        with torch.no_grad():
+            broken.get_parameter(name).view(-1)[5] = value
+        broken.save(path)
+        with pytest.raises(UserError, match=f"{name} has NaN, infinite or huge numbers"):
+            Butler.load(path)
+    wrong = replace(tiny_butler.config, rope=(value, *tiny_butler.config.rope[1:]))
+    Butler(wrong).save(path)
+    with pytest.raises(UserError, match="rope has NaN, infinite or huge numbers"):
+        Butler.load(path)
+
+
+def test_a_path_may_start_with_a_tilde(tiny_butler, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_butler.save(tmp_path / "b.safetensors")
+    assert Butler.load("~/b.safetensors").config == tiny_butler.config
+    with pytest.raises(UserError, match="no butler at ~nobody"):
+        Butler.load("~nobody-at-all/b.safetensors")
 
 
 def write_gguf(path, model):

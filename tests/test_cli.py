@@ -1,5 +1,7 @@
 """cli.py: flags, errors of one line, files that are written whole, exit codes; wrong commands."""
 
+import errno
+import io
 import json
 import os
 import subprocess
@@ -114,6 +116,56 @@ def test_read_text(tmp_path):
             cli.read_text(name)
 
 
+@pytest.mark.parametrize("kind", ["permissions", "link", "dangling link"])
+def test_a_file_that_is_replaced_keeps(kind, tmp_path):
+    file, path = tmp_path / "file", tmp_path / "folder" / "x.json"
+    path.parent.mkdir()
+    if kind != "dangling link":
+        file.write_text("older")
+        file.chmod(0o640)
+    if kind == "permissions":
+        path = file
+    else:
+        path.symlink_to(file)
+    with cli.replacing(path) as part:
+        part.write_text("newer")
+        part.chmod(0o600)
+    assert file.read_text() == path.read_text() == "newer"
+    assert path.is_symlink() == ("link" in kind) and not list(tmp_path.rglob("*.part"))
+    assert kind == "dangling link" or file.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """As /dev/null, which root could replace."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in "pipe", "link", "folder":
+        with pytest.raises(UserError, match=f"cannot write {tmp_path / name}: it is no file"):
+            cli.check_writable(tmp_path / name)
+        with pytest.raises(UserError, match="it is no file"), cli.replacing(tmp_path / name):
+            raise AssertionError
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A full disk may show only there. Windows syncs only a file that is open for writing."""
+    path = tmp_path / "x.json"
+    path.write_text("older")
+    seen = []
+
+    def full(number):
+        os.write(number, b"")
+        seen.append(path.read_text())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (pytest.raises(UserError, match=f"cannot write {path}: OSError: .* No space left"),
+          cli.replacing(path) as part):
+        part.write_text("newer")
+    assert seen == ["older"] and path.read_text() == "older" and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 def test_an_interrupted_write_leaves_nothing(tmp_path, error):
     path = tmp_path / "folder" / "x.json"
@@ -179,6 +231,18 @@ def raises(error):
     (UserError("it is\nwrong"), 2, "x.py: error: it is wrong\n"),
     (torch.OutOfMemoryError("CUDA out\nof memory"), 2,
      "x.py: error: not enough memory: CUDA out of memory\n"),
+    (MemoryError(), 2, "x.py: error: not enough memory: MemoryError()\n"),
+    (MemoryError("Unable to allocate 8 EiB for an array"), 2,
+     "x.py: error: not enough memory: Unable to allocate 8 EiB for an array\n"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+                  "allocate memory"), 2,
+     "x.py: error: not enough memory: [enforce fail at alloc_cpu.cpp:127] err == 0. "
+     "DefaultCPUAllocator: can't allocate memory\n"),
+    (RuntimeError("std::bad_alloc"), 2, "x.py: error: not enough memory: std::bad_alloc\n"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 2,
+     "x.py: error: not enough memory: [Errno 12] Cannot allocate memory\n"),
+    (OSError(errno.ENOSPC, "No space left on device"), 2,
+     "x.py: error: OSError: [Errno 28] No space left on device\n"),
     (KeyboardInterrupt(), 130, "x.py: interrupted\n")], ids=repr)
 def test_exit_codes(error, code, line, capsys, monkeypatch):
     assert outcome(raises(error), capsys, monkeypatch) == (code, "", line)
@@ -190,8 +254,54 @@ def test_a_wrong_flag_ends_with_exit_code_2(capsys, monkeypatch):
 
 
 def test_programming_errors_keep_their_traceback(capsys, monkeypatch):
-    with pytest.raises(KeyError):
-        outcome(raises(KeyError("x")), capsys, monkeypatch)
+    for error in KeyError("x"), RuntimeError("shapes differ"):
+        with pytest.raises(type(error)):
+            outcome(raises(error), capsys, monkeypatch)
+
+
+def test_memory_that_a_file_needs_is_told_with_its_name():
+    for error in MemoryError(), RuntimeError("std::bad_alloc"):
+        with (pytest.raises(UserError, match="^cannot read x: not enough memory: "),
+              cli.one_line("cannot read x")):
+            raise error
+
+
+@pytest.mark.parametrize("report, arguments, code", [
+    ({"long": "x" * 99999}, (), 2), ({}, (), 2), (None, (), 2), ({}, ("--top-p", "x"), 2)])
+def test_a_stream_on_a_full_disk(report, arguments, code, capsys, monkeypatch):
+    """One line on stderr; none, and no traceback, if stderr is full as well."""
+    def main(config):
+        print("for a person")
+        return report
+
+    for full in ("stdout",), ("stdout", "stderr"):
+        for name in full:
+            monkeypatch.setattr(sys, name, open("/dev/full", "w"))  # noqa: SIM115
+        ended, _, err = outcome(main, capsys, monkeypatch, *arguments)
+        sys.stdout.close()  # writes what is left, as Python does at exit
+        assert ended == code and err.count("\n") == ("stderr" not in full)
+        assert "stderr" in full or "x.py: error: " in err
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_is_closed(name, capsys, monkeypatch):
+    """Python's print writes to stdout what is meant for a stderr that is None."""
+    def main(config):
+        print("for a person", flush=True)
+        raise UserError("wrong")
+
+    monkeypatch.setattr(sys, name, None)
+    code, out, err = outcome(main, capsys, monkeypatch)
+    assert code == 2
+    assert out == ("for a person\n" if name == "stderr" else "")
+    assert err == ("x.py: error: wrong\n" if name == "stdout" else "")
+
+
+def test_a_terminal_that_knows_ascii_only(monkeypatch, capsys):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert outcome(lambda config: print("é \udce9 🦙"), capsys, monkeypatch)[0] == 0
+    assert stream.buffer.getvalue() == b"\\xe9 \\udce9 \\U0001f999\n"
 
 
 SCRIPT = """import dataclasses, cli

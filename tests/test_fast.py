@@ -1,11 +1,13 @@
 """fast/: compiled forms equal their definitions, and the engine computes what the course does."""
 
+import errno
 import itertools
 import os
 import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -662,18 +664,81 @@ def test_compiled_code_is_kept_per_state_of_the_source(tmp_path, monkeypatch):
     (tmp_path / "b.py").rename(tmp_path / "c.py")
     (tmp_path / "notes.txt").write_text("no code")
     assert len({before, changed, loops.source_digest(tmp_path)}) == 3
-    assert loops.source_digest() in loops.compiled_folder()
-    for function in loops.attend, packed.one_layer:
-        assert function.stats.cache_path.startswith(loops.compiled_folder())
-    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/the/user")
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
-    loops.compiled_folder.cache_clear()
-    try:
-        assert loops.compiled_folder() is None
-        assert loops.compiled(lambda x: x + 1)(2) == 3
-    finally:
+    for parent in "/the/user/tokenbutler", "/another":
         loops.compiled_folder.cache_clear()
-    assert numba.config.CACHE_DIR == ""
+        assert str(loops.compiled_folder()) == f"{parent}/numba-{loops.source_digest()}"
+        monkeypatch.setattr(numba.config, "CACHE_DIR", "/another")
+    loops.compiled_folder.cache_clear()
+
+
+FAR = 0x1122334455667788  # so long that its bytes stand in the machine code
+
+
+def far_from(x):
+    return x + FAR
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """An empty folder for compiled code."""
+    monkeypatch.setattr(loops.CompiledCode, "kept", True)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "kept"))
+    loops.compiled_folder.cache_clear()
+    yield tmp_path / "kept"
+    loops.compiled_folder.cache_clear()
+
+
+def loaded(function=far_from, x=3, expected=FAR + 3) -> bool:
+    """Compiles as a new process would -> did the code come from a file?"""
+    made = loops.compiled(function)
+    assert made(x) == expected
+    return bool(made.stats.cache_hits)
+
+
+def one_bit(code: bytes) -> bytes:
+    """Where a pickle can still be read, and the function gives another result."""
+    return code.replace(FAR.to_bytes(8, "little"), (FAR ^ 1).to_bytes(8, "little"))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda code: b"", lambda code: code[: len(code) // 2], lambda code: code[:-1],
+    lambda code: np.random.default_rng(0).bytes(len(code)), one_bit], ids=range(5))
+def test_damaged_compiled_code_is_compiled_anew(damage, kept, capsys):
+    assert not loaded() and loaded()
+    for path in [path for path in kept.rglob("*") if path.is_file()]:
+        path.write_bytes(damage(path.read_bytes()))
+    assert not loaded() and loaded()
+    assert not list(kept.rglob("*.part")) and capsys.readouterr().err == ""
+
+
+def test_code_is_kept_by_signature_and_not_for_what_has_no_name(kept):
+    assert not loaded() and not loaded(x=0.25, expected=float(FAR))
+    assert loaded() and loaded(x=0.25, expected=float(FAR))
+    assert not loaded(lambda x: x + 1, 3, 4) and not loaded(lambda x: x + 2, 3, 5)
+
+
+@pytest.mark.parametrize("place", ["a file", "a full disk", "no home"])
+def test_without_a_place_compiled_code_is_not_kept(place, kept, monkeypatch, capsys):
+    """Told once, not for each function."""
+    if place == "a file":
+        kept.write_text("")
+    elif place == "a full disk":
+        def full(number):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        def no_home():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", no_home)
+        monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert not loaded() and not loaded() and not loaded(x=0.25, expected=float(FAR))
+    err = capsys.readouterr().err
+    assert err.startswith("fast: compiled code is not kept: ") and err.count("\n") == 1
 
 
 def test_threads_follow_torch():

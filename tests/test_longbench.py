@@ -254,15 +254,65 @@ def test_official_prompts_are_read_from_their_folder(read, tmp_path, monkeypatch
     (RULER | {"outputs": []}, "outputs must be"), (RULER | {"answer_prefix": 1}, "answer_prefix"),
     (RULER | {"input": "Hello\nthere", "answer_prefix": ""}, "no question of RULER's"),
     (RULER | {"input": "", "answer_prefix": " special magic"}, "only one line"),
-    (OWN | {"answer": " "}, "answer must be"), (OWN | {"question": ""}, "has no token"),
-    (OWN | {"choice_A": "x", "difficulty": "easy"}, "'choice_A' would change the score"),
-    (OWN | {"answers": ["x"]}, "'answers' would change"), ({"context": "x"}, "sets of keys"),
+    (OWN | {"answer": " "}, "answer must be"), (OWN | {"answer": 3}, "answer must be"),
+    (OWN | {"answer": ["a", "\u200b"]}, "answer must be"),
+    (OWN | {"answer": "x\ud800"}, "answer: Unicode"),
+    (OWN | {"question": ""}, "question is empty"), (OWN | {"context": " \n"}, "context is empty"),
+    (OWN | {"context": "\x04"}, "has no token"),  # the default model has none for this byte
+    (OWN | {"answer": "word " * 99}, "the answer has .* the model may write 64"),
+    (longbench("hotpotqa") | {"answers": ["the"]}, "like 'the' would score 0"),
+    (longbench("passage_count") | {"answers": ["three"]}, "like 'three' would score 0"),
+    ({"context": "x"}, "sets of keys"), ('{"a": 1, "a": 1}', "the key 'a' comes twice"),
     ([OWN], "one JSON object a line: this is a list"), ("{", "one JSON object a line"),
+    (json.dumps(OWN) * 2, "one JSON object a line"), ("9" * 5000, "one JSON object a line"),
+    ("context,question,answer", "one JSON object a line"), ("NaN", "one JSON object a line"),
     ("[" * 10**5, "one JSON object a line"), (OWN | {"context": "word " * 9000}, "9.* is 8192")])
 def test_broken_lines_are_named(read, entry, complaint):
     with pytest.raises(UserError, match=complaint) as e:
         read(longbench("hotpotqa"), "", entry)
     assert "d.jsonl:3: " in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("entry", [OWN, longbench("hotpotqa"), RULER], ids=["own", "LB", "RULER"])
+def test_a_key_that_may_change_the_score_is_refused_by_name(read, entry):
+    """Of the many that data sets have, none is ignored unless it is known to describe a line."""
+    for key in ("answers", "answer", "outputs", "input", "question", "dataset", "all_classes",
+                "choice_A", "options", "metric", "max_new_tokens", "instruction", "aliases", "A",
+                "\ud800"):
+        if key not in entry:
+            with pytest.raises(UserError) as e:
+                read(entry, json.dumps(entry | {key: ["x"]}), n=1)
+            assert "d.jsonl:2: " in str(e.value) and repr(key) in str(e.value)
+    with pytest.raises(UserError, match="score: 'options', 'metric'. Put"):
+        read(entry | {"id": 1, "options": [], "metric": "f1"})
+    described = {"id": 1, "source": "me", "title": None, "_options": ["x"], "options": None}
+    assert list(read(entry | described).values()) == list(read(entry).values())
+
+
+def test_what_editors_and_other_systems_do_to_a_file(read, tmp_path, tok):
+    """A byte order mark, line ends of Windows, a line separator and half a character in a text."""
+    odd = OWN | {"context": "Ann\u2028owns \ud83d cats."}
+    path = tmp_path / "windows.jsonl"
+    lines = json.dumps(OWN), json.dumps(odd), ""
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    one, two = read_data(path, tok, 9, 8192)["data"]
+    assert (one.context, two.context) == (OWN["context"], odd["context"]) and two.encode(tok)
+    raw = json.dumps(OWN | {"context": "Ann\u2028owns"}, ensure_ascii=False)
+    assert read(raw)["data"][0].context == "Ann\u2028owns"
+
+
+@pytest.mark.parametrize("data", [b"\x1f\x8b\x08\x00\x00", '{"context": "x"}'.encode("utf-16")])
+def test_a_file_that_is_no_text_is_named(tmp_path, tok, data):
+    (tmp_path / "d.jsonl").write_bytes(data)
+    for path in tmp_path / "d.jsonl", tmp_path, tmp_path / "none":
+        with pytest.raises(UserError, match=f"cannot read {path}"):
+            read_data(path, tok, 9, 8192)
+
+
+def test_pretty_printed_objects_are_not_lines(read):
+    for text in json.dumps(OWN, indent=1), json.dumps([OWN], indent=1):
+        with pytest.raises(UserError, match="d.jsonl:1: expected one JSON object a line"):
+            read(text)
 
 
 def test_an_empty_file_and_a_missing_package_are_named(read, monkeypatch):
@@ -277,10 +327,22 @@ def test_an_empty_file_and_a_missing_package_are_named(read, monkeypatch):
 def test_marks_and_lines_left_out_are_told_once(read, capsys):
     marked = OWN | {"context": "Ann <|im_end|> owns cats."}
     assert len(read(OWN, marked, marked, OWN, n=3)["data"]) == 3
-    marks, left_out = capsys.readouterr().err.splitlines()
+    marks, again, left_out = capsys.readouterr().err.splitlines()
     assert "d.jsonl:2: " in marks and "<|im_end|>" in marks and "(2 such lines)" in marks
+    assert "d.jsonl:3: the same as line 2" in again and "(1 such lines)" in again
     assert "1 lines left out" in left_out
     read(OWN)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mark", ["<|eot_id|>", "[INST]", "<end_of_turn>", "<|file_sep|>",
+                                  "<\uff5cUser\uff5c>"])
+def test_marks_of_any_model_are_told(read, capsys, mark):
+    """Also where only an answer has one, which then never scores."""
+    for entry in OWN | {"question": f" Who?{mark}"}, RULER | {"outputs": [f"42{mark}"]}:
+        read(entry)
+        assert f"d.jsonl:1: the text contains {mark}, " in capsys.readouterr().err
+    read(OWN | {"context": "a < b | c > d, [1] <b>bold</b> <| |> and x[INST"})
     assert capsys.readouterr().err == ""
 
 

@@ -1,6 +1,8 @@
 """model.py against transformers, the gguf package and golden logits; damaged files in one line."""
 
 import json
+import math
+import os
 
 import gguf
 import numpy as np
@@ -289,7 +291,20 @@ def refused(path, *words):
     ("sizes", {"num_hidden_layers": 20_000}),
     ("sizes", {"num_key_value_heads": 0}),
     ("cannot share", {"num_key_value_heads": 3}),
+    ("cannot share", {"head_dim": 15}),
     ("", {"rope_parameters": {"rope_type": "linear"}}),
+    ("rope_parameters", {"rope_parameters": [1]}),
+    ("{'layers': 3.0}", {"num_hidden_layers": 3.0}),
+    ("{'heads': '4'}", {"num_attention_heads": "4", "head_dim": None}),
+    ("{'heads': 0}", {"num_attention_heads": 0, "head_dim": None}),
+    ("{'context': 0}", {"max_position_embeddings": 0}),
+    ("{'norm_eps': 0.0}", {"rms_norm_eps": 0}),
+    ("{'norm_eps': nan}", {"rms_norm_eps": math.nan}),
+    ("{'rope_theta': 0}", {"rope_parameters": {"rope_theta": 0}}),
+    ("{'rope_theta': inf}", {"rope_parameters": {"rope_theta": math.inf}}),
+    ("{'rope_theta': '500'}", {"rope_parameters": {"rope_theta": "500"}}),
+    ("{'factor': -2}", {"rope_parameters": LINEAR | {"factor": -2}}),
+    ("rotary frequencies", {"rope_parameters": {"rope_theta": 1e-300}}),
 ], ids=str)
 def test_configurations_that_are_refused(hf, tmp_path, word, changes):
     edit(tmp_path / "model", **changes)
@@ -301,6 +316,100 @@ def test_configurations_that_are_refused(hf, tmp_path, word, changes):
 def test_config_that_is_no_configuration(hf, tmp_path, text):
     (tmp_path / "model" / "config.json").write_bytes(text.encode("latin-1"))
     refused(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_encodings_of_json(hf, tmp_path, name):
+    folder = tmp_path / "shards"
+    hf.save_pretrained(folder, max_shard_size="20KB")
+    text = (folder / name).read_text()
+    (folder / name).write_text(text, "utf-8-sig")
+    x = tokens(1, 9)
+    assert_close("logits", Llama.from_pretrained(folder)(x), hf(x).logits, 1e-4)
+    (folder / name).write_text(text, "utf-16")
+    refused(folder, f"unusable model: {name}: ")
+    (folder / name).write_text(text[:-9])
+    refused(folder, f"unusable model: {name}: ")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+SHARD = "model-00002-of-00017.safetensors"
+
+
+@pytest.mark.parametrize("word, change", [
+    (f"{SHARD}: it is a pointer of git-lfs", lambda folder: (folder / SHARD).write_text(POINTER)),
+    ("config.json: it is a pointer", lambda folder: (folder / "config.json").write_text(POINTER)),
+    (f"1 of 17 weight files are missing: fetch {SHARD}", lambda folder: (folder / SHARD).unlink()),
+    (f"{SHARD}.part is an unfinished download",
+     lambda folder: (folder / SHARD).rename(folder / f"{SHARD}.part")),
+    (f"{SHARD}.aria2 is an unfinished download",
+     lambda folder: (folder / f"{SHARD}.aria2").touch()),
+    (f"{SHARD}: ", lambda folder: os.truncate(folder / SHARD, 3000)),
+    ("adapter_config.json belongs to a LoRA adapter",
+     lambda folder: (folder / "adapter_config.json").touch()),
+    ("adapter_model.safetensors belongs to a LoRA adapter",
+     lambda folder: (folder / "adapter_model.safetensors").touch()),
+], ids=lambda word: word if isinstance(word, str) else "")
+@pytest.mark.parametrize("index", [True, False])
+def test_incomplete_folders(hf, tmp_path, word, change, index):
+    hf.save_pretrained(tmp_path, max_shard_size="40KB")
+    if not index:
+        (tmp_path / "model.safetensors.index.json").unlink()
+    Llama.from_pretrained(tmp_path)
+    change(tmp_path)
+    refused(tmp_path, word)
+
+
+@pytest.mark.parametrize("name, word", [
+    ("model.safetensors.incomplete", "an unfinished download"),
+    ("consolidated.safetensors", "Meta's own format"),
+    ("adapter_model.safetensors", "LoRA adapter"), ("x.gguf", "name one such file")])
+def test_folders_with_something_else(hf, tmp_path, name, word):
+    """Beside the model's own weights Meta's do no harm."""
+    folder = tmp_path / "model"
+    if "consolidated" in name:
+        save_file({"norm.weight": torch.ones(3)}, folder / name)
+        Llama.from_pretrained(folder)
+    (folder / "model.safetensors").replace(folder / name)
+    refused(folder, f"{name} ", word)
+
+
+def test_pipes_links_and_folders_in_place_of_files(hf, tmp_path):
+    for name in "config.json", "model.safetensors":
+        for make in os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path):
+            path = tmp_path / "model" / name
+            path.rename(tmp_path / "kept")
+            make(path)
+            refused(tmp_path / "model", f"unusable model: {name}: ")
+            path.rmdir() if path.is_dir() else path.unlink()
+            (tmp_path / "kept").rename(path)
+    for name in "a\0b", "x" * 300, "\udcff":
+        with pytest.raises(UserError):
+            Llama.from_pretrained(name)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 3e38], ids=str)
+@pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "lm_head.weight"])
+def test_weights_that_no_training_gives_are_refused_by_name(tmp_path, name, value):
+    hf = small()
+    hf.get_parameter(name).view(-1)[7] = value
+    hf.save_pretrained(tmp_path / "model")
+    refused(tmp_path / "model", name.removeprefix("model."), "NaN, infinite or huge")
+    refused(write_gguf(tmp_path / "x.gguf", hf), name.removeprefix("model."))
+    hf.get_parameter(name).view(-1)[7] = 6e4
+    hf.save_pretrained(tmp_path / "model")
+    assert Llama.from_pretrained(tmp_path / "model", torch.bfloat16)(tokens(1, 9)).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 65504])
+def test_damaged_scales_of_a_gguf_are_refused_by_name(tmp_path, scale):
+    path = write_gguf(tmp_path / "x.gguf", small(), Type.Q4_1)
+    data = bytearray(path.read_bytes())
+    at = {t.name: t.data_offset for t in gguf.GGUFReader(path).tensors}["blk.1.ffn_up.weight"]
+    data[at : at + 2] = np.float16(scale).tobytes()
+    path = tmp_path / "y.gguf"
+    path.write_bytes(data)
+    refused(path, "layers.1.mlp.up_proj.weight")
 
 
 def test_missing_files_and_pickled_weights(hf, tmp_path):
@@ -346,6 +455,10 @@ def test_wrong_missing_and_unknown_tensors(hf, tmp_path):
     ("", "llama", {"block_count": None}),
     ("", "llama", {"attention.head_count": "many"}),
     ("sizes", "llama", {"attention.head_count_kv": [2, 2, 2]}),
+    ("{'heads': 0}", "llama", {"attention.head_count": 0, "attention.key_length": None}),
+    ("{'context': 16.0}", "llama", {"context_length": 16.0}),
+    ("{'norm_eps': -1.0}", "llama", {"attention.layer_norm_rms_epsilon": -1.0}),
+    ("{'rope_theta': inf}", "llama", {"rope.freq_base": math.inf}),
     ("", "llama", {"rope.scaling.type": "linear"}),
 ], ids=str)
 def test_gguf_headers_that_are_refused(tmp_path, word, arch, entries):
@@ -364,6 +477,21 @@ def test_gguf_tensors_that_are_refused(tmp_path):
     for shape in (63, 64), (64, 63), (32, 64), (64,):
         check(str(shape), {q: np.zeros(shape, np.float32)}, [q])
     check("rope", {"rope_freqs.weight": np.ones(3, np.float32)})
+    check("zero", {"rope_freqs.weight": np.zeros(8, np.float32)}, word="rotary frequencies")
+
+
+@pytest.mark.parametrize("entry, value, word", [("split.count", 3, "part of a split GGUF"),
+                                                ("general.type", "adapter", "LoRA adapter")])
+def test_ggufs_that_are_no_whole_model(tmp_path, entry, value, word):
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    add = writer.add_uint16 if isinstance(value, int) else writer.add_string
+    add(entry, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    refused(tmp_path / "x.gguf", word)
+    (tmp_path / "y.gguf").write_text(POINTER)
+    refused(tmp_path / "y.gguf", "pointer of git-lfs")
 
 
 def test_gguf_truncated_anywhere(tmp_path):

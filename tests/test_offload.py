@@ -485,6 +485,9 @@ def test_other_devices_and_systems_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(UserError, match="--offload disk needs Linux"):
         new_cache(tiny, 50, "disk")
+    for device in "cpu", "cpu:0":
+        with pytest.raises(UserError, match="--offload disk needs Linux"):
+            offload.check_store("disk", device)
 
 
 def test_more_tokens_than_the_context_or_the_memory(tiny, monkeypatch):

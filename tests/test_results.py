@@ -153,7 +153,7 @@ def test_older_keys_become_todays(tmp_path, monkeypatch):
            "rows": [{"candidate": "llama.cpp", "ms": 1.0},
                     {"suite": "speed", "selector": "dense, bfloat16", "kept": None},
                     {"suite": "speed", "selector": "choice for nothing, 0.05", "kept": 0.05}]}
-    (tmp_path / "old.json").write_text(json.dumps(old))
+    (tmp_path / "old.json").write_text(json.dumps(old | ORIGIN))
     report = render.load("old")
     assert list(report["results"]) == ["copy", "over oracle"]
     assert report["results"]["copy"]["butler, drift 0.2"]["0.1"] == m(0.5, steps=3.5)
@@ -211,6 +211,50 @@ def test_a_step_is_measured_once(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="step step ended with exit code 1"):
         make.measure("step", "script.py --n x", again=False)
     assert json.loads(target.read_text())["results"] == {"n": 4}
+
+
+def test_damaged_reports_are_named(tmp_path, monkeypatch):
+    """A merge that went wrong, half a file, and JSON that is no report: where they are read."""
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
+    path = tmp_path / "results" / "step.json"
+    path.parent.mkdir()
+    for text in b"<<<<<<< HEAD\n{}", b'{"results": {', b"[]", b"{}", b"\xff":
+        path.write_bytes(text)
+        with pytest.raises(UserError, match=str(path)):
+            render.render("<!-- results/step.json -->\n<!-- end -->\n")
+        with pytest.raises(UserError, match=str(path)):
+            make.measure("step", "script.py", again=False)
+        assert path.read_bytes() == text
+
+
+def test_what_cannot_be_written_leaves_the_old_files(tmp_path, monkeypatch):
+    """Tables, a figure and a log, on a disk that is full or in a folder that is a file."""
+    pytest.importorskip("matplotlib")
+    from pathlib import Path
+
+    readme, figure = tmp_path / "README.md", tmp_path / "a.svg"
+    for path in readme, figure:
+        path.write_text("old")
+    (tmp_path / "out").write_text("a file")
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    monkeypatch.setattr(draw, "main", lambda: None)
+    with pytest.raises(UserError, match="step a: .*out"):
+        make.measure("a", "script.py", again=False)
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=f"cannot write {readme}: .*No space"):
+        render.main(render.Config())
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(UserError, match=f"cannot write {figure}: .*No space"):
+        draw.draw([{"title": "", "x": "", "y": "", "log_y": False,
+                    "lines": {"dense": [[512, 0.5, 0.4, 0.6]]}}], figure)
+    assert [path.read_text() for path in (readme, figure)] == ["old", "old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a.svg", "out"]
 
 
 def test_candidates_decode_by_turns():

@@ -4,6 +4,7 @@ import hashlib
 import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,14 @@ def test_a_document_fills_its_length_and_no_more(task, length, make, tok):
     unit = 80 if task == "multikey_uuid" else 40  # tokens of one needle or of a long sentence
     assert size <= room
     assert size >= min(0.97 * room, room - unit), (size, room)
+
+
+@pytest.mark.parametrize("task", ["frequent_words", "variable_tracking"])
+def test_bos_is_one_of_the_tokens(task, tok):
+    """Else a document of the model's whole context would be one too long."""
+    with_bos = SimpleNamespace(bos=[1], encode=tok.encode)
+    found = ruler.documents(task, with_bos, 2, 0, 1001)
+    assert found == ruler.documents(task, tok, 2, 0, 1000) != ruler.documents(task, tok, 2, 0, 1001)
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)

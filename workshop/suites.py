@@ -40,11 +40,12 @@ PROMPT = 64  # tokens that a generated text starts from
 BEHIND = 512  # tokens behind a prompt that `prefill` scores
 
 
-def task_documents(config, tok) -> dict:
-    """bench.py's --task, --contexts, --n and --seed -> {task: its documents}"""
+def task_documents(config, tok, limit: int) -> dict:
+    """bench.py's --task, --contexts, --n and --seed -> {task: its documents}; limit: the model's
+    context."""
     return synth_task.task_documents(
         synth_task.Config(task=config.task, context=config.contexts, n=config.n,
-                          seeds=(str(config.seed),)), tok)
+                          seeds=(str(config.seed),)), tok, limit)
 
 
 # ---------------------------------------------------------------------------- recall
@@ -288,12 +289,14 @@ def measure(config) -> dict:
     text = text_to_measure_on(config.text)
     llama, tok, butler = cli.engine(config.engine).load(config.model, config.butler, config.device)
     if config.suite == "drift":
-        report = drift(llama, tok, task_documents(config, tok), drift_makers(config, butler))
+        documents = task_documents(config, tok, llama.config.context)
+        report = drift(llama, tok, documents, drift_makers(config, butler))
     else:
         makers = every_maker(config.selectors, config.budgets, butler, **rules_of(config))
         length = max(contexts)
         if config.suite == "tradeoff":
-            report = tradeoff(llama, tok, task_documents(config, tok), makers, config)
+            documents = task_documents(config, tok, llama.config.context)
+            report = tradeoff(llama, tok, documents, makers, config)
         elif config.suite == "prefill":
             windows = evenly_spaced(tok, text, config.n, length + BEHIND).to(llama.device)
             report = prompts(llama, windows, contexts, makers)

@@ -20,6 +20,7 @@ once these are rotated back. What a selector cannot follow is refused.
 """
 
 import inspect
+import threading
 import warnings
 import weakref
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ import tokenizer
 from butler import Butler, find_butler, load_for
 from cli import UserError, check_device, one_line
 from kernel import sparse_attention
-from model import Config, Llama, apply_rope, dense, rope_cos_sin
+from model import Config, Llama, apply_rope, check_weights, dense, rope_cos_sin
 
 try:
     import transformers
@@ -106,6 +107,12 @@ def refuse(c, decoder, kinds: list) -> None:
             ("full_attention" not in kinds[1:], "every layer has a sliding window")):
         if condition:
             raise UserError(reason)
+
+
+def refuse_damage(model) -> None:
+    """Raises UserError for weights that are not finite. Quantised ones are not looked at."""
+    check_weights((name, p) for name, p in model.named_parameters()
+                  if p.is_floating_point() and p.element_size() > 1 and not p.is_meta)
 
 
 def layer_kinds(c) -> list[str]:
@@ -199,6 +206,7 @@ class Engine(nn.Module):
         super().__init__()
         with one_line(f"{type(model).__name__} cannot be selected from", Exception):
             c, decoder = model.config.get_text_config(), model.get_decoder()
+            refuse_damage(model)
             kinds = layer_kinds(c)
             refuse(c, decoder, kinds)
             full = [i for i, kind in enumerate(kinds) if i > 0 and kind == "full_attention"]
@@ -264,10 +272,16 @@ class Attachment:
         self.cache = None  # weak reference to the cache of the text at hand
         self.end = 0  # how many tokens it holds after this forward
         self.last_key = None  # of the text's last token in the last layer, if the text goes on
+        self.thread = None  # that runs this forward
+        self.selected = False  # has a token of the text at hand gone through the selector?
         self.warned = False
 
     def begin(self, decoder, args, kwargs) -> None:
         """The decoder's hook, before a forward of T tokens. Another cache is another text."""
+        if decoder.config._attn_implementation != NAME:
+            raise UserError("another attention implementation was set within `attached`: set it "
+                            "before")
+        self.thread = threading.get_ident()
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         tokens = next(x for x in given if x is not None)
         T = tokens.shape[1]
@@ -277,19 +291,32 @@ class Attachment:
         self.check(cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         same_text = start > 0 and self.cache is not None and self.cache() is cache
         if not same_text:
+            self.finish()
             self.selector = self.make_selector()
+            self.selected = False
             self.cache = None if cache is None else weakref.ref(cache)
         if not same_text or start != self.end:
             self.last_key = None
         self.end = start + T
         self.ask = self.selector
-        if T > 1 and self.selector:
+        if T == 1:
+            self.selected = True
+        elif self.selector:
             self.ask = self.selector.watch
-            if not self.warned and (start > 0 or kwargs.get("use_cache") is False):
-                self.warned = True
-                warnings.warn("several tokens at a time behind a cached text, or without a cache, "
-                              "attend to all tokens: only single ones are selected for",
-                              stacklevel=2)
+            if start > 0:
+                self.warn()
+
+    def finish(self) -> None:
+        """The text at hand has ended. Did nothing of it go through its selector?"""
+        if self.selector and not self.selected:
+            self.warn()
+
+    def warn(self) -> None:
+        """Once, as several tokens at a time are either a prompt or what the user wants selected."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn("several tokens at a time attend to all tokens, as in a prompt: only "
+                          "single ones are selected for", stacklevel=3)
 
     def check(self, cache, mask, position_ids) -> None:
         """For a selector, token s of every row stands at position s of the text and the cache."""
@@ -306,6 +333,8 @@ class Attachment:
             raise UserError("position_ids must count the tokens one by one, from 0")
 
     def select(self, i, x, q, keys):
+        if threading.get_ident() != self.thread:
+            raise UserError("two threads run the attached model at a time: take turns")
         number = self.numbers.get(i)
         if number is None or self.ask is None:
             return None
@@ -329,6 +358,7 @@ def attached(model, make_selector):
     try:
         with hooked(model, attachment.select):
             yield attachment
+        attachment.finish()
     finally:
         begin.remove()
 
@@ -375,6 +405,7 @@ def load(model=None, butler=None, device="cpu"):
     if butler is not None:
         Butler.load(butler)  # a damaged file is noticed before the model is read
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
-    engine = Engine(read_model(path, dtype, device))
+    with one_line(str(path)):
+        engine = Engine(read_model(path, dtype, device))
     tok = read_tokenizer(path, engine.config.vocab_size)
     return engine, tok, find_butler(engine, butler)

@@ -12,7 +12,7 @@ from os.path import commonprefix
 
 import torch
 
-from synth_task import Document
+from synth_task import Document, likeliest
 from workshop.scores import SCORES
 
 
@@ -71,7 +71,7 @@ class Written(Document):
         silent = set(tok.special.values())  # marks of a chat are no part of the answer
         ids, text = [], ""
         while True:
-            token = logits[:, -1:].argmax(-1)
+            token = likeliest(logits[:, -1:])
             ids.append(int(token))
             if ids[-1] in tok.ends:
                 break

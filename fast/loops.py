@@ -76,7 +76,7 @@ class CompiledCode(NullCache):
     signature, a hash and what Numba pickles. A file that is damaged is compiled and written anew.
     The hash does not stop someone who may write this folder: a pickle can run any code."""
 
-    kept = True  # False after the first write that failed, of any function
+    kept = True  # is what is compiled written?
 
     def __init__(self, function):
         self.name = f"{function.__module__}.{function.__qualname__}"
@@ -98,7 +98,7 @@ class CompiledCode(NullCache):
         return CompileResult._rebuild(target, *pickle.loads(code))
 
     def save_overload(self, signature, result):
-        if not CompiledCode.kept or result.library.has_dynamic_globals:
+        if not self.kept or result.library.has_dynamic_globals:
             return
         code = dumps(result._reduce())
         try:
@@ -106,8 +106,13 @@ class CompiledCode(NullCache):
                   cli.replacing(self.file(signature, result.target_context)) as part):
                 part.write_bytes(hashlib.sha256(code).digest() + code)
         except cli.UserError as e:
-            CompiledCode.kept = False
-            print(f"fast: {e}", file=sys.stderr)
+            self.give_up(e)
+
+    @classmethod
+    def give_up(cls, reason) -> None:
+        """No more writes in this process, because one has failed."""
+        cls.kept = False
+        print(f"fast: {reason}", file=sys.stderr)
 
 
 def compiled(function, parallel=False, fastmath=("contract",), inline="never"):

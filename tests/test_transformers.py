@@ -361,9 +361,10 @@ def test_damaged_weights_are_named(folder, tmp_path, weight, number):
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     model.get_parameter(weight).data.view(-1)[7] = number
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"^{tmp_path}: .*{weight} has NaN, infinite or huge numbers"):
+    damage = f"{weight} has NaN, infinite or huge numbers"
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*{damage}"):
         load(tmp_path)
-    with (pytest.raises(UserError, match=f"{weight} has NaN, infinite or huge numbers"),
+    with (pytest.raises(UserError, match=damage),
           attached(model.bfloat16(), lambda: Recency(12))):
         pass
 

@@ -101,19 +101,19 @@ def block_attention(q, k, v, idx):
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     blocks, K = idx.shape[2:]
-    own = torch.arange(S - T, S, device=q.device).view(blocks, -1, 1)  # [T', T/T', 1]
-    named = idx[:, :, :, None]  # [B, G, T', 1, K]
-    mask = ((named >= 0) & (named <= own)).repeat(1, 1, 1, H // G, 1)  # [B, G, T', N, K]
-    rows = idx.clamp(min=0).long().flatten(2)[..., None].expand(-1, -1, -1, D)
-    k = k.gather(2, rows).unflatten(2, (blocks, K))  # [B, G, T', K, D]
-    v = v.gather(2, rows).unflatten(2, (blocks, K))
-    # The N = H/G * T/T' queries of a block, all query heads of the KV head, are one product.
-    q = q.unflatten(1, (G, -1)).unflatten(3, (blocks, -1)).transpose(2, 3).flatten(3, 4)
-    out = F.scaled_dot_product_attention(q.flatten(0, 2)[:, None], k.flatten(0, 2)[:, None],
-                                         v.flatten(0, 2)[:, None],
-                                         attn_mask=mask.flatten(0, 2)[:, None])
-    out = out.view(B, G, blocks, H // G, T // blocks, D).transpose(2, 3)
-    return out.reshape(B, H, T, D)
+    own = torch.arange(S - T, S, device=q.device).view(1, blocks, T // blocks, 1)
+    idx = idx.flatten(0, 1).long()  # [B*G, T', K]
+    later = torch.where(idx < 0, S, idx)[:, :, None] > own  # an empty slot is after every query
+    bias = torch.zeros_like(later, dtype=q.dtype).masked_fill_(later, -torch.inf)
+    rows = idx.clamp(min=0).flatten(1)  # [B*G, T'*K]
+    k = torch.stack([keys[named] for keys, named in zip(k.flatten(0, 1), rows, strict=True)])
+    v = torch.stack([values[named] for values, named in zip(v.flatten(0, 1), rows, strict=True)])
+    # One "text" of the product is a block and KV head, with the H/G query heads of the KV head.
+    k = k.view(-1, 1, K, D).expand(-1, H // G, -1, -1)
+    v = v.view(-1, 1, K, D).expand(-1, H // G, -1, -1)
+    q = q.unflatten(1, (G, -1)).unflatten(3, (blocks, -1)).transpose(2, 3).flatten(0, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[:, None])
+    return out.view(B, G, blocks, H // G, -1, D).transpose(2, 3).reshape(B, H, T, D)
 
 
 def sparse_attention(q, k, v, idx):

@@ -18,8 +18,9 @@ A *selector* is any callable with the arguments above:
 
 It returns index [B, G, T, K], int32: the places in `keys` of the tokens that each query attends to,
 -1 in an empty slot, or None if every query attends to all tokens before it. An index names no token
-twice and none after the query's own; the model does not check that. Selectors are in selection.py
-and butler.py. The model knows none of them.
+twice and none after the query's own; the model does not check that. The queries of a prompt may
+share choices: an index with T' rows has one for each block of T / T' queries. Selectors are in
+selection.py and butler.py. The model knows none of them.
 
     out = softmax(q . keys[index] / sqrt(D)) . values[index]
 

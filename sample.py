@@ -135,17 +135,22 @@ class Tally:
                        for level, piece in zip(levels, pieces, strict=True))
 
 
-def main(config: Config) -> dict:
-    Budget(config.budget)  # refused before anything slow starts
+def check(config) -> None:
+    """Refuses early what would fail late."""
+    Budget(config.budget)
     known("selector", config.selector, NAMES)
     check_prefill(config, [config.selector])
-    text, answer = read_prompt(config)
-    engine = cli.engine(config.engine)
     cli.check_device(config.device)
     if config.html is not None:
         cli.check_writable(config.html)
     if config.offload != "none":
         plug_in("fast.offload").check_store(config.offload, config.device)
+
+
+def main(config: Config) -> dict:
+    check(config)
+    text, answer = read_prompt(config)
+    engine = cli.engine(config.engine)
     llama, tok, butler = engine.load(config.model, config.butler, config.device)
     rules = rules_of(config) if config.selector == "butler" else {}
     selector = make_selector(config.selector, config.budget, butler, **rules)

@@ -388,6 +388,17 @@ def check(config) -> None:
         raise UserError(f"--batch {config.batch} does not divide among {world()} processes")
 
 
+def sources(config) -> list[dict[str, str]]:
+    """The texts to train on and to hold out from, {name: text} by source."""
+    if not config.data:
+        return default_texts()
+    texts, skipped = read_texts(config.data)
+    if skipped:
+        note(f"skipped, because not UTF-8 text files: {some_of(skipped)}")
+    note(f"read {len(texts):,} files, {sum(map(len, texts.values())):,} characters")
+    return [texts]
+
+
 def check_amount(config, context: int, training: int, held_out: int) -> None:
     """training, held_out: numbers of tokens. Raises UserError if a window has more than that."""
     trained = max(config.length, config.long if config.long_every else 0)
@@ -404,11 +415,7 @@ def main(config: Config) -> dict | None:
     """-> the report, or None in all processes but the first."""
     check(config)
     begin = time.perf_counter()
-    texts, skipped = read_texts(config.data) if config.data else ({}, [])
-    if skipped:
-        note(f"skipped, because not UTF-8 text files: {some_of(skipped)}")
-    sources = [texts] if config.data else default_texts()
-    training, held_out = zip(*map(hold_out, sources), strict=True)
+    training, held_out = zip(*map(hold_out, sources(config)), strict=True)
     device = config.device
     if world() > 1:
         # torch.distributed.nn keeps the group that exists when it is imported (an optimizer imports
@@ -425,8 +432,7 @@ def main(config: Config) -> dict | None:
     note(f"{num_parameters(butler):,} parameters to train, {share:.2%} of the base model's")
     if config.data:
         amounts = [num_tokens(tok, source) for source in (training[0], held_out[0])]
-        note(f"read {len(texts):,} files, {sum(map(len, texts.values())):,} characters, about "
-             f"{sum(amounts):,} tokens: {amounts[0]:,} to train on, {amounts[1]:,} held out")
+        note(f"about {amounts[0]:,} tokens to train on, {amounts[1]:,} held out")
         check_amount(config, llama.config.context, *amounts)
     mixture = Mixture(tok, training, pools("train"), repeats=config.repeats)
 
@@ -440,10 +446,6 @@ def main(config: Config) -> dict | None:
 
     short = held_out_windows(16, config.length)
     kl_before = held_out_kl(llama, butler, short).mean().item()
-    with torch.no_grad():
-        logits = llama(short[:1], last=1)
-    if not (math.isfinite(kl_before) and logits.isfinite().all()):
-        raise UserError("the model's attention or logits are not finite: its weights are damaged")
     start = time.perf_counter()
     losses = training_loop(llama, butler, mixture, config)
     if dist.is_initialized():

@@ -513,24 +513,8 @@ def test_how_much_text_there_is_is_told_before_training(folder, tmp_path, capsys
         train.main(config)
     notes = capsys.readouterr().err
     assert re.search(r"skipped.* text files: '.*a.png', '.*b.png', '.*c.png' and 1 more\n", notes)
-    assert re.search(r"read 12 files, 960 characters, about \d+ tokens: \d+ to train on", notes)
+    assert re.search(r"read 12 files, 960 characters\n.*\nabout \d+ tokens to train on", notes)
     assert names(tmp_path) == ["notes"]
-
-
-@pytest.mark.parametrize("where", ["norm", "layers.1.input_layernorm"])
-def test_damaged_weights_are_told_before_training(folder, tmp_path, monkeypatch, where):
-    engine = train.cli.engine("plain")
-    load = engine.load
-
-    def damaged(*arguments):
-        llama, tok, butler = load(*arguments)
-        llama.get_submodule(where).weight[3] = torch.nan
-        return llama, tok, butler
-
-    monkeypatch.setattr(engine, "load", damaged)
-    with pytest.raises(UserError, match="its weights are damaged"):
-        train.main(short_run(folder, tmp_path / "b", ROOT / "LICENSE"))
-    assert names(tmp_path) == []
 
 
 def test_a_run_is_known_by_its_text_and_model_not_by_their_names(

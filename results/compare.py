@@ -1,12 +1,14 @@
 """results/compare.py - decode steps and prompts beside transformers and llama.cpp, same weights.
 
-    our engine     --engine fast: dense, and with the butler
+    our engine     --engine fast: dense, and with the butler, which also reads the prompt, each
+                   block with a tenth of the tokens (--prefill sparse)
     transformers   LlamaForCausalLM in float32 and bfloat16, attention by SDPA: a growing cache, a
                    static cache, and a growing cache with our butler attached to the model
     llama.cpp      on the 4-bit GGUF file; after `pip install --no-deps cyllama==0.2.18`
 
 Everyone reads the same random tokens once (seconds to the first token). Then all decode behind
-them by turns, so that a slow moment of the machine hits all; a row holds the median step.
+them by turns, so that a slow moment of the machine hits all; a row holds the median step, and the
+seconds that a prompt and an answer of 100 tokens take together.
 
     python results/compare.py --contexts 512,2048,7900
 """
@@ -27,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import cli
 from cli import UserError, flag, numbers, plug_in
+from selection import prefill
 from tokenizer import resolve
 
 try:
@@ -34,6 +37,8 @@ try:
 except ImportError:
     llama_cpp = None
 
+PREFILL_BUDGET = 0.1  # of the butler's prompt
+ANSWER = 100  # tokens
 CHUNK = 512  # tokens that llama.cpp reads at a time
 TOKEN = torch.tensor([[5]])  # which everyone decodes
 
@@ -42,30 +47,32 @@ TOKEN = torch.tensor([[5]])  # which everyone decodes
 class Config:
     """Times this repository, transformers and llama.cpp on the default model."""
 
-    contexts: tuple = flag(("512", "2048", "7900"), "comma-separated numbers of cached tokens")
+    contexts: tuple = flag(("512", "2048", "4096", "7900"),
+                           "comma-separated numbers of cached tokens")
     budget: float = flag(0.05, "tokens attended: a fraction of the cache (up to 1) or a count")
     n: int = flag(15, "rounds", at_least=1)
 
 
 # Each of the following loads the weights and returns a function: ids [1, T], capacity of a cache ->
-# seconds that reading the prompt took, {name: step}. step(turn) decodes one token, which stands
-# `turn` tokens behind the prompt.
+# {name: seconds that reading the prompt took}, {name: step}. step(turn) decodes one token, which
+# stands `turn` tokens behind the prompt.
 
 
 def ours(budget: float):
     llama, _, butler = cli.engine("fast").load()
 
     def read(ids, capacity):
-        cache = llama.new_cache(1, capacity)
-        selector = butler.selector(budget)
-        seconds = seconds_of(lambda: llama.prefill(ids, cache, selector.watch))
+        selectors = {"dense": None, "butler": butler.selector(budget)}
+        seconds, steps = {}, {}
+        for name, selector in selectors.items():
+            cache = llama.new_cache(1, capacity)
+            seconds[name] = seconds_of(partial(prefill, llama, ids, cache, selector,
+                                               PREFILL_BUDGET if selector else None))
+            steps[name] = partial(step, cache=cache, selector=selector)
+        return seconds, steps
 
-        def step(turn, selector):
-            cache.truncate(ids.shape[1] + turn)
-            llama.decode(TOKEN, cache, selector)
-
-        return seconds, {"dense": partial(step, selector=None),
-                         "butler": partial(step, selector=selector)}
+    def step(turn, cache, selector):
+        llama.decode(TOKEN, cache, selector)
 
     return read
 
@@ -84,7 +91,9 @@ def theirs(path, budget: float, dtype, stack):
     def read(ids, capacity):
         growing, selected = DynamicCache(), DynamicCache()
         static = StaticCache(model.config, max_cache_len=capacity)
-        seconds = seconds_of(lambda: model(ids, past_key_values=growing, logits_to_keep=1))
+        name = f"transformers, {str(dtype).removeprefix('torch.')}"
+        seconds = {f"{name}, growing cache": seconds_of(
+            lambda: model(ids, past_key_values=growing, logits_to_keep=1))}
         for i, layer in enumerate(growing.layers):
             static.update(layer.keys, layer.values, i)
         second(ids, past_key_values=selected, logits_to_keep=1)
@@ -93,7 +102,6 @@ def theirs(path, budget: float, dtype, stack):
         def step(turn, model, cache):
             model(TOKEN, past_key_values=cache)
 
-        name = f"transformers, {str(dtype).removeprefix('torch.')}"
         return seconds, {f"{name}, growing cache": partial(step, model=model, cache=growing),
                          f"{name}, static cache": partial(step, model=model, cache=static),
                          f"{name}, our butler": partial(step, model=second, cache=selected)}
@@ -126,8 +134,9 @@ def llamas(path, capacity: int):
                 piece = ids[0, start : start + CHUNK].tolist()
                 decode(piece, start, start + CHUNK >= length)
 
-        seconds = seconds_of(prompt)
-        return seconds, {"llama.cpp, 4-bit": lambda turn: decode([5], length + turn, True)}
+        name = "llama.cpp, 4-bit"
+        return ({name: seconds_of(prompt)},
+                {name: lambda turn: decode([5], length + turn, True)})
 
     return read
 
@@ -164,14 +173,19 @@ def main(config: Config) -> dict:
             prompts, steps = {}, {}
             for read in readers:
                 seconds, own = read(ids, context + more)
-                prompts[next(iter(own))] = seconds
+                prompts |= seconds
                 steps |= own
-            rows += [{"suite": "compare", "context": context, "selector": name, "ms": ms,
-                      "first_token_s": prompts.get(name)}
-                     for name, ms in by_turns(steps, config.n).items()]
+            for name, ms in by_turns(steps, config.n).items():
+                first = prompts.get(name)
+                rows.append({"suite": "compare", "context": context, "selector": name, "ms": ms,
+                             "first_token_s": first,
+                             "answer_s": first and first + ANSWER * ms / 1000})
     for row in rows:
-        prompt = f"   prompt {row['first_token_s']:.1f} s" if row["first_token_s"] else ""
-        print(f"{row['context']:6,}  {row['selector']:40s} {row['ms']:8.1f} ms a step{prompt}")
+        wait = ""
+        if row["first_token_s"]:
+            wait = (f"   prompt {row['first_token_s']:5.1f} s, with {ANSWER} new tokens "
+                    f"{row['answer_s']:5.1f} s")
+        print(f"{row['context']:6,}  {row['selector']:40s} {row['ms']:8.1f} ms a step{wait}")
     return {"rows": rows}
 
 

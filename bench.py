@@ -52,10 +52,7 @@ class Probe:
     def __call__(self, layer, x, q, keys, positions):
         index = self.selector(layer, x, q, keys, positions)
         if index is not None:
-            selected = index_to_mask(index, keys.shape[2])
-            # A prompt's queries share choices.
-            selected = selected.repeat_interleave(len(positions) // index.shape[2], dim=2)
-            selected = selected[:, :, None]  # [B, G, 1, T, S]
+            selected = index_to_mask(index, keys.shape[2])[:, :, None]  # [B, G, 1, T, S]
             self.kept[layer] = (true_attention(q, keys) * selected).sum(-1).mean().item()
         return index
 

@@ -50,11 +50,11 @@ from torch import nn
 import tokenizer
 from cli import UserError, one_line, replacing
 from model import Llama, apply_rope, check_weights, rope_cos_sin
-from selection import BLOCK, Selector
+from selection import QUERY_BLOCK, Selector
 from tokenizer import real_file, resolve
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
-POOL = 4  # queries of a prompt that ask together; divides selection.BLOCK
+POOL = 4  # queries of a prompt that are averaged before they are scored
 FASTEST = 0.5  # radians per token of the fastest pair of importance channels
 
 
@@ -186,16 +186,19 @@ class Butler(nn.Module):
         """Queries [B, G, T, E] and keys [B, G, S, E] -> scores [B, G, T, S]"""
         return (importance_queries @ importance_keys.mT) * self.config.size**-0.5
 
-    def block_scores(self, importance_queries, importance_keys, positions, block: int):
-        """How important is each token for each block of queries? Queries [B, G, T, E] at positions
-        [T], keys [B, G, S, E] -> [B, G, T/block, S]. Of every POOL queries the mean asks; their
-        softmaxes are averaged over the block."""
+    def block_scores(self, importance_queries, importance_keys, positions):
+        """How important is each token for each block of queries of a prompt? Queries [B, G, T, E]
+        at positions [T], keys [B, G, S, E] -> [B, G, T/64, S].
+
+        Groups of 4 queries are averaged into one, which saves three quarters of the work. The
+        softmax of its scores is then averaged over the block's groups.
+        """
         queries = importance_queries.unflatten(2, (-1, POOL)).mean(3)  # [B, G, T/POOL, E]
         last = positions[POOL - 1 :: POOL]
         token = torch.arange(importance_keys.shape[2], device=positions.device)
         scores = self.scores(queries, importance_keys)
         shares = scores.masked_fill_(token > last[:, None], -torch.inf).softmax(-1)
-        return shares.unflatten(2, (-1, block // POOL)).mean(3)
+        return shares.unflatten(2, (-1, QUERY_BLOCK // POOL)).mean(3)
 
     def selector(self, budget: float, **rules) -> "ButlerSelector":
         """A fresh selector for one text; see ButlerSelector."""
@@ -301,8 +304,8 @@ class ButlerSelector(Selector):
         return scores
 
     def block_scores(self, layer, q, keys, positions):
-        importance_keys = self.all_importance_keys(layer, keys, len(positions))
-        return self.butler.block_scores(self.queries[layer], importance_keys, positions, BLOCK)
+        """Without neighbours: `watch` has projected the keys already."""
+        return self.butler.block_scores(self.queries[layer], self.keys[layer], positions)
 
     def all_importance_keys(self, layer: int, keys, T: int):
         """Keys of all tokens so far [B, G, S, D] -> importance keys [B, G, S, E]. Each key is

@@ -53,7 +53,7 @@ def out_of_memory(error) -> bool:
 
 
 def reason(error) -> str:
-    """What a message says of an exception."""
+    """An exception as one phrase: its kind and its message."""
     kind = "not enough memory" if out_of_memory(error) else type(error).__name__
     return f"{kind}: {str(error) or repr(error)}"
 
@@ -262,8 +262,8 @@ def provenance() -> dict:
 
 def open_streams() -> None:
     """A standard stream that was closed (`>&-`) is None in Python; it becomes one that discards
-    everything. Its number is taken too. Else the next file opened would get it, and with it what
-    libraries print."""
+    everything. Descriptors 0 to 2 are filled too; otherwise the next file that is opened would
+    receive what libraries print."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(number)
@@ -274,8 +274,8 @@ def open_streams() -> None:
 
 
 def end(code: int, line="") -> None:
-    """Ends the process, with a line on stderr. A stream that cannot be written is given up, because
-    Python would try again at exit, and tell it in several lines."""
+    """Ends the process, with a line on stderr. A stream that cannot be written is redirected to
+    /dev/null; otherwise Python flushes it at exit and prints a traceback."""
     with suppress(OSError):
         if line:
             print(f"{sys.argv[0]}: {line}", file=sys.stderr)
@@ -289,8 +289,8 @@ def end(code: int, line="") -> None:
 
 def run(main, config_class) -> None:
     """What stands under `__main__` of every script. Exit codes: 2 for a UserError, for too little
-    memory and for a disk that is full, 130 after Ctrl-C, 141 when nobody reads stdout any more
-    (`| head`)."""
+    memory and for what the system refuses, such as a write to a full disk, 130 after Ctrl-C, 141
+    when nobody reads stdout any more (`| head`)."""
     open_streams()
     try:
         try:
@@ -299,7 +299,7 @@ def run(main, config_class) -> None:
             if report is not None:  # of several processes only the first one reports
                 print(json.dumps({"config": asdict(config)} | report | provenance()))
         finally:
-            sys.stdout.flush()  # what cannot be written is told here
+            sys.stdout.flush()  # raises here if stdout cannot be written
     except UserError as e:
         end(2, f"error: {e}")
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from cli import UserError, one_line, read_text
 from synth_task import pools, training_text
 
 HELD_OUT = set(json.loads(Path(__file__).with_name("held_out.json").read_text("utf-8")))
-PART = 8191  # characters of a user's text that are held out or trained on together, at most
+PART = 8191  # characters, the longest part of a user's text; a part is held out as a whole
 
 
 def default_texts() -> list[dict[str, str]]:
@@ -103,7 +103,7 @@ def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
 
     Of the text that Python carries, held_out.json names what is held out: the shipped butler has
     never seen it, in any version of Python. Other texts are cut into parts, and the hash of each
-    part decides, so that adding a file moves no other. Raises UserError for too little text.
+    part decides, so that adding a file moves few others. Raises UserError for too little text.
     """
     parts = list(dict.fromkeys(texts.values()))  # the reference repeats texts under other names
     held = {texts[name] for name in HELD_OUT & texts.keys()}
@@ -121,7 +121,7 @@ def hold_out(texts: dict[str, str]) -> tuple[list[str], list[str]]:
         count = 0
         for part in parts:
             # About a tenth of the parts. Where parts are few, chance might hold out almost nothing
-            # or almost all: at least a twentieth of the characters, and no more after a fifth.
+            # or almost all, so it is at least 5 % of the characters, and it stops at 20 %.
             if count < characters / 20 or (rank[part][0] < 26 and count < characters / 5):
                 held.add(part)
                 count += len(part)

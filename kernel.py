@@ -16,7 +16,7 @@ With K a tenth of S the last two read far less, but their rows are scattered in 
 fast/ has a compiled loop that also reads the rows only once.
 
 The queries of a prompt can share a choice. Then idx [B, G, T', K] has a row for each block of
-T / T' queries, which `block_attention` copies once for all of them.
+T / T' queries, and `block_attention` copies the rows of K and V once for a whole block.
 
     python kernel.py                        compares sparse_decode with the definition
     TRITON_INTERPRET=1 python kernel.py     the Triton kernel too, interpreted on the CPU
@@ -97,7 +97,7 @@ def sparse_decode(q, k, v, idx):
 
 def block_attention(q, k, v, idx):
     """As masked_attention, for blocks of many queries: copies the rows that a block selected out of
-    the cache, then attends to these copies. Moves 3 * B*G*T'*K*2D*e bytes."""
+    the cache, then attends to these copies: B*G*T'*K*2D*e bytes read, written, read again."""
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     blocks, K = idx.shape[2:]
@@ -108,7 +108,7 @@ def block_attention(q, k, v, idx):
     rows = idx.clamp(min=0).flatten(1)  # [B*G, T'*K]
     k = torch.stack([keys[named] for keys, named in zip(k.flatten(0, 1), rows, strict=True)])
     v = torch.stack([values[named] for values, named in zip(v.flatten(0, 1), rows, strict=True)])
-    # One "text" of the product is a block and KV head, with the H/G query heads of the KV head.
+    # Blocks and KV heads become the batch dimension.
     k = k.view(-1, 1, K, D).expand(-1, H // G, -1, -1)
     v = v.view(-1, 1, K, D).expand(-1, H // G, -1, -1)
     q = q.unflatten(1, (G, -1)).unflatten(3, (blocks, -1)).transpose(2, 3).flatten(0, 2)
@@ -119,8 +119,8 @@ def block_attention(q, k, v, idx):
 def sparse_attention(q, k, v, idx):
     """q [B, H, T, D], k, v [B, G, S, D], idx [B, G, T', K] -> [B, H, T, D].
 
-    A single query gathers, and so does a block of queries that share a choice. Many queries with a
-    choice each together name nearly every row, so all rows are read and masked.
+    One query, or a block of queries with one choice, copies its rows. Many queries with a choice
+    each name nearly every row between them, so all rows are read and masked.
     """
     if q.shape[2] == 1:
         return sparse_decode(q[:, :, 0], k, v, idx[:, :, 0])[:, :, None]

@@ -19,7 +19,8 @@ A *selector* is any callable with the arguments above:
 It returns index [B, G, T, K], int32: the places in `keys` of the tokens that each query attends to,
 -1 in an empty slot, or None if every query attends to all tokens before it. An index names no token
 twice and none after the query's own; the model does not check that. The queries of a prompt may
-share choices: an index with T' rows has one for each block of T / T' queries. Selectors are in
+share choices: an index with T' rows has one for each block of T / T' queries, and of the block's
+own tokens each query attends to those up to itself. Selectors are in
 selection.py and butler.py. The model knows none of them.
 
     out = softmax(q . keys[index] / sqrt(D)) . values[index]
@@ -47,7 +48,7 @@ from torch import nn
 
 from cli import UserError, check_device, one_line
 from kernel import sparse_attention
-from tokenizer import INSTEAD, instead, open_gguf, read_json, real_file, resolve
+from tokenizer import ADVICE, advice_for, open_gguf, read_json, real_file, resolve
 
 
 @dataclass(frozen=True)
@@ -330,14 +331,14 @@ def refuse_if(condition, what: str) -> None:
 
 
 def even_share(width, heads) -> int:
-    """The size of a head where the file names none. What is no number is refused by Config."""
+    """The size of a head where the file names none. 1 if these are not integers; Config
+    then refuses them."""
     return width // heads if type(width) is type(heads) is int and heads else 1
 
 
 def check_weights(named) -> None:
-    """named: pairs (name, tensor). Raises UserError that names the first tensor with a number that
-    no trained weight is: NaN, or larger than float16 can hold. What is computed from such weights
-    would be NaN. This is one pass over memory, without a copy."""
+    """named: pairs (name, tensor). Raises UserError that names the first tensor with a NaN or a
+    value outside float16's range: results would be NaN. One pass over memory, without a copy."""
     for name, tensor in named:
         if tensor.numel() == 0:
             continue
@@ -352,7 +353,7 @@ def weight_files(folder: Path) -> list[Path]:
     to do, where they are incomplete."""
     found = {file.name for file in folder.glob("*.safetensors")
              if not file.name.startswith("consolidated")}  # Meta's own format, beside the shards
-    problem = instead(folder, ["adapter_*"] if found else INSTEAD)
+    problem = advice_for(folder, ["adapter_*"] if found else ADVICE)
     if problem or not found:
         raise UserError(problem or "there are no *.safetensors")
     index = folder / "model.safetensors.index.json"
@@ -368,8 +369,8 @@ def weight_files(folder: Path) -> list[Path]:
         needed = found.union(*([f"{part[1]}{i:05}{part[2]}" for i in range(1, int(part[3]) + 1)]
                                for part in parts))
     for file in folder.iterdir():
-        if file.stem in needed and f"*{file.suffix}" in INSTEAD:
-            raise UserError(f"{file.name} {INSTEAD[f'*{file.suffix}']}")
+        if file.stem in needed and f"*{file.suffix}" in ADVICE:
+            raise UserError(f"{file.name} {ADVICE[f'*{file.suffix}']}")
     if missing := sorted(needed - found):
         raise UserError(f"{len(missing)} of {len(needed)} weight files are missing: fetch "
                         f"{missing[0]}{' and others' * (len(missing) > 1)}")

@@ -32,7 +32,7 @@ from synth_task import (
     coreference,
     likeliest,
     pools,
-    prefill_budget,
+    prefill_budget_of,
     rules_of,
 )
 
@@ -53,7 +53,8 @@ class Config:
     offload: str = flag("none", "where keys and values are: none (beside the model), disk (a "
                                 "file) or pinned (the host's memory beside a GPU)")
     prefill: str = flag("dense", "how the prompt is read: dense, or sparse through the selector")
-    prefill_budget: float = flag(0.1, "tokens attended by a block of 64 queries of the prompt")
+    prefill_budget: float = flag(0.1, "tokens that a block of 64 queries attends to: a fraction "
+                                     "of the tokens so far (up to 1) or a count")
     prompt: str = flag(None, "text to continue (default: a generated document and its question)")
     prompt_file: str = flag(None, "UTF-8 file with the text to continue")
     chat: bool = flag(False, "the prompt is a message, in the model's own chat template")
@@ -101,7 +102,7 @@ def generate(llama, cache, ids, selector, config, ends):
     generator = torch.Generator().manual_seed(config.seed)
     prompt = torch.tensor([ids], device=llama.device)
     if len(ids) > 1:
-        prefill(llama, prompt[:, :-1], cache, selector, prefill_budget(config))
+        prefill(llama, prompt[:, :-1], cache, selector, prefill_budget_of(config))
     token = prompt[:, -1:]
     while cache.size < cache.capacity:
         logits = llama.decode(token, cache, selector)

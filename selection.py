@@ -16,8 +16,8 @@ two, one choice per KV head. Most selectors differ only in their scores:
 
 More of them, some of which evict tokens for good, are in workshop/rivals.py.
 
-A selector can also read a prompt (`prefill`, SparsePrefill): each block of 64 queries shares
-one choice, so that reading a long prompt becomes faster too.
+A selector can also choose while a long prompt is read (`prefill`, SparsePrefill). Then each block
+of 64 queries shares one choice.
 
     python selection.py        which tokens some budgets select
 """
@@ -29,12 +29,12 @@ import torch
 from cli import UserError, plug_in
 from kernel import true_attention
 
-# A prompt that is read sparsely; results/README.md has what other values gave.
-BLOCK = 64  # queries that share one choice
-DENSE_LAYERS = 3  # first layers that read everything: they cost little, and most depends on them
-DENSE_START = 512  # first tokens, where there is little to leave out
-DENSE_END = 256  # last tokens, where the question usually stands
-CHUNK = 1024  # tokens that go through the model at once
+# How a prompt is read sparsely
+QUERY_BLOCK = 64  # queries that share one choice
+DENSE_LAYERS = 3  # first layers that attend to all tokens: all later layers depend on them
+DENSE_START = 2048  # first tokens that attend to all before them, which are few
+DENSE_END = 256  # last tokens that do so, because the question usually stands there
+PREFILL_CHUNK = 1024  # tokens that go through the model at once
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Budget:
         return tokens.clamp(min=self.sinks + self.window).minimum(cached)
 
     def sinks_and_window(self, own):
-        """What the queries of the tokens at places own [T] always attend to:
-        [T, sinks + window], -1 = empty."""
+        """own [T]: the place of each query's token in the cache -> what these queries always attend
+        to, [T, sinks + window], -1 = empty"""
         sinks = torch.arange(self.sinks, device=own.device).expand(len(own), -1)
         recent = own[:, None] - torch.arange(self.window, device=own.device)
         sinks = torch.where(sinks <= own[:, None], sinks, -1)
@@ -78,8 +78,8 @@ class Budget:
         return torch.cat([sinks, recent], dim=1)
 
     def topk(self, scores, own):
-        """The tokens with the highest scores between sinks and window: scores [B, G, T, S] of the
-        queries of the tokens at places own [T] -> [B, G, T, number of them], -1 = empty"""
+        """The tokens with the highest scores between sinks and window: scores [B, G, T, S], own [T]
+        as above -> [B, G, T, number of them], -1 = empty"""
         S = scores.shape[3]
         tokens = torch.arange(S, device=scores.device)
         num_left = (self.allowance(own + 1) - self.sinks - self.window).clamp(min=0)  # [T]
@@ -127,8 +127,9 @@ class Selector:
         return self.budget.topk(self.scores(layer, q, keys, positions), positions)
 
     def block_scores(self, layer, q, keys, positions):
-        """As `scores`, one row for each block of 64 queries of a prompt: [B, G, T/64, S]"""
-        return self.scores(layer, q, keys, positions).float().unflatten(2, (-1, BLOCK)).mean(3)
+        """The mean of `scores` over each block of 64 queries of a prompt: [B, G, T/64, S]"""
+        scores = self.scores(layer, q, keys, positions).float()
+        return scores.unflatten(2, (-1, QUERY_BLOCK)).mean(3)
 
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
@@ -167,34 +168,35 @@ class Random(Selector):
 
 
 class SparsePrefill:
-    """Reads a prompt by a selector: blocks of 64 queries share one choice per layer and KV head.
+    """Selects for a prompt: one choice per layer and KV head for each block of 64 queries.
 
-    Pass it as the selector of `prefill`, with a multiple of 64 tokens at a time. A block attends to
-    the sinks, to the 64 tokens before it, to its own tokens, and to those between sinks and these
-    that have the highest scores for its queries, on average. The budget counts all of them.
+    Pass it as the selector of `Llama.prefill`, with a multiple of 64 tokens at a time. A block
+    attends to the sinks, the 64 tokens before it, its own tokens up to each query, and the tokens
+    between these with the highest `block_scores`. The budget counts all of them. The first layers
+    stay dense.
     """
 
     def __init__(self, selector: Selector, budget: float):
         self.selector = selector
-        self.budget = Budget(budget, window=2 * BLOCK)  # of a block's last query
+        # Counted back from a block's last query: its own 64 tokens and the 64 before them.
+        self.budget = Budget(budget, window=2 * QUERY_BLOCK)
 
     def check(self, length: int) -> None:
-        """Raises UserError if nothing can be chosen even at the end of a prompt."""
+        """Raises UserError if nothing can be chosen even at the end of `length` tokens."""
         always = self.budget.sinks + self.budget.window
-        total = int(self.budget.allowance(torch.tensor([length])))
-        if total <= always:
-            raise UserError(f"a prefill budget of {self.budget.total:g} leaves nothing to choose: "
-                            f"sinks, own block and the 64 tokens before it are {always} tokens, "
-                            f"and the prompt has {length:,}")
+        if int(self.budget.allowance(torch.tensor([length]))) <= always:
+            raise UserError(f"--prefill-budget {self.budget.total:g} leaves nothing to choose, "
+                            f"even behind {length:,} tokens: sinks, a block and the 64 tokens "
+                            f"before it are {always} already")
 
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
         """-> index [B, G, T/64, K], a row for each block, or None in the first layers"""
-        self.selector.watch(layer, x, q, keys, positions)
+        self.selector.watch(layer, x, q, keys, positions)  # as in a dense prompt, keys are stored
         self.selector.look_ahead(layer, x, positions)
         if layer < DENSE_LAYERS:
             return None
-        last = positions[BLOCK - 1 :: BLOCK]  # of each block
+        last = positions[QUERY_BLOCK - 1 :: QUERY_BLOCK]  # places of the blocks' last queries
         scores = self.selector.block_scores(layer, q, keys, positions)
         chosen = self.budget.topk(scores, last)
         always = self.budget.sinks_and_window(last).expand(*chosen.shape[:2], -1, -1)
@@ -204,22 +206,22 @@ class SparsePrefill:
 def prefill(llama, prompt, cache, selector=None, budget=None):
     """Reads a prompt [B, T] into an empty cache -> logits [B, 1, V] of its last token.
 
-    budget: None reads densely, while the selector watches. A number reads sparsely: all but the
-    first 512 tokens, the last 256 and what does not fill a block of 64 go through the selector.
-    Raises UserError if the budget leaves nothing to choose.
+    Without a budget it is read densely, while the selector watches. With one, the first 2,048
+    tokens and the last 256 to 319 are read densely, and blocks of 64 between them through the
+    selector. Raises UserError if the budget leaves nothing to choose.
     """
     T = prompt.shape[1]
-    end = DENSE_START
-    if budget is not None:
-        end += max(0, T - DENSE_START - DENSE_END) // BLOCK * BLOCK
-    if end == DENSE_START:
-        return llama.prefill(prompt, cache, selector and selector.watch)
+    sparse = max(0, T - DENSE_START - DENSE_END) // QUERY_BLOCK * QUERY_BLOCK
+    watch = selector.watch if selector else None
+    if selector is None or budget is None or not sparse:
+        return llama.prefill(prompt, cache, watch)
+    end = DENSE_START + sparse
     reader = SparsePrefill(selector, budget)
     reader.check(end)
-    llama.prefill(prompt[:, :DENSE_START], cache, selector.watch)
-    for start in range(DENSE_START, end, CHUNK):
-        llama.prefill(prompt[:, start : min(start + CHUNK, end)], cache, reader)
-    return llama.prefill(prompt[:, end:], cache, selector.watch)
+    llama.prefill(prompt[:, :DENSE_START], cache, watch)
+    for start in range(DENSE_START, end, PREFILL_CHUNK):
+        llama.prefill(prompt[:, start : min(start + PREFILL_CHUNK, end)], cache, reader)
+    return llama.prefill(prompt[:, end:], cache, watch)
 
 
 # ---------------------------------------------------------------------------- by name

@@ -23,9 +23,10 @@ The cue "The place is called" stands before the name both times, because the def
 Phrases are made of a head and a tail, "Plum cake" + "tastes best on the second day". The tails are
 split between training and test, so a test sentence is never one that was trained on.
 
-Protocol "sparse" (default): the context is read densely; question and answer go through the
-selection. Protocol "prefill": the question is read densely too, except for its last token, as in
-most published tables. An answer is right when all its tokens are the model's most likely ones.
+Protocol "sparse" (default): the context is read densely, or through the selection too with
+--prefill sparse; question and answer go through the selection. Protocol "prefill": the question is
+read densely too, except for its last token, as in most published tables. An answer is right when
+all its tokens are the model's most likely ones.
 
     python synth_task.py --selectors dense,oracle,butler --budgets 0.1,0.5
     python synth_task.py --task needle_prose --context 2048        tasks of workshop/ruler.py
@@ -257,10 +258,11 @@ def answers(llama, tok, document, makers, protocol="sparse", stepwise=False,
         llama.prefill(ids, cache, watch)
     scores = []
     for selector in selectors:
-        if prefill_budget is not None:
+        if prefill_budget is None:
+            cache.truncate(len(context))
+        else:
             cache.truncate(0)
-            prefill(llama, ids, cache, selector, prefill_budget if selector else None)
-        cache.truncate(len(context))
+            prefill(llama, ids, cache, selector, prefill_budget)
         scores.append(document.grade(llama, tok, cache, question, answer, selector, stepwise))
     return scores
 
@@ -343,7 +345,8 @@ class Config:
     budgets: tuple = flag(("0.1",), "comma-separated fractions or counts of tokens attended")
     question: str = flag("sparse", "how the question is read: sparse or prefill (densely)")
     prefill: str = flag("dense", "how the context is read: dense, or sparse through each selector")
-    prefill_budget: float = flag(0.1, "tokens attended by a block of 64 queries of the context")
+    prefill_budget: float = flag(0.1, "tokens that a block of 64 queries attends to: a fraction "
+                                     "of the tokens so far (up to 1) or a count")
     n: int = flag(100, "documents for each seed", at_least=1)
     seeds: tuple = flag(("0",), "comma-separated seeds of the documents")
     context: tuple = flag((), "comma-separated lengths of the context in tokens (default: about "
@@ -373,7 +376,7 @@ def check_prefill(config, selectors) -> None:
             raise UserError("--prefill sparse reads through a selector: name one that is not dense")
 
 
-def prefill_budget(config) -> float | None:
+def prefill_budget_of(config) -> float | None:
     """What the flags of the prefill mean to selection.prefill."""
     return config.prefill_budget if config.prefill == "sparse" else None
 
@@ -428,7 +431,7 @@ def main(config: Config) -> dict:
     results = {}
     for task, documents in tasks.items():
         results[task] = evaluate(llama, tok, documents, makers, config.question,
-                                 bool(rules), task, prefill_budget(config))
+                                 bool(rules), task, prefill_budget_of(config))
     print_results(results)
     return {"results": results}
 

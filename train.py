@@ -36,7 +36,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # see main: before the process group exists
+
+# Imported before init_process_group, because its default arguments would keep the process group
+# alive (an optimizer imports it). A thread that is left can abort the process at exit.
+import torch.distributed.nn
 from torch.special import entr  # -p log p, and 0 for p = 0
 from tqdm import tqdm
 
@@ -400,7 +403,7 @@ def sources(config) -> list[dict[str, str]]:
 
 
 def check_amount(config, context: int, training: int, held_out: int) -> None:
-    """training, held_out: numbers of tokens. Raises UserError if a window has more than that."""
+    """training, held_out: numbers of tokens. Raises UserError if that is less than one window."""
     trained = max(config.length, config.long if config.long_every else 0)
     measured = max(config.length, config.longest)
     for tokens, use, length, flags in (
@@ -418,9 +421,6 @@ def main(config: Config) -> dict | None:
     training, held_out = zip(*map(hold_out, sources(config)), strict=True)
     device = config.device
     if world() > 1:
-        # torch.distributed.nn keeps the group that exists when it is imported (an optimizer imports
-        # it) in its default arguments. The group's threads then outlive destroy_process_group, and
-        # now and then one of them aborts the process when it exits.
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         dist.init_process_group()
     torch.manual_seed(config.seed)
@@ -513,8 +513,8 @@ def ctrl_c_noted():
 
 
 def identity(config, butler, mixture) -> dict:
-    """What must be the same when a run is resumed: what the next step depends on. Text and model
-    may have other names, and run elsewhere. A run that diverged may be resumed with a lower
+    """What must be the same when a run is resumed: what the next step depends on. Paths, engine and
+    device may differ. A run that diverged may be resumed with a lower
     learning rate."""
     free = ("model", "engine", "data", "out", "windows", "longest", "documents", "resume", "device",
             "learning_rate")

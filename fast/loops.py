@@ -13,7 +13,7 @@ and kernel.py define what they compute, and tests hold both equal.
 
 Compiled code is kept in the user's cache folder, one folder per state of fast/*.py. Numba's own
 cache notices a change only in the file of the function that changed, not in those it calls, and a
-damaged file ends it in a traceback or a wrong result.
+damaged cache file causes a traceback or a wrong result.
 
     python -m fast.loops        microseconds of attention to all tokens and to some
 """
@@ -76,7 +76,7 @@ class CompiledCode(NullCache):
     signature, a hash and what Numba pickles. A file that is damaged is compiled and written anew.
     The hash does not stop someone who may write this folder: a pickle can run any code."""
 
-    kept = True  # is what is compiled written?
+    kept = True  # whether compiled code is saved
 
     def __init__(self, function):
         self.name = f"{function.__module__}.{function.__qualname__}"

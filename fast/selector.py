@@ -27,7 +27,7 @@ import butler
 from cli import UserError
 from fast import loops
 from fast.loops import LINE, run
-from selection import BLOCK, Selector
+from selection import Selector
 
 CAPACITY = 1024  # the tables of importance keys grow by so many tokens
 MAX_AGE = 16  # steps that one choice serves at most
@@ -263,7 +263,7 @@ class ButlerSelector(Selector):
 
     def block_scores(self, layer, q, keys, positions):
         importance_keys = self.keys.dequantised(layer, keys.shape[2])
-        return self.butler.block_scores(self.queries[layer], importance_keys, positions, BLOCK)
+        return self.butler.block_scores(self.queries[layer], importance_keys, positions)
 
     # A step that chooses ahead.
 

@@ -67,7 +67,7 @@ def ours(budget: float):
         for name, selector in selectors.items():
             cache = llama.new_cache(1, capacity)
             seconds[name] = seconds_of(partial(prefill, llama, ids, cache, selector,
-                                               PREFILL_BUDGET if selector else None))
+                                               PREFILL_BUDGET))
             steps[name] = partial(step, cache=cache, selector=selector)
         return seconds, steps
 

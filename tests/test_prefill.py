@@ -10,7 +10,7 @@ import selection
 import synth_task
 from butler import POOL
 from cli import UserError
-from selection import BLOCK, SparsePrefill, make_selector, prefill
+from selection import QUERY_BLOCK, SparsePrefill, make_selector, prefill
 
 NAMES = ("butler", "oracle", "recency", "random", "quest", "keynorm")
 
@@ -36,7 +36,7 @@ def read(model, ids, selector, budget):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_short_prompt_is_read_densely(tiny, tiny_butler, ids, name):
-    short = ids[:, : 130 + BLOCK + 10 - 1]
+    short = ids[:, : 130 + QUERY_BLOCK + 10 - 1]
     dense, _ = read(tiny, short, None, None)
     sparse, _ = read(tiny, short, make_selector(name, 0.1, tiny_butler), 0.1)
     assert torch.equal(sparse, dense)
@@ -102,7 +102,7 @@ def test_later_blocks_change_nothing_before_them(tiny, tiny_butler, ids, name):
 @pytest.mark.parametrize("chunk", [64, 192])
 def test_chunks_do_not_matter(tiny, tiny_butler, ids, monkeypatch, chunk):
     whole, _ = read(tiny, ids, tiny_butler.selector(0.1), 0.4)
-    monkeypatch.setattr(selection, "CHUNK", chunk)
+    monkeypatch.setattr(selection, "PREFILL_CHUNK", chunk)
     parts, _ = read(tiny, ids, tiny_butler.selector(0.1), 0.4)
     assert_close("logits", parts, whole, 1e-4)
 

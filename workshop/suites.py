@@ -247,7 +247,7 @@ def read_and_score(llama, window, context: int, selector, budget: float) -> tupl
     cache = llama.new_cache(1, context + BEHIND)
     synchronize(llama.device)
     start = time.perf_counter()
-    prefill(llama, window[None, :context], cache, selector, budget if selector else None)
+    prefill(llama, window[None, :context], cache, selector, budget)
     synchronize(llama.device)
     seconds = time.perf_counter() - start
     behind = window[context : context + BEHIND]

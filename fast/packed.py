@@ -1,12 +1,11 @@
-"""fast/packed.py - weights in 4, 8 or 16 bits, and one decode step of a layer in one compiled call.
+"""fast/packed.py - weights in 4, 8 or 16 bits, and their product with one token.
 
-    x [C] --norm, q k v, rope--> cache, attention [H * D] --o, norm, MLP--> x [C]     one_layer
-    x [C] ----------------------norm, lm_head----------------------> logits [V]       head
+    the same matrix of all layers --pack--> codes, scales          x [C] --multiply--> out [N]
 
 A product with a single token takes as long as reading the matrix, so fewer bits are faster. Most
 files have few: in GGUF's Q4_1 each group of 32 weights has 16 evenly spaced values, in Q8_0 whole
 multiples of one number, and most safetensors files are bfloat16. `pack` finds the smallest such
-form that is the same matrix, whatever type PyTorch holds it in.
+form that is the same matrix in all layers, whatever type PyTorch holds it in.
 
     weight  = code * step + low                 one step and low per row and group of 32 channels
     product = step * (codes . x) + low * sum(x)
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fast.loops import LOG2E, attend, compiled, exp2_in_place, prange, run
+from fast.loops import compiled, prange, run
 from fast.pairs import PAIRS, TILE, dot_pairs
 
 GROUP = 2 * PAIRS  # channels that share a step
@@ -34,11 +33,11 @@ UPPER_HALF = np.int32(-(2**16))
 
 
 class Packed(NamedTuple):
-    """A matrix [N, C].
+    """A matrix [N, C] of each of L layers.
 
-    codes   [N/64, C * bits/32, 64] int32: 64 rows side by side, words as in fast/pairs.py
-    scales  [N/64, C/32, 2, 64] float32: step and low; with 16 bits [N/64, 0, 2, 64]
-    bias    [N] float32, or [0]
+    codes   [L, N/64, C * bits/32, 64] int32: 64 rows side by side, words as in fast/pairs.py
+    scales  [L, N/64, C/32, 2, 64] float32: step and low; with 16 bits [L, N/64, 0, 2, 64]
+    bias    [L, N] float32, or [L, 0]
     terms   16-bit terms per activation
     """
 
@@ -59,32 +58,41 @@ def as_float32(tensor) -> np.ndarray:
     return tensor.detach().float().contiguous().numpy()
 
 
-def pack(*linears) -> Packed | None:
-    """Linear layers with the same input, stacked into one matrix; None if the weights need more
-    than 16 bits, or sizes are no multiples of 32 channels and 64 rows."""
-    w = torch.cat([linear.weight for linear in linears])
-    N, C = w.shape
+def pack(layers) -> Packed | None:
+    """The same matrix of all layers, each a list of linear layers with the same input, which are
+    stacked; None if the weights need more than 16 bits, or sizes are no multiples of 32 channels
+    and 64 rows."""
+    L = len(layers)
+    N = sum(linear.out_features for linear in layers[0])
+    C = layers[0][0].in_features
+    dtype = layers[0][0].weight.dtype
     if C % GROUP or N % TILE:
         return None
-    bias = np.empty(0, np.float32)
-    if linears[0].bias is not None:
-        bias = as_float32(torch.cat([linear.bias for linear in linears]))
+    bias = np.empty((L, 0), np.float32)
+    if layers[0][0].bias is not None:
+        bias = np.stack([as_float32(torch.cat([part.bias for part in parts])) for parts in layers])
     # A weight that was rounded to bfloat16 is only near its code.
-    tolerance = 2.0**-7 if w.dtype == torch.bfloat16 else 2.0**-15
-    terms = 1 if w.dtype == torch.bfloat16 else 2
-    w = as_float32(w)
+    tolerance = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-15
+    terms = 1 if dtype == torch.bfloat16 else 2
     for bits in (4, 8, 16):
-        codes = np.empty((N // TILE, C * bits // 32, TILE), np.int32)
-        scales = np.empty((N // TILE, C // GROUP if bits < 16 else 0, 2, TILE), np.float32)
-        fits = np.ones(N // TILE, np.bool_)
-        # Most matrices without such a form show it in their first 64 rows.
-        for some in (slice(1), slice(None)):
-            run(encode, w, bits, tolerance, codes[some], scales[some], fits[some])
-            if not fits[some].all():
-                break
-        else:
+        codes = np.empty((L, N // TILE, C * bits // 32, TILE), np.int32)
+        scales = np.empty((L, N // TILE, C // GROUP if bits < 16 else 0, 2, TILE), np.float32)
+        if all(encode_layer(parts, bits, tolerance, codes[n], scales[n])
+               for n, parts in enumerate(layers)):
             return Packed(codes, scales, bias, terms)
     return None
+
+
+def encode_layer(parts, bits, tolerance, codes, scales) -> bool:
+    """Writes codes and scales of one layer; returns whether they are the weights."""
+    w = as_float32(torch.cat([part.weight for part in parts]))
+    fits = np.ones(len(codes), np.bool_)
+    # Most matrices without such a form show it in their first 64 rows.
+    for some in (slice(1), slice(None)):
+        run(encode, w, bits, tolerance, codes[some], scales[some], fits[some])
+        if not fits[some].all():
+            return False
+    return True
 
 
 @compiled
@@ -216,162 +224,24 @@ def add_bfloat16_products(x, codes, out):
 
 
 @compiled
-def multiply_tile(t, x, pairs, units, matrix, out):
-    codes, scales, bias, terms = matrix
+def multiply_tile(t, x, pairs, units, matrix, layer, out):
     rows = out[t * TILE : (t + 1) * TILE]
+    bias = matrix.bias[layer]
     for j in range(TILE):
         rows[j] = bias[t * TILE + j] if bias.size else np.float32(0)
-    if scales.size:
-        add_integer_products(pairs, units, codes[t], scales[t], rows)
+    if matrix.scales.size:
+        add_integer_products(pairs, units, matrix.codes[layer, t], matrix.scales[layer, t], rows)
     else:
-        add_bfloat16_products(x, codes[t], rows)
+        add_bfloat16_products(x, matrix.codes[layer, t], rows)
 
 
 @partial(compiled, parallel=True)
-def multiply(x, matrix, out):
-    """x [C] by a packed matrix [N, C] -> out [N]"""
+def multiply(x, matrix, layer, out):
+    """x [C] by a layer's matrix [N, C] -> out [N]"""
     pairs, units = to_pairs(x if matrix.scales.size else x[:0], matrix.terms)
-    for t in prange(len(matrix.codes)):
-        multiply_tile(np.int64(t), x, pairs, units, matrix, out)  # prange's t has another type
-
-
-# ---------------------------------------------------------------------------- a layer
-
-
-@compiled
-def rms_norm(x, weight, eps):
-    out = np.empty_like(x)
-    total = np.float32(0)
-    for c in range(len(x)):
-        total += x[c] * x[c]
-    scale = np.float32(1) / np.sqrt(total / np.float32(len(x)) + np.float32(eps))
-    for c in range(len(x)):
-        out[c] = x[c] * scale * weight[c]
-    return out
-
-
-@compiled
-def rotate(head, cos, sin):
-    """model.apply_rope of one head [D], in place."""
-    half = len(head) // 2
-    for i in range(half):
-        a = head[i]
-        b = head[i + half]
-        head[i] = a * cos[i] + b * sin[i]
-        head[i + half] = b * cos[i + half] + a * sin[i + half]
-
-
-@compiled
-def mlp(x, gate_up, down, out):
-    """Normed x [C] -> out [C]"""
-    both = np.empty(len(gate_up.codes) * TILE, np.float32)
-    multiply(x, gate_up, both)
-    M = len(both) // 2
-    gate = both[:M]
-    up = both[M:]
-    hidden = np.empty(M, np.float32)
-    decay = np.empty(M, np.float32)
-    for m in range(M):
-        decay[m] = -abs(gate[m]) * np.float32(LOG2E)
-    exp2_in_place(decay, np.float32(0))
-    for m in range(M):  # silu: gate / (1 + exp(-gate)), where decay is exp(-|gate|)
-        share = decay[m] if gate[m] < 0 else np.float32(1)
-        hidden[m] = gate[m] * up[m] * share / (1 + decay[m])
-    multiply(hidden, down, out)
-
-
-@compiled
-def one_layer(x, cos, sin, k, v, position, idx, weights):
-    """model.Block for one token, in place.
-
-    x [C]; cos, sin [D]; k, v [G, capacity, D], the layer's cache, to which the token's key and
-    value are written; idx [G, K]: the tokens attended to, all up to `position` if K is 0.
-    """
-    C = len(x)
-    G, capacity, D = k.shape
-    heads = np.empty(len(weights.qkv.codes) * TILE, np.float32)
-    multiply(rms_norm(x, weights.first_norm, weights.first_eps), weights.qkv, heads)
-    H = len(heads) // D - 2 * G
-    for h in range(H + G):
-        rotate(heads[h * D : (h + 1) * D], cos, sin)
-    for g in range(G):
-        key = heads[(H + g) * D : (H + g + 1) * D]
-        value = heads[(H + G + g) * D : (H + G + g + 1) * D]
-        for d in range(D):
-            k[g, position, d] = key[d]
-            v[g, position, d] = value[d]
-    attended = np.empty((G, H // G, D), np.float32)
-    attend(heads[: H * D].reshape(attended.shape), k, v, idx, position + 1, attended)
-    out = np.empty_like(x)
-    multiply(attended.reshape(H * D), weights.o, out)
-    for c in range(C):
-        x[c] += out[c]
-    mlp(rms_norm(x, weights.second_norm, weights.second_eps), weights.gate_up, weights.down, out)
-    for c in range(C):
-        x[c] += out[c]
-
-
-@compiled
-def head(x, norm, eps, matrix, out):
-    """x [C] -> logits, out [V]"""
-    multiply(rms_norm(x, norm, eps), matrix, out)
-
-
-class PackedLayer(NamedTuple):
-    """The weights of a model.Block."""
-
-    first_norm: np.ndarray
-    first_eps: float
-    qkv: Packed
-    o: Packed
-    second_norm: np.ndarray
-    second_eps: float
-    gate_up: Packed
-    down: Packed
-
-    @classmethod
-    def of(cls, block) -> "PackedLayer | None":
-        """None if a matrix has no packed form."""
-        a = block.self_attn
-        m = block.mlp
-        first = block.input_layernorm
-        second = block.post_attention_layernorm
-        layer = cls(as_float32(first.weight), first.eps, pack(a.q_proj, a.k_proj, a.v_proj),
-                    pack(a.o_proj), as_float32(second.weight), second.eps,
-                    pack(m.gate_proj, m.up_proj), pack(m.down_proj))
-        return None if None in (layer.qkv, layer.o, layer.gate_up, layer.down) else layer
-
-
-class PackedModel:
-    """All weights that a decode step reads, but for the embedding."""
-
-    def __init__(self, layers: list[PackedLayer], norm, lm_head: Packed):
-        self.layers = layers
-        self.norm = as_float32(norm.weight)
-        self.norm_eps = norm.eps
-        self.lm_head = lm_head
-
-    @classmethod
-    def of(cls, llama) -> "PackedModel | None":
-        """None if a matrix has no packed form."""
-        layers = []
-        for block in llama.layers:
-            layers.append(PackedLayer.of(block))
-            if layers[-1] is None:
-                return None
-        lm_head = pack(llama.lm_head)
-        return lm_head and cls(layers, llama.norm, lm_head)
-
-    @property
-    def nbytes(self) -> int:
-        numbers = [number for layer in self.layers for number in layer] + [self.norm, self.lm_head]
-        return sum(getattr(number, "nbytes", 0) for number in numbers)
-
-    def logits(self, x) -> torch.Tensor:
-        """x [C], the output of the last layer -> [V] float32"""
-        logits = torch.empty(len(self.lm_head.codes) * TILE)
-        run(head, x, self.norm, self.norm_eps, self.lm_head, logits.numpy())
-        return logits
+    for t in prange(matrix.codes.shape[1]):
+        # prange's t has another type
+        multiply_tile(np.int64(t), x, pairs, units, matrix, layer, out)
 
 
 if __name__ == "__main__":
@@ -381,18 +251,17 @@ if __name__ == "__main__":
     from tokenizer import resolve
 
     llama = model.Llama.from_pretrained(resolve())
-    packed = PackedModel.of(llama)
-    x = np.random.default_rng(0).standard_normal(llama.config.width, np.float32)
-    wide = np.zeros(llama.config.mlp_width, np.float32)
-    heads = np.zeros(llama.config.heads * llama.config.head_dim, np.float32)
+    mlps = [block.mlp for block in llama.layers]
+    matrices = [pack([[mlp.gate_proj, mlp.up_proj] for mlp in mlps]),
+                pack([[mlp.down_proj] for mlp in mlps])]
+    inputs = np.ones(llama.config.width, np.float32), np.ones(llama.config.mlp_width, np.float32)
 
     def products():
-        for layer in packed.layers:
-            for matrix, of in ((layer.qkv, x), (layer.o, heads), (layer.gate_up, x),
-                               (layer.down, wide)):
-                run(multiply, of, matrix, np.empty(len(matrix.codes) * TILE, np.float32))
-        packed.logits(x)
+        for x, matrix in zip(inputs, matrices, strict=True):
+            for layer in range(llama.config.layers):
+                out = np.empty(matrix.codes.shape[1] * TILE, np.float32)
+                run(multiply, x, matrix, layer, out)
 
     best = min(repeat(products, number=1, repeat=9))  # the first one compiles
-    print(f"{packed.nbytes / 1e6:.1f} MB of packed weights, in float32 "
-          f"{llama.weight_bytes() / 1e6:.1f} MB; products of a step {1e3 * best:.2f} ms")
+    print(f"MLPs of all layers: {sum(matrix.nbytes for matrix in matrices) / 1e6:.1f} MB packed; "
+          f"their products take {1e3 * best:.2f} ms")

@@ -19,7 +19,7 @@ import cli
 import fast
 import model
 from cli import UserError
-from fast import loops, packed, pairs
+from fast import loops, packed, pairs, step
 from fast.selector import ImportanceKeys, Refresh, choose, ordered_codes, quantise
 from kernel import masked_attention
 from selection import Selector, make_selector
@@ -102,18 +102,17 @@ def test_compiled_choosing_equals_the_definition(case, kind):
     q *= {"equal": 0.0, "large": 1e6, "small": 1e-6}.get(kind, 1.0)
     scales[..., stop:] = torch.nan  # anything may stand there
     due = torch.rand(R, N, generator=rng) < 0.7
-    for some in (None, due):
+    for some in (torch.ones_like(due), due):
         table, expected = torch.full((2, R, N, 12 + k), -7, dtype=torch.int32)
         expected = expected[..., 12:]
         loops.run(loops.choose, *(x.numpy() for x in (q, codes, scales)), first, stop,
-                  table.numpy(), 12, loops.ALL_DUE if some is None else some.numpy())
+                  table.numpy(), 12, some.numpy())
         assert (table[..., :12] == -7).all()
         found = table[..., 12:]
         choose(q[:, None], codes[:, None], scales[:, None], first, stop, k, expected[:, None],
-               None if some is None else some[:, None])
+               some[:, None])
         assert torch.equal(found, expected)
-        if some is not None:
-            assert (found[~some] == -7).all() and (found[some] != -7).all()
+        assert (found[~some] == -7).all() and (found[some] != -7).all()
 
     # The definition against sorting, row by row.
     scores = (codes.mT.flatten(2, 3)[:, :, :stop].double() @ q[..., None].double())[..., 0]
@@ -133,11 +132,14 @@ def test_compiled_choosing_equals_the_definition(case, kind):
 
 def test_a_producer_of_one_token(fast_butler):
     x = torch.randn(1, 1, fast_butler.config.width, generator=torch.Generator().manual_seed(0))
-    for layer, (shape, weights, rope) in fast_butler.arrays.items():
+    b = fast_butler.weights
+    for n, layer in enumerate(map(int, fast_butler.producers)):
         expected = fast_butler.importance_queries(layer, x, torch.tensor([900]))
-        found = torch.empty(shape)
-        loops.run(loops.predict, x[0, 0].numpy(), *weights, 900, rope, found.numpy())
-        assert_close("queries", found, torch.stack(list(expected.values()))[:, 0, :, 0], 1e-4)
+        expected = torch.stack(list(expected.values()))[:, 0, :, 0]
+        found = torch.empty_like(expected)
+        loops.run(loops.predict, x[0, 0].numpy(), b.norm_weight[n], b.norm_bias[n], b.eps, b.up[n],
+                  b.out[layer : layer + len(found)], 900, b.importance_rope, found.numpy())
+        assert_close("queries", found, expected, 1e-4)
 
 
 @pytest.mark.parametrize("head_dim,size,known", [(64, 32, 62), (128, 16, 1022)])
@@ -193,31 +195,31 @@ def test_packed_products(bits, dtype):
     for linear, part in zip(linears, weights.split([128, 64]), strict=True):
         linear.weight.data = part.to(dtype)
         linear.bias.data = linear.bias.data.to(dtype)
-    found = packed.pack(*linears)
+    found = packed.pack([linears])
     if bits == 32 and dtype == torch.float32:
         assert found is None
         return
-    assert found.codes.shape == (3, {4: 12, 8: 24}.get(bits, 48), 64)
+    assert found.codes.shape == (1, 3, {4: 12, 8: 24}.get(bits, 48), 64)
     assert found.terms == (2 if dtype == torch.float32 else 1)
     out = np.empty(192, np.float32)
-    loops.run(packed.multiply, x.numpy(), found, out)
+    loops.run(packed.multiply, x.numpy(), found, 0, out)
     exact = torch.cat([F.linear(x, part.weight.float(), part.bias.float()) for part in linears])
     assert_close("product", out, exact, 1e-4 if dtype == torch.float32 else 0.1)
     if bits < 16:
         one, two = np.empty((2, 192), np.float32)
-        loops.run(packed.multiply, x.numpy(), found._replace(terms=1), one)
-        loops.run(packed.multiply, x.numpy(), found._replace(terms=2), two)
+        loops.run(packed.multiply, x.numpy(), found._replace(terms=1), 0, one)
+        loops.run(packed.multiply, x.numpy(), found._replace(terms=2), 0, two)
         error = np.linalg.norm(one - two) / np.linalg.norm(two)
         assert 1e-6 < error < 5e-5, f"activations of one term: {error:.1e}"
     x[40] = torch.nan
-    loops.run(packed.multiply, x.numpy(), found, out)
+    loops.run(packed.multiply, x.numpy(), found, 0, out)
     assert np.isnan(out).all()
 
 
 @pytest.mark.parametrize("sizes", [(100, 128), (96, 100)])
 def test_sizes_that_do_not_pack(sizes):
     linear = torch.nn.Linear(*sizes).bfloat16().float()
-    assert packed.pack(linear) is None
+    assert packed.pack([[linear]]) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -414,10 +416,9 @@ def test_the_fast_engine_is_near_the_plain_one(llama, butler, fast_llama, fast_b
 
 def test_the_default_model_packs_into_the_bits_of_its_file(fast_llama):
     """Its blocks are 4-bit there, its embedding, which is also the head, 8-bit."""
-    for layer in fast_llama.packed.layers:
-        shapes = [m.codes.shape for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        assert shapes == [(15, 72, 64), (9, 72, 64), (48, 72, 64), (9, 192, 64)]
-    assert fast_llama.packed.lm_head.codes.shape == (768, 144, 64)
+    w = fast_llama.packed
+    shapes = [matrix.codes.shape[1:] for matrix in (w.qkv, w.o, w.gate_up, w.down, w.lm_head)]
+    assert shapes == [(15, 72, 64), (9, 72, 64), (48, 72, 64), (9, 192, 64), (768, 144, 64)]
     blocks = 30 * 576 * (960 + 576 + 3 * 1536)
     norms = 61 * 576 * 4
     assert fast_llama.weight_bytes() == blocks * 3 // 4 + 49152 * 576 * 5 // 4 + norms
@@ -494,32 +495,34 @@ def test_a_step_can_be_repeated_and_a_text_cut(fast_llama, fast_butler, ids):
 
 @pytest.mark.parametrize("watched", [True, False])
 def test_plain_steps_choose_ahead_as_compiled_ones(watched):
-    """With a plain cache, keys come layer by layer. After a prompt that was not watched, the first
-    step chooses layer by layer too. A block in between, too."""
+    """In plain steps keys come layer by layer. After a prompt that was not watched, the first one
+    chooses layer by layer too. A block in between, too."""
     plain, quick = packable(model.Llama), packable(fast.Llama)
     b = small_butler(plain)
     x = torch.randint(256, (1, 90), generator=torch.Generator().manual_seed(0))
     seen, calls = [], []
-    for llama in plain, quick:
+    for llama, prefetches in (plain, True), (quick, True), (quick, False):
         cache, selector = llama.new_cache(1, 90), b.selector(24)
-        selector.prefetch_with(lambda layers, chosen, of=selector: calls.append(
-            (of, layers, chosen.clone())))
+        if prefetches:  # then steps are plain
+            selector.prefetch_with(lambda layers, chosen, of=selector: calls.append(
+                (of, layers, chosen.clone())))
         llama.prefill(x[:, :60], cache, selector.watch if watched else None)
         logits = []
         for part in x[:, 60:].split([1, 1, 1, 5, 1, 1, 20], dim=1):
             calls.clear()
             logits.append(llama(part, cache, selector))
-            ahead = part.shape[1] == 1 and (watched or llama is quick or cache.size > 61)
+            ahead = prefetches and part.shape[1] == 1 and (watched or cache.size > 61)
             assert [layers for _, layers, _ in calls] == ([[1, 2], [3]] if ahead else [])
             for of, layers, chosen in calls:
                 assert of is selector and chosen.dtype == torch.int32
                 for n, row in zip(layers, chosen, strict=True):
                     assert torch.equal(row, selector.index[n][:, :, 0, 12:])
         seen.append((torch.cat(logits, 1), dict(selector.index)))
-    assert_close("logits", seen[1][0], seen[0][0], 1e-2)
-    for layer in (1, 2, 3):
-        same = (seen[0][1][layer].sort(-1).values == seen[1][1][layer].sort(-1).values)
-        assert same.float().mean() > 0.97
+    for logits, index in seen[1:]:
+        assert_close("logits", logits, seen[0][0], 1e-2)
+        for layer in (1, 2, 3):
+            same = index[layer].sort(-1).values == seen[0][1][layer].sort(-1).values
+            assert same.float().mean() > 0.97
 
 
 def test_a_block_selects_what_its_tokens_select_one_by_one():
@@ -571,11 +574,16 @@ def test_the_definition_chooses_where_there_is_no_numba(monkeypatch):
 def test_drift_counts_turns_and_ages():
     """Against a count in Python, for queries that turn by fixed angles."""
     refresh = Refresh(0.1)
+    refresh.begin((1, 1, 1, 2), "cpu")
+    asked, age = np.zeros((1, 1, 2), np.float32), np.full((1, 1), 16)  # of the compiled form
     made = []
     turns = [0, 0.3, 0.6, 0.7, 0.9, 0.95, 1.8] + [1.8] * 30
     for turn in turns:
         query = torch.tensor([np.cos(turn), np.sin(turn)]).float() * (1 + turn)
-        made.append(bool(refresh.due(0, query[None, None, None])))
+        made.append(bool(refresh.due(slice(1), query[None, None, None])))
+        due = np.zeros((1, 1), bool)
+        loops.run(loops.mark_due, query[None, None].numpy(), asked, age, 0.1, due)
+        assert due[0, 0] == made[-1] and age[0, 0] == refresh.age.item()
     expected, latest, age = [], None, 0
     for turn in turns:
         age += 1
@@ -585,8 +593,8 @@ def test_drift_counts_turns_and_ages():
     assert made == expected and made[:7] == [True, False, True, False, False, False, True]
     assert made[7:].index(True) == 15
     assert int(refresh.made) == sum(expected) and refresh.used == len(turns)
-    refresh.forget()
-    assert refresh.due(0, torch.ones(1, 1, 1, 2)).all()
+    refresh.begin((1, 1, 1, 2), "cpu")
+    assert refresh.due(slice(1), torch.ones(1, 1, 1, 2)).all()
 
 
 def test_drift_in_a_text(fast_llama, fast_butler, ids):
@@ -663,7 +671,7 @@ def test_compiled_code_is_kept_per_state_of_the_source(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("no code")
     assert len({before, changed, loops.source_digest(tmp_path)}) == 3
     assert loops.source_digest() in loops.compiled_folder()
-    for function in loops.attend, packed.one_layer:
+    for function in loops.attend, step.step:
         assert function.stats.cache_path.startswith(loops.compiled_folder())
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")

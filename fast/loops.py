@@ -78,7 +78,7 @@ def compiled(function, parallel=False, fastmath=("contract",), inline="never"):
     numba.config.CACHE_DIR = folder or ""
     try:
         return numba.njit(function, cache=folder is not None, parallel=parallel, inline=inline,
-                          fastmath=set(fastmath), error_model="numpy")
+                          fastmath=set(fastmath), error_model="numpy", no_cfunc_wrapper=True)
     finally:
         numba.config.CACHE_DIR = users
 
@@ -255,14 +255,16 @@ def mark_due(queries, asked, age, drift, due):
     R, N, E = queries.shape
     for r in range(R):
         for n in range(N):
-            query = queries[r, n] / max(np.sqrt(dot(queries[r, n], queries[r, n])),
-                                        np.float32(1e-12))
-            turned = dot(query, asked[r, n]) < np.float32(1 - drift)
+            query = queries[r, n]
+            latest = asked[r, n]
+            size = np.sqrt(dot(query, query)) + np.float32(1e-12)
+            turned = dot(query, latest) / size < 1 - drift
             age[r, n] += 1
             due[r, n] = drift == 0 or turned or age[r, n] >= MAX_AGE
             if due[r, n]:
-                asked[r, n] = query
                 age[r, n] = 0
+                for e in range(E):
+                    latest[e] = query[e] / size
 
 
 # ---------------------------------------------------------------------------- prediction
@@ -352,17 +354,13 @@ def project_token(keys, weight, position, rope, importance_rope, int8_codes, sca
             int8_codes[n, position // LINE, e, position % LINE] = np.int8(code)
 
 
-@partial(compiled, parallel=True)
-def project(keys, weight, start, rope, importance_rope, int8_codes, scales):
-    """Butler.importance_keys in 8 bits, of the tokens from `start` on: keys [R, N, T, D], weight
-    [R, G, D, E], rope [R, D/2] -> their places in int8_codes [R, N, capacity/64, E, 64] and scales
-    [R, N, capacity]"""
-    R, N, T, D = keys.shape
-    for program in prange(R * T):
-        r = program // T
-        t = program % T
-        project_token(keys[r, :, t], weight[r], start + t, rope[r], importance_rope,
-                      int8_codes[r], scales[r])
+@compiled
+def project(keys, weight, position, rope, importance_rope, int8_codes, scales):
+    """Butler.importance_keys in 8 bits, of one token: keys [R, N, D], weight [R, G, D, E], rope
+    [R, D/2] -> its place in int8_codes [R, N, capacity/64, E, 64] and scales [R, N, capacity]"""
+    for r in range(len(keys)):
+        project_token(keys[r], weight[r], position, rope[r], importance_rope, int8_codes[r],
+                      scales[r])
 
 
 # ---------------------------------------------------------------------------- attention

@@ -33,11 +33,11 @@ UPPER_HALF = np.int32(-(2**16))
 
 
 class Packed(NamedTuple):
-    """A matrix [N, C] of each of L layers.
+    """A matrix [N, C]; with one more dimension in front, [L, ...], the same matrix of all layers.
 
-    codes   [L, N/64, C * bits/32, 64] int32: 64 rows side by side, words as in fast/pairs.py
-    scales  [L, N/64, C/32, 2, 64] float32: step and low; with 16 bits [L, N/64, 0, 2, 64]
-    bias    [L, N] float32, or [L, 0]
+    codes   [N/64, C * bits/32, 64] int32: 64 rows side by side, words as in fast/pairs.py
+    scales  [N/64, C/32, 2, 64] float32: step and low; with 16 bits [N/64, 0, 2, 64]
+    bias    [N] float32, or [0]
     terms   16-bit terms per activation
     """
 
@@ -59,8 +59,8 @@ def as_float32(tensor) -> np.ndarray:
 
 
 def pack(layers) -> Packed | None:
-    """The same matrix of all layers, each a list of linear layers with the same input, which are
-    stacked; None if the weights need more than 16 bits, or sizes are no multiples of 32 channels
+    """One matrix of all layers. A layer is a list of linear layers with the same input, which are
+    stacked. None if the weights need more than 16 bits, or sizes are no multiples of 32 channels
     and 64 rows."""
     L = len(layers)
     N = sum(linear.out_features for linear in layers[0])
@@ -224,24 +224,30 @@ def add_bfloat16_products(x, codes, out):
 
 
 @compiled
-def multiply_tile(t, x, pairs, units, matrix, layer, out):
+def of_layer(matrices, layer):
+    """One matrix of a Packed of all layers."""
+    return Packed(matrices.codes[layer], matrices.scales[layer], matrices.bias[layer],
+                  matrices.terms)
+
+
+@compiled
+def multiply_tile(t, x, pairs, units, matrix, out):
+    codes, scales, bias, terms = matrix
     rows = out[t * TILE : (t + 1) * TILE]
-    bias = matrix.bias[layer]
     for j in range(TILE):
         rows[j] = bias[t * TILE + j] if bias.size else np.float32(0)
-    if matrix.scales.size:
-        add_integer_products(pairs, units, matrix.codes[layer, t], matrix.scales[layer, t], rows)
+    if scales.size:
+        add_integer_products(pairs, units, codes[t], scales[t], rows)
     else:
-        add_bfloat16_products(x, matrix.codes[layer, t], rows)
+        add_bfloat16_products(x, codes[t], rows)
 
 
 @partial(compiled, parallel=True)
-def multiply(x, matrix, layer, out):
-    """x [C] by a layer's matrix [N, C] -> out [N]"""
+def multiply(x, matrix, out):
+    """x [C] by a packed matrix [N, C] -> out [N]"""
     pairs, units = to_pairs(x if matrix.scales.size else x[:0], matrix.terms)
-    for t in prange(matrix.codes.shape[1]):
-        # prange's t has another type
-        multiply_tile(np.int64(t), x, pairs, units, matrix, layer, out)
+    for t in prange(len(matrix.codes)):
+        multiply_tile(np.int64(t), x, pairs, units, matrix, out)  # prange's t has another type
 
 
 if __name__ == "__main__":
@@ -260,7 +266,7 @@ if __name__ == "__main__":
         for x, matrix in zip(inputs, matrices, strict=True):
             for layer in range(llama.config.layers):
                 out = np.empty(matrix.codes.shape[1] * TILE, np.float32)
-                run(multiply, x, matrix, layer, out)
+                run(multiply, x, of_layer(matrix, layer), out)
 
     best = min(repeat(products, number=1, repeat=9))  # the first one compiles
     print(f"MLPs of all layers: {sum(matrix.nbytes for matrix in matrices) / 1e6:.1f} MB packed; "

@@ -28,9 +28,9 @@ from fast.loops import (
     exp2_in_place,
     mark_due,
     predict,
-    project,
+    project_token,
 )
-from fast.packed import TILE, Packed, as_float32, multiply, pack
+from fast.packed import TILE, Packed, as_float32, multiply, of_layer, pack
 
 
 class Weights(NamedTuple):
@@ -45,7 +45,7 @@ class Weights(NamedTuple):
     gate_up: Packed
     down: Packed
     last_norm: np.ndarray  # [C]
-    lm_head: Packed  # of one layer
+    lm_head: Packed
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +74,7 @@ class Weights(NamedTuple):
         second_norm = np.stack([as_float32(b.post_attention_layernorm.weight)
                                 for b in llama.layers])
         return cls(as_float32(llama.frequencies), llama.norm.eps, first_norm, qkv, o, second_norm,
-                   gate_up, down, as_float32(llama.norm.weight), lm_head)
+                   gate_up, down, as_float32(llama.norm.weight), of_layer(lm_head, 0))
 
 
 class ButlerWeights(NamedTuple):
@@ -132,6 +132,22 @@ def rms_norm(x, weight, eps):
     for c in range(len(x)):
         out[c] = x[c] * scale * weight[c]
     return out
+
+
+@compiled
+def add(x, out):
+    """x += out, both [C]"""
+    for c in range(len(x)):
+        x[c] += out[c]
+
+
+@compiled
+def append(k, v, keys, values, position):
+    """Writes a token's k, v [G, D] to the cache of a layer, [G, capacity, D]."""
+    for g in range(len(k)):
+        for d in range(k.shape[1]):
+            keys[g, position, d] = k[g, d]
+            values[g, position, d] = v[g, d]
 
 
 @compiled
@@ -198,20 +214,20 @@ def step(x, position, keys, values, w, b, s, logits):
             choose_ahead(layer // b.layers_per_producer, x, position, b, s)
         index = s.index[layer - 1] if 0 < layer <= len(s.index) else all_tokens
 
-        multiply(rms_norm(x, w.first_norm[layer], w.eps), w.qkv, layer, qkv)
+        multiply(rms_norm(x, w.first_norm[layer], w.eps), of_layer(w.qkv, layer), qkv)
         for h in range(H + G):
             rotate(qkv[h * D : (h + 1) * D], cos, sin)
-        keys[layer, :, position] = k
-        values[layer, :, position] = v
+        append(k, v, keys[layer], values[layer], position)
+        if 0 < layer <= len(s.index):
+            project_token(k, b.key_projection[layer - 1], position, b.rope[layer - 1],
+                          b.importance_rope, s.int8_codes[layer - 1], s.scales[layer - 1])
         attend(q, keys[layer], values[layer], index, position + 1, attended)
-        multiply(attended.reshape(H * D), w.o, layer, out)
-        x += out
+        multiply(attended.reshape(H * D), of_layer(w.o, layer), out)
+        add(x, out)
 
-        multiply(rms_norm(x, w.second_norm[layer], w.eps), w.gate_up, layer, gate_up)
+        multiply(rms_norm(x, w.second_norm[layer], w.eps), of_layer(w.gate_up, layer), gate_up)
         silu_product(gate, up, hidden)
-        multiply(hidden, w.down, layer, out)
-        x += out
+        multiply(hidden, of_layer(w.down, layer), out)
+        add(x, out)
 
-    new_keys = keys[1 : 1 + len(s.index), :, position : position + 1]
-    project(new_keys, b.key_projection, position, b.rope, b.importance_rope, s.int8_codes, s.scales)
-    multiply(rms_norm(x, w.last_norm, w.eps), w.lm_head, 0, logits)
+    multiply(rms_norm(x, w.last_norm, w.eps), w.lm_head, logits)

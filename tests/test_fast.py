@@ -199,20 +199,21 @@ def test_packed_products(bits, dtype):
     if bits == 32 and dtype == torch.float32:
         assert found is None
         return
-    assert found.codes.shape == (1, 3, {4: 12, 8: 24}.get(bits, 48), 64)
+    found = packed.of_layer(found, 0)
+    assert found.codes.shape == (3, {4: 12, 8: 24}.get(bits, 48), 64)
     assert found.terms == (2 if dtype == torch.float32 else 1)
     out = np.empty(192, np.float32)
-    loops.run(packed.multiply, x.numpy(), found, 0, out)
+    loops.run(packed.multiply, x.numpy(), found, out)
     exact = torch.cat([F.linear(x, part.weight.float(), part.bias.float()) for part in linears])
     assert_close("product", out, exact, 1e-4 if dtype == torch.float32 else 0.1)
     if bits < 16:
         one, two = np.empty((2, 192), np.float32)
-        loops.run(packed.multiply, x.numpy(), found._replace(terms=1), 0, one)
-        loops.run(packed.multiply, x.numpy(), found._replace(terms=2), 0, two)
+        loops.run(packed.multiply, x.numpy(), found._replace(terms=1), one)
+        loops.run(packed.multiply, x.numpy(), found._replace(terms=2), two)
         error = np.linalg.norm(one - two) / np.linalg.norm(two)
         assert 1e-6 < error < 5e-5, f"activations of one term: {error:.1e}"
     x[40] = torch.nan
-    loops.run(packed.multiply, x.numpy(), found, 0, out)
+    loops.run(packed.multiply, x.numpy(), found, out)
     assert np.isnan(out).all()
 
 
@@ -417,8 +418,9 @@ def test_the_fast_engine_is_near_the_plain_one(llama, butler, fast_llama, fast_b
 def test_the_default_model_packs_into_the_bits_of_its_file(fast_llama):
     """Its blocks are 4-bit there, its embedding, which is also the head, 8-bit."""
     w = fast_llama.packed
-    shapes = [matrix.codes.shape[1:] for matrix in (w.qkv, w.o, w.gate_up, w.down, w.lm_head)]
-    assert shapes == [(15, 72, 64), (9, 72, 64), (48, 72, 64), (9, 192, 64), (768, 144, 64)]
+    shapes = [matrix.codes.shape for matrix in (w.qkv, w.o, w.gate_up, w.down, w.lm_head)]
+    assert shapes == [(30, 15, 72, 64), (30, 9, 72, 64), (30, 48, 72, 64), (30, 9, 192, 64),
+                      (768, 144, 64)]
     blocks = 30 * 576 * (960 + 576 + 3 * 1536)
     norms = 61 * 576 * 4
     assert fast_llama.weight_bytes() == blocks * 3 // 4 + 49152 * 576 * 5 // 4 + norms

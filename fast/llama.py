@@ -14,6 +14,7 @@ the rows that this cache holds in memory, see fast/offload.py.
 
 import sys
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ from cli import UserError
 from fast import loops
 from fast.loops import run
 from fast.offload import DiskCache
+from fast.packed import BITS, gguf_tensors
 from fast.selector import ButlerSelector, compiled_for
 from fast.step import Weights, no_butler, step
 from selection import Selector
@@ -39,6 +41,18 @@ class Cache(model.Cache):
 
 
 class Llama(model.Llama):
+    """file: the GGUF file of the weights, if they are from one"""
+
+    file = None
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Llama":
+        """See model.Llama.from_pretrained."""
+        llama = super().from_pretrained(path, dtype, device)
+        if Path(path).is_file():
+            llama.file = Path(path)
+        return llama
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """See model.Llama.new_cache."""
         return Cache(self.config, batch, capacity)
@@ -48,10 +62,15 @@ class Llama(model.Llama):
         """The weights of the compiled step, packed at its first use; None if there is none."""
         if loops.numba is None:  # `load` has said so
             return None
-        packed = Weights.of(self)
+        tensors = gguf_tensors(self, self.file) if self.file else {}
+        packed = Weights.of(self, tensors)
+        kinds = {t.tensor_type.name for t in tensors.values()} - BITS.keys()
         if packed is None:
             print("fast: plain steps, because these weights need more than 16 bits or their sizes "
                   "are no multiples of 32 channels and 64 rows", file=sys.stderr)
+        elif kinds - {"F16", "BF16", "F32"}:
+            print(f"fast: 16 bits for weights of {', '.join(sorted(kinds))}, whose groups are not "
+                  f"those of {', '.join(BITS)}", file=sys.stderr)
         return packed
 
     def weight_bytes(self) -> int:

@@ -1,11 +1,12 @@
 """fast/packed.py - weights in 4, 8 or 16 bits, and their product with one token.
 
-    the same matrix of all layers --pack--> codes, scales          x [C] --multiply--> out [N]
+    a GGUF file  --read_codes--> codes, step, low  --pack--> Packed
+                                                         x [C], Packed --multiply--> out [N]
 
 A product with a single token takes as long as reading the matrix, so fewer bits are faster. Most
-files have few: in GGUF's Q4_1 each group of 32 weights has 16 evenly spaced values, in Q8_0 whole
-multiples of one number, and most safetensors files are bfloat16. `pack` finds the smallest such
-form that is the same matrix in all layers, whatever type PyTorch holds it in.
+GGUF files have few: in Q4_0, Q4_1 and Q8_0 each group of 32 weights has 16 or 256 evenly spaced
+values. Their codes and scales are used as they stand in the file. All other matrices take 16 bits,
+as in most safetensors files, which are bfloat16.
 
     weight  = code * step + low                 one step and low per row and group of 32 channels
     product = step * (codes . x) + low * sum(x)
@@ -25,8 +26,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import model
 from fast.loops import compiled, prange, run
 from fast.pairs import PAIRS, TILE, dot_pairs
+from tokenizer import open_gguf
 
 GROUP = 2 * PAIRS  # channels that share a step
 UPPER_HALF = np.int32(-(2**16))
@@ -51,6 +54,51 @@ class Packed(NamedTuple):
         return self.codes.nbytes + self.scales.nbytes + self.bias.nbytes
 
 
+# ---------------------------------------------------------------------------- files
+
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # of the types of tensors whose codes are read
+
+
+def gguf_tensors(llama, path) -> dict:
+    """{linear layer: the tensor of a GGUF file with its weights}"""
+    tensors = {}
+    for t in open_gguf(path).tensors:
+        *block, stem, end = t.name.split(".")  # blk.3.attn_q.weight, output.weight
+        name = model.GGUF_NAMES.get(stem, stem)
+        if end == "weight":
+            tensors[f"layers.{block[1]}.{name}" if block else name] = t
+    if llama.config.tied:
+        tensors["lm_head"] = tensors["embed_tokens"]
+    return {module: tensors[name] for name, module in llama.named_modules()
+            if isinstance(module, torch.nn.Linear)}
+
+
+def read_codes(tensor):
+    """A tensor of a GGUF file, of a type in BITS -> codes [N, C] uint8; step, low [N, C/32] float32
+
+    A group begins with its step and, in Q4_1, its low, in 16 bits each. Of 4-bit codes, the first
+    16 are in the lower halves of 16 bytes.
+    """
+    kind = tensor.tensor_type.name
+    head = 4 if kind == "Q4_1" else 2
+    groups = torch.tensor(tensor.data)  # bytes
+    groups = groups.unflatten(1, (-1, head + GROUP * BITS[kind] // 8))  # [N, C/32, bytes]
+    scales = groups[..., :head].contiguous().view(torch.float16).float()
+    step = scales[..., 0]
+    codes = groups[..., head:]
+    if kind == "Q8_0":  # the bytes of -128 ... 127
+        return (codes ^ 128).flatten(1), step, -128 * step
+    codes = torch.cat([codes & 15, codes >> 4], dim=-1).flatten(1)
+    if kind == "Q4_0":
+        return codes, step, -8 * step
+    return codes, step, scales[..., 1]
+
+
+def undo_permutation(rows, head_dim: int):
+    """The rows [N, ..] of q or k in a GGUF file, in model.py's order; see model.read_gguf."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
 # ---------------------------------------------------------------------------- packing
 
 
@@ -58,84 +106,68 @@ def as_float32(tensor) -> np.ndarray:
     return tensor.detach().float().contiguous().numpy()
 
 
-def pack(layers) -> Packed | None:
-    """One matrix of all layers. A layer is a list of linear layers with the same input, which are
-    stacked. None if the weights need more than 16 bits, or sizes are no multiples of 32 channels
-    and 64 rows."""
-    L = len(layers)
-    N = sum(linear.out_features for linear in layers[0])
-    C = layers[0][0].in_features
-    dtype = layers[0][0].weight.dtype
+def pack(layers, tensors, head_dim=0) -> Packed | None:
+    """One matrix of all layers.
+
+    layers     for each layer a list of linear layers with the same input, which are stacked
+    tensors    {linear layer: tensor of a GGUF file}
+    head_dim   of the linear layers q_proj and k_proj, the first two, whose rows a file permutes
+
+    None if the weights need more than 16 bits, or sizes are no multiples of 32 channels and 64
+    rows.
+    """
+    first = layers[0]
+    dtype = first[0].weight.dtype
+    N = sum(linear.out_features for linear in first)
+    C = first[0].in_features
     if C % GROUP or N % TILE:
         return None
+    bits = max(bits_of(tensors.get(linear)) for parts in layers for linear in parts)
+    L = len(layers)
+    codes = np.empty((L, N // TILE, C * bits // 32, TILE), np.int32)
+    scales = np.empty((L, N // TILE, C // GROUP if bits < 16 else 0, 2, TILE), np.float32)
+    for n, parts in enumerate(layers):
+        if bits == 16:
+            w = torch.cat([linear.weight for linear in parts])
+            # The first rows tell most matrices that need more.
+            if not (is_bfloat16(w[:TILE]) and is_bfloat16(w)):
+                return None
+            words = w.bfloat16().view(torch.int32)  # [N, C/2]
+        else:
+            read = [read_codes(tensors[linear]) for linear in parts]
+            if head_dim:
+                read[:2] = [[undo_permutation(rows, head_dim) for rows in part]
+                            for part in read[:2]]
+            code, step, low = (torch.cat(rows) for rows in zip(*read, strict=True))
+            words = to_words(code, bits)
+            scales[n] = in_tiles(torch.stack([step, low], dim=2))
+        codes[n] = in_tiles(words)
     bias = np.empty((L, 0), np.float32)
-    if layers[0][0].bias is not None:
+    if first[0].bias is not None:
         bias = np.stack([as_float32(torch.cat([part.bias for part in parts])) for parts in layers])
-    # A weight that was rounded to bfloat16 is only near its code.
-    tolerance = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-15
-    terms = 1 if dtype == torch.bfloat16 else 2
-    for bits in (4, 8, 16):
-        codes = np.empty((L, N // TILE, C * bits // 32, TILE), np.int32)
-        scales = np.empty((L, N // TILE, C // GROUP if bits < 16 else 0, 2, TILE), np.float32)
-        if all(encode_layer(parts, bits, tolerance, codes[n], scales[n])
-               for n, parts in enumerate(layers)):
-            return Packed(codes, scales, bias, terms)
-    return None
+    return Packed(codes, scales, bias, 1 if dtype == torch.bfloat16 else 2)
 
 
-def encode_layer(parts, bits, tolerance, codes, scales) -> bool:
-    """Writes codes and scales of one layer; returns whether they are the weights."""
-    w = as_float32(torch.cat([part.weight for part in parts]))
-    fits = np.ones(len(codes), np.bool_)
-    # Most matrices without such a form show it in their first 64 rows.
-    for some in (slice(1), slice(None)):
-        run(encode, w, bits, tolerance, codes[some], scales[some], fits[some])
-        if not fits[some].all():
-            return False
-    return True
+def bits_of(tensor) -> int:
+    return BITS.get(tensor.tensor_type.name, 16) if tensor else 16
 
 
-@compiled
-def encode_tile(w, bits, tolerance, codes, scales):
-    """w [64, C] -> codes, scales; returns whether these are the weights."""
-    per_word = 32 // bits
-    fits = True
-    codes[:] = 0
-    for r in range(TILE):
-        words = w[r].view(np.int32)
-        if bits == 16:  # the upper half of a float32 is a bfloat16
-            for c in range(len(words)):
-                codes[c // 2, r] |= (words[c] >> 16 & 0xFFFF) << 16 * (c % 2)
-                fits &= words[c] & 0xFFFF == 0
-        for b in range(len(scales)):
-            group = w[r, b * GROUP : (b + 1) * GROUP]
-            low = np.inf
-            high = -np.inf
-            for i in range(GROUP):
-                low = min(low, group[i])
-                high = max(high, group[i])
-            largest = max(-low, high)
-            if bits == 4:
-                step = max((high - low) / 15, 1e-12)
-            else:
-                step = max(largest / 127, 1e-12)
-                low = -128 * step
-            scales[b, 0, r] = step
-            scales[b, 1, r] = low
-            for i in range(GROUP):
-                code = np.rint((group[i] - low) / step)
-                size = largest if bits == 4 else abs(group[i]) + step
-                fits &= abs(code * step + low - group[i]) <= tolerance * size
-                place = i % per_word // 2 * bits + i % 2 * 16
-                codes[b * bits + i // per_word, r] |= np.int32(code) << place
-    return fits
+def is_bfloat16(w) -> bool:
+    return torch.equal(w.bfloat16().to(w), w)
 
 
-@partial(compiled, parallel=True)
-def encode(w, bits, tolerance, codes, scales, fits):
-    """Weights [N, C] -> codes, scales, and for each tile of 64 rows whether they are the weights"""
-    for t in prange(len(codes)):
-        fits[t] = encode_tile(w[t * TILE : (t + 1) * TILE], bits, tolerance, codes[t], scales[t])
+def in_tiles(rows):
+    """[N, ..] -> [N/64, .., 64]"""
+    return rows.unflatten(0, (-1, TILE)).movedim(1, -1)
+
+
+def to_words(codes, bits: int):
+    """uint8 codes [N, C] of 4 or 8 bits -> words as in fast/pairs.py, [N, C * bits/32] int32"""
+    if bits == 4:
+        codes = codes.unflatten(1, (-1, 2, 2))  # [N, C/4, 2 halves of a byte, even and odd]
+        codes = codes[:, :, 0] | codes[:, :, 1] << 4
+    codes = codes.reshape(len(codes), -1, 2, 2)  # [N, words, 2 bytes, even and odd]
+    return codes.transpose(2, 3).flatten(1).view(torch.int32)
 
 
 # ---------------------------------------------------------------------------- products
@@ -253,13 +285,13 @@ def multiply(x, matrix, out):
 if __name__ == "__main__":
     from timeit import repeat
 
-    import model
     from tokenizer import resolve
 
     llama = model.Llama.from_pretrained(resolve())
+    tensors = gguf_tensors(llama, resolve())
     mlps = [block.mlp for block in llama.layers]
-    matrices = [pack([[mlp.gate_proj, mlp.up_proj] for mlp in mlps]),
-                pack([[mlp.down_proj] for mlp in mlps])]
+    matrices = [pack([[mlp.gate_proj, mlp.up_proj] for mlp in mlps], tensors),
+                pack([[mlp.down_proj] for mlp in mlps], tensors)]
     inputs = np.ones(llama.config.width, np.float32), np.ones(llama.config.mlp_width, np.float32)
 
     def products():

@@ -108,7 +108,7 @@ class ImportanceKeys:
         if T == 1 and compiled_for(b):
             codes = self.int8_codes[some].flatten(1, 2)
             scales = self.scales[some].flatten(1, 2)
-            keys = keys.float().flatten(1, 2)[:, :, 0].contiguous()  # Numba compiles for each layout
+            keys = keys.flatten(1, 2)[:, :, 0].float().contiguous()  # one layout, compiled once
             run(loops.project, keys.numpy(), b.key_projection[some].numpy(), start,
                 b.rope[some].numpy(), b.importance_rope.numpy(), codes.numpy(), scales.numpy())
             return

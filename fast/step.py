@@ -53,23 +53,21 @@ class Weights(NamedTuple):
         return sum(getattr(weights, "nbytes", 0) for weights in self[1:])
 
     @classmethod
-    def of(cls, llama) -> "Weights | None":
-        """The weights of a model.Llama; None if a matrix has no packed form."""
+    def of(cls, llama, tensors) -> "Weights | None":
+        """The weights of a model.Llama; None if a matrix has no packed form. tensors: of its GGUF
+        file, see packed.pack."""
         attentions = [block.self_attn for block in llama.layers]
         mlps = [block.mlp for block in llama.layers]
-        matrices = [
-            [[a.q_proj, a.k_proj, a.v_proj] for a in attentions],
-            [[a.o_proj] for a in attentions],
-            [[m.gate_proj, m.up_proj] for m in mlps],
-            [[m.down_proj] for m in mlps],
-            [[llama.lm_head]],
-        ]
-        packed = []
-        for matrix in matrices:
-            packed.append(pack(matrix))
-            if packed[-1] is None:
-                return None
-        qkv, o, gate_up, down, lm_head = packed
+        qkv = pack([[a.q_proj, a.k_proj, a.v_proj] for a in attentions], tensors,
+                   llama.config.head_dim)
+        if qkv is None:  # most models without packed forms end here, soon
+            return None
+        o = pack([[a.o_proj] for a in attentions], tensors)
+        gate_up = pack([[m.gate_proj, m.up_proj] for m in mlps], tensors)
+        down = pack([[m.down_proj] for m in mlps], tensors)
+        lm_head = pack([[llama.lm_head]], tensors)
+        if None in (o, gate_up, down, lm_head):
+            return None
         first_norm = np.stack([as_float32(b.input_layernorm.weight) for b in llama.layers])
         second_norm = np.stack([as_float32(b.post_attention_layernorm.weight)
                                 for b in llama.layers])

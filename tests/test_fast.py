@@ -7,12 +7,15 @@ import runpy
 import subprocess
 import sys
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_close, randomise, tiny_config
+from test_model import small, write_gguf
 
 import butler
 import cli
@@ -176,36 +179,43 @@ def test_a_text_from_its_first_token(fast_llama, fast_butler, ids):
 # ---------------------------------------------------------------------------- products
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def in_gguf(weights, kind):
+    """-> a tensor of a GGUF file, and the weights that it stands for"""
+    kind = gguf.GGMLQuantizationType[kind]
+    data = gguf.quants.quantize(weights.numpy(), kind)
+    stored = torch.from_numpy(gguf.dequantize(data, kind).copy())
+    return SimpleNamespace(data=data, tensor_type=kind), stored
+
+
+@pytest.mark.parametrize("kinds", [("Q4_0", "Q4_1"), ("Q8_0", "Q8_0"), ("Q4_1", "Q8_0"),
+                                   ("BF16", "BF16"), ("Q4_0", "BF16"), ("F32", "F32")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packed_products(bits, dtype):
-    """Two stacked layers, with biases, against torch's product. 32: random float32 weights."""
-    rng = torch.Generator().manual_seed(bits)
+def test_packed_products(kinds, dtype):
+    """Two stacked layers, with biases, against torch's product. F32: random float32 weights."""
+    rng = torch.Generator().manual_seed(5)
     x = torch.randn(96, generator=rng)
-    weights = torch.randn(192, 96, generator=rng)
-    if bits < 16:
-        groups = weights.unflatten(1, (-1, 32))
-        low, high = groups.aminmax(dim=-1, keepdim=True)
-        size = groups.abs().amax(-1, keepdim=True)
-        low, step = (low, (high - low) / 15) if bits == 4 else (-size, size / 127)
-        weights = (((groups - low) / step).round() * step + low).flatten(1)
-    if bits == 16:
-        weights = weights.bfloat16().float()
     linears = [torch.nn.Linear(96, rows).requires_grad_(False) for rows in (128, 64)]
-    for linear, part in zip(linears, weights.split([128, 64]), strict=True):
-        linear.weight.data = part.to(dtype)
+    tensors, weights = {}, []
+    for linear, kind in zip(linears, kinds, strict=True):
+        tensors[linear], stored = in_gguf(torch.randn(linear.weight.shape, generator=rng), kind)
+        weights.append(stored)
+        linear.weight.data = stored.to(dtype)
         linear.bias.data = linear.bias.data.to(dtype)
-    found = packed.pack([linears])
-    if bits == 32 and dtype == torch.float32:
+    found = packed.pack([linears], tensors)
+    bits = max(packed.BITS.get(kind, 16) for kind in kinds)
+    if dtype == torch.float32 and ("F32" in kinds or kinds == ("Q4_0", "BF16")):
         assert found is None
         return
     found = packed.of_layer(found, 0)
-    assert found.codes.shape == (3, {4: 12, 8: 24}.get(bits, 48), 64)
+    assert found.codes.shape == (3, 3 * bits, 64)
     assert found.terms == (2 if dtype == torch.float32 else 1)
     out = np.empty(192, np.float32)
     loops.run(packed.multiply, x.numpy(), found, out)
-    exact = torch.cat([F.linear(x, part.weight.float(), part.bias.float()) for part in linears])
-    assert_close("product", out, exact, 1e-4 if dtype == torch.float32 else 0.1)
+    if bits == 16:
+        weights = [linear.weight.float() for linear in linears]
+    exact = torch.cat([F.linear(x, weight, linear.bias.float())
+                       for linear, weight in zip(linears, weights, strict=True)])
+    assert_close("product", out, exact, 1e-4 if dtype == torch.float32 or bits == 16 else 5e-3)
     if bits < 16:
         one, two = np.empty((2, 192), np.float32)
         loops.run(packed.multiply, x.numpy(), found._replace(terms=1), one)
@@ -217,10 +227,36 @@ def test_packed_products(bits, dtype):
     assert np.isnan(out).all()
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_codes_of_a_file(kind):
+    """Are its weights, exactly."""
+    tensor, stored = in_gguf(torch.randn(64, 96), kind)
+    codes, step, low = packed.read_codes(tensor)
+    assert torch.equal(codes.unflatten(1, (-1, 32)) * step[..., None] + low[..., None],
+                       stored.unflatten(1, (-1, 32)))
+
+
+@pytest.mark.parametrize("kind,bits,told", [("Q4_0", 4, ""), ("Q8_0", 8, ""), ("F16", 16, ""),
+                                            ("Q5_0", 16, "16 bits for weights of Q5_0")])
+def test_steps_of_other_files(tmp_path, capsys, kind, bits, told):
+    hf = small(vocab_size=128)
+    path = write_gguf(tmp_path / "a.gguf", hf, gguf.GGMLQuantizationType[kind])
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
+    quick = fast.Llama.from_pretrained(path, dtype)
+    plain = model.Llama.from_pretrained(path)
+    x = torch.randint(128, (1, 20), generator=torch.Generator().manual_seed(0))
+    cache = quick.new_cache(1, 20)
+    logits = torch.cat([quick.decode(token, cache) for token in x.split(1, dim=1)], dim=1)
+    assert_close("logits", logits, plain(x), 1e-3 if bits < 16 else 0.3)
+    assert quick.packed.qkv.codes.shape[2] == 2 * bits
+    error = capsys.readouterr().err
+    assert (told in error and error.count("\n") == 1) if told else error == ""
+
+
 @pytest.mark.parametrize("sizes", [(100, 128), (96, 100)])
 def test_sizes_that_do_not_pack(sizes):
     linear = torch.nn.Linear(*sizes).bfloat16().float()
-    assert packed.pack([[linear]]) is None
+    assert packed.pack([[linear]], {}) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])

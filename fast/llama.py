@@ -28,6 +28,8 @@ from fast.selector import ButlerSelector, compiled_for
 from fast.step import Weights, no_butler, step
 from selection import Selector
 
+NO_BUTLER = no_butler()
+
 
 class Cache(model.Cache):
     """k and v are views of one table [2, L, B, G, capacity, D], float32."""
@@ -105,9 +107,6 @@ class Llama(model.Llama):
             selector.end_compiled(selection)
         cache.advance(1)
         return logits[None, None]
-
-
-NO_BUTLER = no_butler()
 
 
 def runs_compiled(selector) -> bool:

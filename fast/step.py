@@ -1,10 +1,9 @@
 """fast/step.py - a whole decode step of one text in one compiled call.
 
     x [C], the token's embedding
-      -> for each layer: at a producer predict and choose for the next R layers
+      -> for each layer: at a producer, predict and choose for the next R layers
                          norm, q k v, rope, append to the cache, attend, o
                          norm, MLP
-      -> importance keys of the token
       -> norm, lm_head -> logits [V]
 
 At a single token most operations take microseconds, and so does every call from Python. Here `step`
@@ -12,7 +11,8 @@ calls the compiled loops of packed.py and loops.py directly. It computes what mo
 computes with the selector of fast/selector.py.
 
 The loops over the rows of a matrix, the tokens attended to and the KV heads that choose run on all
-cores: five times per layer, three times per producer. All else is too short to be shared.
+cores: five times per layer, three times per producer, once for the logits. All else is too short to
+be shared.
 """
 
 from typing import NamedTuple

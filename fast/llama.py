@@ -1,6 +1,6 @@
 """fast/llama.py - the Llama of model.py, with a compiled decode step.
 
-    token [1, 1] -> embedding [C] -> L x one compiled call (packed.one_layer) -> logits [1, 1, V]
+    token [1, 1] -> embedding [C] -> one compiled call (fast/step.py) -> logits [1, 1, V]
                                               |
                      the cache's table [2, L, 1, G, capacity, D], float32
 
@@ -14,8 +14,8 @@ the rows that this cache holds in memory, see fast/offload.py.
 
 import sys
 from functools import cached_property
+from pathlib import Path
 
-import numpy as np
 import torch
 
 import model
@@ -23,10 +23,12 @@ from cli import UserError
 from fast import loops
 from fast.loops import run
 from fast.offload import DiskCache
-from fast.packed import PackedModel, one_layer
-from fast.selector import ButlerSelector
-from model import rope_cos_sin
+from fast.packed import BITS, gguf_tensors
+from fast.selector import ButlerSelector, compiled_for
+from fast.step import Weights, no_butler, step
 from selection import Selector
+
+NO_BUTLER = no_butler()
 
 
 class Cache(model.Cache):
@@ -41,19 +43,36 @@ class Cache(model.Cache):
 
 
 class Llama(model.Llama):
+    """file: the GGUF file of the weights, if they are from one"""
+
+    file = None
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu") -> "Llama":
+        """See model.Llama.from_pretrained."""
+        llama = super().from_pretrained(path, dtype, device)
+        if Path(path).is_file():
+            llama.file = Path(path)
+        return llama
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """See model.Llama.new_cache."""
         return Cache(self.config, batch, capacity)
 
     @cached_property
-    def packed(self) -> PackedModel | None:
+    def packed(self) -> Weights | None:
         """The weights of the compiled step, packed at its first use; None if there is none."""
         if loops.numba is None:  # `load` has said so
             return None
-        packed = PackedModel.of(self)
+        tensors = gguf_tensors(self, self.file) if self.file else {}
+        packed = Weights.of(self, tensors)
+        kinds = {t.tensor_type.name for t in tensors.values()} - BITS.keys()
         if packed is None:
             print("fast: plain steps, because these weights need more than 16 bits or their sizes "
                   "are no multiples of 32 channels and 64 rows", file=sys.stderr)
+        elif kinds - {"F16", "BF16", "F32"}:
+            print(f"fast: 16 bits for weights of {', '.join(sorted(kinds))}, whose groups are not "
+                  f"those of {', '.join(BITS)}", file=sys.stderr)
         return packed
 
     def weight_bytes(self) -> int:
@@ -62,9 +81,8 @@ class Llama(model.Llama):
 
     def forward(self, tokens, cache=None, selector=None, positions=None, last=0):
         """See model.Llama.forward."""
-        fits = (tokens.numel() == 1 and positions is None and isinstance(cache, Cache)
-                and (selector is None or isinstance(selector, ButlerSelector)))
-        if fits and self.packed:
+        fits = tokens.numel() == 1 and positions is None and isinstance(cache, Cache)
+        if fits and runs_compiled(selector) and self.packed:
             return self.step(tokens, cache, selector)
         if tokens.shape[1] == 1 and isinstance(cache, DiskCache) and isinstance(selector, Selector):
             selector = cache.through_held_rows(selector)
@@ -76,22 +94,27 @@ class Llama(model.Llama):
         position = cache.size
         if position == cache.capacity:
             raise UserError(f"{position + 1} tokens do not fit into a cache of {cache.capacity}")
-        cos, sin = rope_cos_sin(torch.tensor([position]), self.frequencies)
-        cos, sin = cos[0].numpy(), sin[0].numpy()
-        x = self.embed_tokens(token)[0, 0].float().clone().numpy()  # [C]; layers write into it
-        if selector:
-            selector.begin_compiled(cache.table[0, :, :, :, :position])
+        x = self.embed_tokens(token)[0, 0].float().clone()  # [C]
         keys, values = cache.table[:, :, 0].numpy()  # [L, G, capacity, D] each
-        all_tokens = np.empty((self.config.kv_heads, 0), np.int32)  # an index of no slots
-        for layer, weights in enumerate(self.packed.layers):
-            index = all_tokens
-            if selector:
-                selector.predict_compiled(layer, x, position)
-                if layer > 0:
-                    index = selector.table[layer - 1, 0].numpy()
-            run(one_layer, x, cos, sin, keys[layer], values[layer], position, index, weights)
+        logits = torch.empty(self.config.vocab_size)
+        butler, selection = NO_BUTLER
+        if selector:
+            butler = selector.butler.weights
+            selection = selector.begin_compiled(cache.table[0, :, :, :, :position])
+        run(step, x.numpy(), position, keys, values, self.packed, butler, selection,
+            logits.numpy())
+        if selector:
+            selector.end_compiled(selection)
         cache.advance(1)
-        return self.packed.logits(x)[None, None]
+        return logits[None, None]
+
+
+def runs_compiled(selector) -> bool:
+    """Does the compiled step serve this selector? It cannot prefetch in between."""
+    if selector is None:
+        return True
+    return (isinstance(selector, ButlerSelector) and compiled_for(selector.butler)
+            and selector.prefetch is None)
 
 
 if __name__ == "__main__":

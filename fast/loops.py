@@ -50,7 +50,7 @@ LINE = 64  # tokens whose codes of one channel lie side by side: a cache line of
 ROWS = 64  # keys and values attended to at a time
 MAX_HALF = np.float32(65504)  # the largest number of fp16
 LOG2E = math.log2(math.e)
-ALL_DUE = np.empty((0, 0), np.bool_)  # for `choose`: every KV head chooses
+MAX_AGE = 16  # steps that one choice serves at most
 
 
 # ---------------------------------------------------------------------------- compiling
@@ -120,7 +120,7 @@ def compiled(function, parallel=False, fastmath=("contract",), inline="never"):
     if numba is None:
         return function
     made = numba.njit(function, parallel=parallel, inline=inline, fastmath=set(fastmath),
-                      error_model="numpy")
+                      error_model="numpy", no_cfunc_wrapper=True)
     if "<" not in function.__qualname__:  # the name of a lambda does not tell which one it is
         made._cache = CompiledCode(function)
     return made
@@ -280,15 +280,34 @@ def choose_row(query, keys, scales, first, stop, idx):
 @partial(compiled, parallel=True)
 def choose(queries, int8_codes, scales, first, stop, idx, skip, due):
     """selector.choose for rows [R, N]: queries [R, N, E], int8_codes [R, N, capacity/64, E, 64],
-    scales [R, N, capacity] -> idx [R, N, skip + k], where due [R, N] is true or empty. The first
-    `skip` slots, which are for sinks and window, are left alone."""
+    scales [R, N, capacity] -> idx [R, N, skip + k], where due [R, N] is true. The first `skip`
+    slots, which are for sinks and window, are left alone."""
     R, N, E = queries.shape
     for row in prange(R * N):
         r = row // N
         n = row % N
-        if due.size == 0 or due[r, n]:
+        if due[r, n]:
             choose_row(queries[r, n], int8_codes[r, n], scales[r, n], first, stop,
                        idx[r, n, skip:])
+
+
+@compiled
+def mark_due(queries, asked, age, drift, due):
+    """selector.Refresh.due for queries [R, N, E] -> due [R, N]; updates asked [R, N, E] and age
+    [R, N]. Drift 0: every KV head chooses."""
+    R, N, E = queries.shape
+    for r in range(R):
+        for n in range(N):
+            query = queries[r, n]
+            latest = asked[r, n]
+            size = np.sqrt(dot(query, query)) + np.float32(1e-12)
+            turned = dot(query, latest) / size < 1 - drift
+            age[r, n] += 1
+            due[r, n] = drift == 0 or turned or age[r, n] >= MAX_AGE
+            if due[r, n]:
+                age[r, n] = 0
+                for e in range(E):
+                    latest[e] = query[e] / size
 
 
 # ---------------------------------------------------------------------------- prediction
@@ -325,7 +344,10 @@ def cos_sin(position, rope):
 
 @partial(compiled, parallel=True)
 def predict(x, weight, bias, eps, up, down, position, rope, out):
-    """butler.Producer and the rotary embedding of its queries: x [C] -> out [R, G, E]"""
+    """butler.Producer and the rotary embedding of its queries: x [C] -> out [R, G, E]
+
+    weight, bias and eps of the norm; up [hidden, C]; down [R, G, E, hidden]
+    """
     R, G, E = out.shape
     normed = layer_norm(x, weight, bias, eps)
     hidden = np.empty(len(up), np.float32)
@@ -334,10 +356,11 @@ def predict(x, weight, bias, eps, up, down, position, rope, out):
         hidden[m] = gate / (1 + np.exp(-gate))  # silu
     cos, sin = cos_sin(position, rope)
     for n in prange(R * G):
+        of_head = down[n // G, n % G]
         to = out[n // G, n % G]
         for e in range(E // 2):
-            a = dot(down[n * E + e], hidden)
-            b = dot(down[n * E + e + E // 2], hidden)
+            a = dot(of_head[e], hidden)
+            b = dot(of_head[e + E // 2], hidden)
             to[e] = a * cos[e] - b * sin[e]
             to[e + E // 2] = b * cos[e] + a * sin[e]
 
@@ -374,17 +397,13 @@ def project_token(keys, weight, position, rope, importance_rope, int8_codes, sca
             int8_codes[n, position // LINE, e, position % LINE] = np.int8(code)
 
 
-@partial(compiled, parallel=True)
-def project(keys, weight, start, rope, importance_rope, int8_codes, scales):
-    """Butler.importance_keys in 8 bits, of the tokens from `start` on: keys [R, N, T, D], weight
-    [R, G, D, E], rope [R, D/2] -> their places in int8_codes [R, N, capacity/64, E, 64] and scales
-    [R, N, capacity]"""
-    R, N, T, D = keys.shape
-    for program in prange(R * T):
-        r = program // T
-        t = program % T
-        project_token(keys[r, :, t], weight[r], start + t, rope[r], importance_rope,
-                      int8_codes[r], scales[r])
+@compiled
+def project(keys, weight, position, rope, importance_rope, int8_codes, scales):
+    """Butler.importance_keys in 8 bits, of one token: keys [R, N, D], weight [R, G, D, E], rope
+    [R, D/2] -> its place in int8_codes [R, N, capacity/64, E, 64] and scales [R, N, capacity]"""
+    for r in range(len(keys)):
+        project_token(keys[r], weight[r], position, rope[r], importance_rope, int8_codes[r],
+                      scales[r])
 
 
 # ---------------------------------------------------------------------------- attention

@@ -1,12 +1,12 @@
-"""fast/packed.py - weights in 4, 8 or 16 bits, and one decode step of a layer in one compiled call.
+"""fast/packed.py - weights in 4, 8 or 16 bits, and their product with one token.
 
-    x [C] --norm, q k v, rope--> cache, attention [H * D] --o, norm, MLP--> x [C]     one_layer
-    x [C] ----------------------norm, lm_head----------------------> logits [V]       head
+    a GGUF file  --read_codes--> codes, step, low  --pack--> Packed
+                                                         x [C], Packed --multiply--> out [N]
 
 A product with a single token takes as long as reading the matrix, so fewer bits are faster. Most
-files have few: in GGUF's Q4_1 each group of 32 weights has 16 evenly spaced values, in Q8_0 whole
-multiples of one number, and most safetensors files are bfloat16. `pack` finds the smallest such
-form that is the same matrix, whatever type PyTorch holds it in.
+GGUF files have few: in Q4_0, Q4_1 and Q8_0 each group of 32 weights has 16 or 256 evenly spaced
+values. Their codes and scales are used as they stand in the file. All other matrices take 16 bits,
+as in most safetensors files, which are bfloat16.
 
     weight  = code * step + low                 one step and low per row and group of 32 channels
     product = step * (codes . x) + low * sum(x)
@@ -26,15 +26,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fast.loops import LOG2E, attend, compiled, exp2_in_place, prange, run
+import model
+from fast.loops import compiled, prange, run
 from fast.pairs import PAIRS, TILE, dot_pairs
+from tokenizer import open_gguf
 
 GROUP = 2 * PAIRS  # channels that share a step
 UPPER_HALF = np.int32(-(2**16))
 
 
 class Packed(NamedTuple):
-    """A matrix [N, C].
+    """A matrix [N, C]; with one more dimension in front, [L, ...], the same matrix of all layers.
 
     codes   [N/64, C * bits/32, 64] int32: 64 rows side by side, words as in fast/pairs.py
     scales  [N/64, C/32, 2, 64] float32: step and low; with 16 bits [N/64, 0, 2, 64]
@@ -52,6 +54,51 @@ class Packed(NamedTuple):
         return self.codes.nbytes + self.scales.nbytes + self.bias.nbytes
 
 
+# ---------------------------------------------------------------------------- files
+
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # of the types of tensors whose codes are read
+
+
+def gguf_tensors(llama, path) -> dict:
+    """{linear layer: the tensor of a GGUF file with its weights}"""
+    tensors = {}
+    for t in open_gguf(path).tensors:
+        *block, stem, end = t.name.split(".")  # blk.3.attn_q.weight, output.weight
+        name = model.GGUF_NAMES.get(stem, stem)
+        if end == "weight":
+            tensors[f"layers.{block[1]}.{name}" if block else name] = t
+    if llama.config.tied:
+        tensors["lm_head"] = tensors["embed_tokens"]
+    return {module: tensors[name] for name, module in llama.named_modules()
+            if isinstance(module, torch.nn.Linear)}
+
+
+def read_codes(tensor):
+    """A tensor of a GGUF file, of a type in BITS -> codes [N, C] uint8; step, low [N, C/32] float32
+
+    A group begins with its step and, in Q4_1, its low, in 16 bits each. Of 4-bit codes, the first
+    16 are in the lower halves of 16 bytes.
+    """
+    kind = tensor.tensor_type.name
+    head = 4 if kind == "Q4_1" else 2
+    groups = torch.tensor(tensor.data)  # bytes
+    groups = groups.unflatten(1, (-1, head + GROUP * BITS[kind] // 8))  # [N, C/32, bytes]
+    scales = groups[..., :head].contiguous().view(torch.float16).float()
+    step = scales[..., 0]
+    codes = groups[..., head:]
+    if kind == "Q8_0":  # the bytes of -128 ... 127
+        return (codes ^ 128).flatten(1), step, -128 * step
+    codes = torch.cat([codes & 15, codes >> 4], dim=-1).flatten(1)
+    if kind == "Q4_0":
+        return codes, step, -8 * step
+    return codes, step, scales[..., 1]
+
+
+def undo_permutation(rows, head_dim: int):
+    """The rows [N, ..] of q or k in a GGUF file, in model.py's order; see model.read_gguf."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
 # ---------------------------------------------------------------------------- packing
 
 
@@ -59,75 +106,68 @@ def as_float32(tensor) -> np.ndarray:
     return tensor.detach().float().contiguous().numpy()
 
 
-def pack(*linears) -> Packed | None:
-    """Linear layers with the same input, stacked into one matrix; None if the weights need more
-    than 16 bits, or sizes are no multiples of 32 channels and 64 rows."""
-    w = torch.cat([linear.weight for linear in linears])
-    N, C = w.shape
+def pack(layers, tensors, head_dim=0) -> Packed | None:
+    """One matrix of all layers.
+
+    layers     for each layer a list of linear layers with the same input, which are stacked
+    tensors    {linear layer: tensor of a GGUF file}
+    head_dim   of the linear layers q_proj and k_proj, the first two, whose rows a file permutes
+
+    None if the weights need more than 16 bits, or sizes are no multiples of 32 channels and 64
+    rows.
+    """
+    first = layers[0]
+    dtype = first[0].weight.dtype
+    N = sum(linear.out_features for linear in first)
+    C = first[0].in_features
     if C % GROUP or N % TILE:
         return None
-    bias = np.empty(0, np.float32)
-    if linears[0].bias is not None:
-        bias = as_float32(torch.cat([linear.bias for linear in linears]))
-    # A weight that was rounded to bfloat16 is only near its code.
-    tolerance = 2.0**-7 if w.dtype == torch.bfloat16 else 2.0**-15
-    terms = 1 if w.dtype == torch.bfloat16 else 2
-    w = as_float32(w)
-    for bits in (4, 8, 16):
-        codes = np.empty((N // TILE, C * bits // 32, TILE), np.int32)
-        scales = np.empty((N // TILE, C // GROUP if bits < 16 else 0, 2, TILE), np.float32)
-        fits = np.ones(N // TILE, np.bool_)
-        # Most matrices without such a form show it in their first 64 rows.
-        for some in (slice(1), slice(None)):
-            run(encode, w, bits, tolerance, codes[some], scales[some], fits[some])
-            if not fits[some].all():
-                break
+    bits = max(bits_of(tensors.get(linear)) for parts in layers for linear in parts)
+    L = len(layers)
+    codes = np.empty((L, N // TILE, C * bits // 32, TILE), np.int32)
+    scales = np.empty((L, N // TILE, C // GROUP if bits < 16 else 0, 2, TILE), np.float32)
+    for n, parts in enumerate(layers):
+        if bits == 16:
+            w = torch.cat([linear.weight for linear in parts])
+            # The first rows tell most matrices that need more.
+            if not (is_bfloat16(w[:TILE]) and is_bfloat16(w)):
+                return None
+            words = w.bfloat16().view(torch.int32)  # [N, C/2]
         else:
-            return Packed(codes, scales, bias, terms)
-    return None
+            read = [read_codes(tensors[linear]) for linear in parts]
+            if head_dim:
+                read[:2] = [[undo_permutation(rows, head_dim) for rows in part]
+                            for part in read[:2]]
+            code, step, low = (torch.cat(rows) for rows in zip(*read, strict=True))
+            words = to_words(code, bits)
+            scales[n] = in_tiles(torch.stack([step, low], dim=2))
+        codes[n] = in_tiles(words)
+    bias = np.empty((L, 0), np.float32)
+    if first[0].bias is not None:
+        bias = np.stack([as_float32(torch.cat([part.bias for part in parts])) for parts in layers])
+    return Packed(codes, scales, bias, 1 if dtype == torch.bfloat16 else 2)
 
 
-@compiled
-def encode_tile(w, bits, tolerance, codes, scales):
-    """w [64, C] -> codes, scales; returns whether these are the weights."""
-    per_word = 32 // bits
-    fits = True
-    codes[:] = 0
-    for r in range(TILE):
-        words = w[r].view(np.int32)
-        if bits == 16:  # the upper half of a float32 is a bfloat16
-            for c in range(len(words)):
-                codes[c // 2, r] |= (words[c] >> 16 & 0xFFFF) << 16 * (c % 2)
-                fits &= words[c] & 0xFFFF == 0
-        for b in range(len(scales)):
-            group = w[r, b * GROUP : (b + 1) * GROUP]
-            low = np.inf
-            high = -np.inf
-            for i in range(GROUP):
-                low = min(low, group[i])
-                high = max(high, group[i])
-            largest = max(-low, high)
-            if bits == 4:
-                step = max((high - low) / 15, 1e-12)
-            else:
-                step = max(largest / 127, 1e-12)
-                low = -128 * step
-            scales[b, 0, r] = step
-            scales[b, 1, r] = low
-            for i in range(GROUP):
-                code = np.rint((group[i] - low) / step)
-                size = largest if bits == 4 else abs(group[i]) + step
-                fits &= abs(code * step + low - group[i]) <= tolerance * size
-                place = i % per_word // 2 * bits + i % 2 * 16
-                codes[b * bits + i // per_word, r] |= np.int32(code) << place
-    return fits
+def bits_of(tensor) -> int:
+    return BITS.get(tensor.tensor_type.name, 16) if tensor else 16
 
 
-@partial(compiled, parallel=True)
-def encode(w, bits, tolerance, codes, scales, fits):
-    """Weights [N, C] -> codes, scales, and for each tile of 64 rows whether they are the weights"""
-    for t in prange(len(codes)):
-        fits[t] = encode_tile(w[t * TILE : (t + 1) * TILE], bits, tolerance, codes[t], scales[t])
+def is_bfloat16(w) -> bool:
+    return torch.equal(w.bfloat16().to(w), w)
+
+
+def in_tiles(rows):
+    """[N, ..] -> [N/64, .., 64]"""
+    return rows.unflatten(0, (-1, TILE)).movedim(1, -1)
+
+
+def to_words(codes, bits: int):
+    """uint8 codes [N, C] of 4 or 8 bits -> words as in fast/pairs.py, [N, C * bits/32] int32"""
+    if bits == 4:
+        codes = codes.unflatten(1, (-1, 2, 2))  # [N, C/4, 2 halves of a byte, even and odd]
+        codes = codes[:, :, 0] | codes[:, :, 1] << 4
+    codes = codes.reshape(len(codes), -1, 2, 2)  # [N, words, 2 bytes, even and odd]
+    return codes.transpose(2, 3).flatten(1).view(torch.int32)
 
 
 # ---------------------------------------------------------------------------- products
@@ -216,6 +256,13 @@ def add_bfloat16_products(x, codes, out):
 
 
 @compiled
+def of_layer(matrices, layer):
+    """One matrix of a Packed of all layers."""
+    return Packed(matrices.codes[layer], matrices.scales[layer], matrices.bias[layer],
+                  matrices.terms)
+
+
+@compiled
 def multiply_tile(t, x, pairs, units, matrix, out):
     codes, scales, bias, terms = matrix
     rows = out[t * TILE : (t + 1) * TILE]
@@ -235,164 +282,24 @@ def multiply(x, matrix, out):
         multiply_tile(np.int64(t), x, pairs, units, matrix, out)  # prange's t has another type
 
 
-# ---------------------------------------------------------------------------- a layer
-
-
-@compiled
-def rms_norm(x, weight, eps):
-    out = np.empty_like(x)
-    total = np.float32(0)
-    for c in range(len(x)):
-        total += x[c] * x[c]
-    scale = np.float32(1) / np.sqrt(total / np.float32(len(x)) + np.float32(eps))
-    for c in range(len(x)):
-        out[c] = x[c] * scale * weight[c]
-    return out
-
-
-@compiled
-def rotate(head, cos, sin):
-    """model.apply_rope of one head [D], in place."""
-    half = len(head) // 2
-    for i in range(half):
-        a = head[i]
-        b = head[i + half]
-        head[i] = a * cos[i] + b * sin[i]
-        head[i + half] = b * cos[i + half] + a * sin[i + half]
-
-
-@compiled
-def mlp(x, gate_up, down, out):
-    """Normed x [C] -> out [C]"""
-    both = np.empty(len(gate_up.codes) * TILE, np.float32)
-    multiply(x, gate_up, both)
-    M = len(both) // 2
-    gate = both[:M]
-    up = both[M:]
-    hidden = np.empty(M, np.float32)
-    decay = np.empty(M, np.float32)
-    for m in range(M):
-        decay[m] = -abs(gate[m]) * np.float32(LOG2E)
-    exp2_in_place(decay, np.float32(0))
-    for m in range(M):  # silu: gate / (1 + exp(-gate)), where decay is exp(-|gate|)
-        share = decay[m] if gate[m] < 0 else np.float32(1)
-        hidden[m] = gate[m] * up[m] * share / (1 + decay[m])
-    multiply(hidden, down, out)
-
-
-@compiled
-def one_layer(x, cos, sin, k, v, position, idx, weights):
-    """model.Block for one token, in place.
-
-    x [C]; cos, sin [D]; k, v [G, capacity, D], the layer's cache, to which the token's key and
-    value are written; idx [G, K]: the tokens attended to, all up to `position` if K is 0.
-    """
-    C = len(x)
-    G, capacity, D = k.shape
-    heads = np.empty(len(weights.qkv.codes) * TILE, np.float32)
-    multiply(rms_norm(x, weights.first_norm, weights.first_eps), weights.qkv, heads)
-    H = len(heads) // D - 2 * G
-    for h in range(H + G):
-        rotate(heads[h * D : (h + 1) * D], cos, sin)
-    for g in range(G):
-        key = heads[(H + g) * D : (H + g + 1) * D]
-        value = heads[(H + G + g) * D : (H + G + g + 1) * D]
-        for d in range(D):
-            k[g, position, d] = key[d]
-            v[g, position, d] = value[d]
-    attended = np.empty((G, H // G, D), np.float32)
-    attend(heads[: H * D].reshape(attended.shape), k, v, idx, position + 1, attended)
-    out = np.empty_like(x)
-    multiply(attended.reshape(H * D), weights.o, out)
-    for c in range(C):
-        x[c] += out[c]
-    mlp(rms_norm(x, weights.second_norm, weights.second_eps), weights.gate_up, weights.down, out)
-    for c in range(C):
-        x[c] += out[c]
-
-
-@compiled
-def head(x, norm, eps, matrix, out):
-    """x [C] -> logits, out [V]"""
-    multiply(rms_norm(x, norm, eps), matrix, out)
-
-
-class PackedLayer(NamedTuple):
-    """The weights of a model.Block."""
-
-    first_norm: np.ndarray
-    first_eps: float
-    qkv: Packed
-    o: Packed
-    second_norm: np.ndarray
-    second_eps: float
-    gate_up: Packed
-    down: Packed
-
-    @classmethod
-    def of(cls, block) -> "PackedLayer | None":
-        """None if a matrix has no packed form."""
-        a = block.self_attn
-        m = block.mlp
-        first = block.input_layernorm
-        second = block.post_attention_layernorm
-        layer = cls(as_float32(first.weight), first.eps, pack(a.q_proj, a.k_proj, a.v_proj),
-                    pack(a.o_proj), as_float32(second.weight), second.eps,
-                    pack(m.gate_proj, m.up_proj), pack(m.down_proj))
-        return None if None in (layer.qkv, layer.o, layer.gate_up, layer.down) else layer
-
-
-class PackedModel:
-    """All weights that a decode step reads, but for the embedding."""
-
-    def __init__(self, layers: list[PackedLayer], norm, lm_head: Packed):
-        self.layers = layers
-        self.norm = as_float32(norm.weight)
-        self.norm_eps = norm.eps
-        self.lm_head = lm_head
-
-    @classmethod
-    def of(cls, llama) -> "PackedModel | None":
-        """None if a matrix has no packed form."""
-        layers = []
-        for block in llama.layers:
-            layers.append(PackedLayer.of(block))
-            if layers[-1] is None:
-                return None
-        lm_head = pack(llama.lm_head)
-        return lm_head and cls(layers, llama.norm, lm_head)
-
-    @property
-    def nbytes(self) -> int:
-        numbers = [number for layer in self.layers for number in layer] + [self.norm, self.lm_head]
-        return sum(getattr(number, "nbytes", 0) for number in numbers)
-
-    def logits(self, x) -> torch.Tensor:
-        """x [C], the output of the last layer -> [V] float32"""
-        logits = torch.empty(len(self.lm_head.codes) * TILE)
-        run(head, x, self.norm, self.norm_eps, self.lm_head, logits.numpy())
-        return logits
-
-
 if __name__ == "__main__":
     from timeit import repeat
 
-    import model
     from tokenizer import resolve
 
     llama = model.Llama.from_pretrained(resolve())
-    packed = PackedModel.of(llama)
-    x = np.random.default_rng(0).standard_normal(llama.config.width, np.float32)
-    wide = np.zeros(llama.config.mlp_width, np.float32)
-    heads = np.zeros(llama.config.heads * llama.config.head_dim, np.float32)
+    tensors = gguf_tensors(llama, resolve())
+    mlps = [block.mlp for block in llama.layers]
+    matrices = [pack([[mlp.gate_proj, mlp.up_proj] for mlp in mlps], tensors),
+                pack([[mlp.down_proj] for mlp in mlps], tensors)]
+    inputs = np.ones(llama.config.width, np.float32), np.ones(llama.config.mlp_width, np.float32)
 
     def products():
-        for layer in packed.layers:
-            for matrix, of in ((layer.qkv, x), (layer.o, heads), (layer.gate_up, x),
-                               (layer.down, wide)):
-                run(multiply, of, matrix, np.empty(len(matrix.codes) * TILE, np.float32))
-        packed.logits(x)
+        for x, matrix in zip(inputs, matrices, strict=True):
+            for layer in range(llama.config.layers):
+                out = np.empty(matrix.codes.shape[1] * TILE, np.float32)
+                run(multiply, x, of_layer(matrix, layer), out)
 
     best = min(repeat(products, number=1, repeat=9))  # the first one compiles
-    print(f"{packed.nbytes / 1e6:.1f} MB of packed weights, in float32 "
-          f"{llama.weight_bytes() / 1e6:.1f} MB; products of a step {1e3 * best:.2f} ms")
+    print(f"MLPs of all layers: {sum(matrix.nbytes for matrix in matrices) / 1e6:.1f} MB packed; "
+          f"their products take {1e3 * best:.2f} ms")

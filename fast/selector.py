@@ -26,11 +26,11 @@ import torch.nn.functional as F
 import butler
 from cli import UserError
 from fast import loops
-from fast.loops import LINE, run
+from fast.loops import LINE, MAX_AGE, run
+from fast.step import ButlerWeights, Selection
 from selection import Selector
 
 CAPACITY = 1024  # the tables of importance keys grow by so many tokens
-MAX_AGE = 16  # steps that one choice serves at most
 MAX_HALF = 65504.0  # the largest number of fp16
 
 
@@ -93,7 +93,7 @@ class ImportanceKeys:
         1). Their last `new` tokens are new, even where a truncated cache had others there."""
         S = keys.shape[3]
         start = min(*self.known[some], S - new)
-        if self.scales is None or self.capacity < S:
+        if self.capacity <= S:  # the next token's key needs a place, too
             # The keys are the beginning of the cache's buffer: take room for as many at once.
             room = keys.stride(2) // keys.stride(3)
             self.grow(max(S, room), keys.shape[1:3])
@@ -108,7 +108,7 @@ class ImportanceKeys:
         if T == 1 and compiled_for(b):
             codes = self.int8_codes[some].flatten(1, 2)
             scales = self.scales[some].flatten(1, 2)
-            keys = keys.float().flatten(1, 2).contiguous()  # Numba compiles for each layout
+            keys = keys.flatten(1, 2)[:, :, 0].float().contiguous()  # one layout, compiled once
             run(loops.project, keys.numpy(), b.key_projection[some].numpy(), start,
                 b.rope[some].numpy(), b.importance_rope.numpy(), codes.numpy(), scales.numpy())
             return
@@ -150,36 +150,45 @@ class Refresh:
     """Which KV heads choose anew. A choice stays in use until the importance query has turned by
     more than `drift` (1 - cosine) from the query that it was made for, and for 16 steps at most.
 
-    Each a dictionary by producer layer:
-    asked   the normalised queries of the choices in use, [R, B, G, E]
-    age     how many steps ago they were made, [R, B, G]
+    asked   the normalised queries of the choices in use, [L-1, B, G, E]; None: there are none
+    age     how many steps ago they were made, [L-1, B, G]
     """
 
     def __init__(self, drift: float):
         if not 0 <= drift <= 2:
             raise UserError(f"drift {drift}: 1 - cosine is from 0 to 2")
         self.drift = drift
-        self.asked = {}
-        self.age = {}
+        self.asked = None
+        self.age = None
         self.made = 0  # choices made, of all KV heads
         self.used = 0  # choices used
 
     def forget(self) -> None:
         """The next step chooses everything anew."""
-        self.asked.clear()
-        self.age.clear()
+        self.asked = None
+        self.age = None
 
-    def due(self, producer: int, queries):
-        """Queries of one step [R, B, G, E] -> true where a KV head chooses, [R, B, G]"""
+    def begin(self, shape, device) -> None:
+        """Makes room for queries of this shape, L-1, B, G, E. All choices are made anew."""
+        self.asked = torch.zeros(shape, device=device)
+        self.age = torch.full(shape[:3], MAX_AGE, device=device)
+
+    def due(self, served: slice, queries):
+        """Queries of one step [R, B, G, E] of some layers (0 is layer 1) -> true where a KV head
+        chooses, [R, B, G]"""
         queries = F.normalize(queries, dim=-1)
-        asked = self.asked.setdefault(producer, queries)
-        age = self.age.setdefault(producer, torch.full_like(queries[..., 0], MAX_AGE)) + 1
+        asked = self.asked[served]
+        age = self.age[served]
+        age += 1
         due = ((queries * asked).sum(-1) < 1 - self.drift) | (age >= MAX_AGE)
-        self.asked[producer] = torch.where(due[..., None], queries, asked)
-        self.age[producer] = age.masked_fill(due, 0)
+        asked.copy_(torch.where(due[..., None], queries, asked))
+        age.masked_fill_(due, 0)
+        self.count(due)
+        return due
+
+    def count(self, due) -> None:
         self.made = self.made + due.sum()  # a tensor: nobody waits for a GPU
         self.used += due.numel()
-        return due
 
 
 # ---------------------------------------------------------------------------- the selector
@@ -284,49 +293,60 @@ class ButlerSelector(Selector):
         table = always.new_full((len(self.keys.known), B, G, max(total, fixed)), -1,
                                 dtype=torch.int32)
         table[..., :fixed] = always
-        if not (follows and self.refresh.asked):
-            self.refresh.forget()
-        else:  # choices that are not due stay as they are
-            table[..., fixed : self.table.shape[-1]] = self.chosen
+        if follows and self.refresh.drift and self.refresh.asked is not None:
+            table[..., fixed : self.table.shape[-1]] = self.chosen  # in use until they are due
+        else:
+            shape = *table.shape[:3], self.butler.config.size
+            self.refresh.begin(shape, table.device)
         self.table = table
 
     def choose_ahead(self, producer: int, queries) -> None:
         """For the layers that a producer serves, by their queries [R, B, G, E]."""
         served = slice(producer, producer + len(queries))
-        due = self.refresh.due(producer, queries) if self.refresh.drift else None
+        due = None
+        if self.refresh.drift:
+            due = self.refresh.due(served, queries)
         chosen = self.chosen[served]
         first = self.budget.sinks
         stop = max(self.end - self.budget.window, first)
         inputs = queries, self.keys.int8_codes[served], self.keys.scales[served]
         if compiled_for(self.butler):
-            inputs = [x.flatten(1, 2).numpy() for x in inputs]
-            rows = loops.ALL_DUE if due is None else due.flatten(1, 2).numpy()
-            run(loops.choose, *inputs, first, stop, self.table[served].flatten(1, 2).numpy(),
-                self.budget.sinks + self.budget.window, rows)
+            if due is None:
+                due = torch.ones(chosen.shape[:3], dtype=torch.bool)
+            queries, codes, scales = (x.flatten(1, 2).numpy() for x in inputs)
+            run(loops.choose, queries, codes, scales, first, stop,
+                self.table[served].flatten(1, 2).numpy(), first + self.budget.window,
+                due.flatten(1, 2).numpy())
         else:
             choose(*inputs, first, stop, chosen.shape[-1], chosen, due)
         if self.prefetch:
             self.prefetch(list(range(producer + 1, producer + 1 + len(queries))), chosen)
 
-    # The same for fast.Llama's compiled step, of one text.
+    # The same in fast.Llama's compiled step, of one text.
 
-    def begin_compiled(self, keys) -> None:
-        """keys [L, 1, G, S, D]: all cached keys before the new token"""
+    @torch.inference_mode()
+    def begin_compiled(self, keys) -> Selection:
+        """keys [L, 1, G, S, D]: all cached keys before the new token -> what the step works on"""
+        S = keys.shape[3]
         self.keys.update(slice(None), keys[1:], 0)
-        self.ahead = True
-        self.begin(1, keys.shape[2], keys.shape[3] + 1)
-        self.index = dict(enumerate(self.table.unsqueeze(3), 1))
+        self.begin(1, keys.shape[2], S + 1)
+        queries = torch.empty_like(self.refresh.asked)
+        due = torch.empty_like(self.refresh.age, dtype=torch.bool)
+        tables = (self.keys.int8_codes, self.keys.scales, self.refresh.asked, self.refresh.age,
+                  due, queries, self.table)
+        codes, scales, asked, age, due, queries, index = (x[:, 0].numpy() for x in tables)
+        budget = self.budget
+        return Selection(codes, scales, budget.sinks, budget.window, float(self.refresh.drift),
+                         asked, age, due, queries, index)
 
-    def predict_compiled(self, layer: int, x, position: int) -> None:
-        """x [C] float32, the input of a layer: `look_ahead`"""
-        producer = self.butler.arrays.get(layer)
-        if producer is None:
-            return
-        shape, weights, rope = producer
-        queries = torch.empty(shape)  # [R, G, E]
-        run(loops.predict, x, *weights, position, rope, queries.numpy())
-        self.queries |= dict(enumerate(queries[:, None, :, None], layer + 1))
-        self.choose_ahead(layer, queries[:, None])
+    def end_compiled(self, selection: Selection) -> None:
+        """The step has run: what it has chosen becomes visible."""
+        queries = torch.from_numpy(selection.queries)[:, None, :, None]  # [L-1, 1, G, 1, E]
+        self.queries = dict(enumerate(queries, 1))
+        self.index = dict(enumerate(self.table.unsqueeze(3), 1))
+        self.keys.known = [self.end] * len(self.keys.known)
+        self.refresh.count(torch.from_numpy(selection.due))
+        self.ahead = True
 
 
 class Butler(butler.Butler):
@@ -339,15 +359,16 @@ class Butler(butler.Butler):
         return ButlerSelector(self, budget, drift, **rules)
 
     @cached_property
-    def arrays(self) -> dict:
-        """For the compiled loops: {layer: (queries' shape, the producer's weights, rope)}"""
-        rope = self.importance_rope.numpy()
-        arrays = {}
-        for layer, p in self.producers.items():
-            weights = (p.norm.weight.numpy(), p.norm.bias.numpy(), p.norm.eps,
-                       p.up.weight.numpy(), p.out.weight.numpy())
-            arrays[int(layer)] = p.shape, weights, rope
-        return arrays
+    def weights(self) -> ButlerWeights:
+        """For the compiled step."""
+        producers = list(self.producers.values())
+        tables = [torch.stack([p.norm.weight for p in producers]),
+                  torch.stack([p.norm.bias for p in producers]),
+                  torch.stack([p.up.weight for p in producers]),
+                  torch.cat([p.out.weight.view(*p.shape, -1) for p in producers]),
+                  self.key_projection, self.rope.contiguous(), self.importance_rope]
+        return ButlerWeights(self.config.layers_per_producer, producers[0].norm.eps,
+                             *(table.numpy() for table in tables))
 
 
 if __name__ == "__main__":

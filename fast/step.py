@@ -192,7 +192,7 @@ def choose_ahead(producer, x, position, b, s):
 def step(x, position, keys, values, w, b, s, logits):
     """x [C]: the embedding of the token, overwritten; keys, values [L, G, capacity, D]: the cache
     of `position` tokens; w: Weights; b, s: ButlerWeights and Selection. Writes logits [V]."""
-    L, G, capacity, D = keys.shape
+    L, G, _, D = keys.shape
     qkv = np.empty(w.qkv.codes.shape[1] * TILE, np.float32)
     H = len(qkv) // D - 2 * G
     q = qkv[: H * D].reshape(G, H // G, D)  # views: `multiply` fills all three at once

@@ -24,7 +24,7 @@ import cli
 import fast
 import model
 from cli import UserError
-from fast import loops, packed, pairs, step
+from fast import loops, packed, pairs
 from fast.selector import ImportanceKeys, Refresh, choose, ordered_codes, quantise
 from kernel import masked_attention
 from selection import Selector, make_selector

@@ -54,7 +54,7 @@ from selection import QUERY_BLOCK, Selector
 from tokenizer import real_file, resolve
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct.safetensors"
-POOL = 4  # queries of a prompt that are averaged before they are scored
+POOL = 16  # queries of a prompt that are averaged before they are scored
 FASTEST = 0.5  # radians per token of the fastest pair of importance channels
 
 
@@ -184,14 +184,14 @@ class Butler(nn.Module):
 
     def scores(self, importance_queries, importance_keys):
         """Queries [B, G, T, E] and keys [B, G, S, E] -> scores [B, G, T, S]"""
-        return (importance_queries @ importance_keys.mT) * self.config.size**-0.5
+        return (importance_queries * self.config.size**-0.5) @ importance_keys.mT
 
     def block_scores(self, importance_queries, importance_keys, positions):
         """How important is each token for each block of queries of a prompt? Queries [B, G, T, E]
         at positions [T], keys [B, G, S, E] -> [B, G, T/64, S].
 
-        Groups of 4 queries are averaged into one, which saves three quarters of the work. The
-        softmax of its scores is then averaged over the block's groups.
+        Groups of 16 queries are averaged into one, which saves most of the work. The softmax of its
+        scores is then averaged over the block's four groups.
         """
         queries = importance_queries.unflatten(2, (-1, POOL)).mean(3)  # [B, G, T/POOL, E]
         last = positions[POOL - 1 :: POOL]

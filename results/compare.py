@@ -84,7 +84,7 @@ def theirs(path, budget: float, dtype, stack):
 
     model = attach.read_model(path, dtype)
     second = deepcopy(model, {id(p): p for p in model.parameters()})
-    butler = attach.butler_for(second)
+    butler = attach.butler_for(second, cls=plug_in("fast").Butler)
     stack.enter_context(attach.attached(second, partial(butler.selector, budget)))
 
     @torch.inference_mode()

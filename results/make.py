@@ -48,6 +48,12 @@ STEPS = {
                   "--n 40",
     "ruler_8000": f"synth_task.py --task needle_noise,needle_prose,multikey --context 8000 {NEAR} "
                   "--budgets 0.05,0.1 --n 40",
+    "prefill_4096": f"bench.py --suite prefill --engine fast --text {TEXT} --contexts 4096 "
+                    "--selectors dense,oracle,butler,recency --n 20",
+    "prefill_7168": f"bench.py --suite prefill --engine fast --text {TEXT} --contexts 7168 "
+                    "--selectors dense,butler --n 20",
+    "ruler_prefill": "synth_task.py --engine fast --task needle_prose --context 4096 --selectors "
+                     "dense,butler --prefill sparse --n 40",
     "drift": "bench.py --suite drift --engine fast --drift 0.25 --task needle_prose,copy "
              "--contexts 1024,4096 --selectors dense,butler --n 20",
     "drift_coreference": "bench.py --suite drift --engine fast --drift 0.25 --task coreference "

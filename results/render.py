@@ -93,7 +93,8 @@ def scores_table(results: dict) -> str:
     budgets = list(dict.fromkeys(b for _, name, b, _ in entries if name != "dense")) or ["1.0"]
     cells = {}
     for task, name, budget, m in entries:
-        text = cell(m) + "".join(f"; {m[key]:.1f} {key}" for key in ("ms", "steps") if key in m)
+        text = cell(m) + "".join(f"; {m[key]:.1f} {key}" for key in ("ms", "steps", "seconds")
+                                 if key in m)
         if len(tasks) > 4:
             cells[task, name if name == "dense" else f"{name}, {share(budget)}"] = text
             continue
@@ -115,8 +116,8 @@ def rows_table(rows: list[dict]) -> str:
             continue
         fastest[name, context] = row["ms"]
         faster = f" ({row['speedup']:.2f}x)" if row.get("speedup") else ""
-        prompt = f"; {row['first_token_s']:.1f} s" if row.get("first_token_s") else ""
-        cells[name, context] = f"{row['ms']:.1f}{faster}{prompt}"
+        waits = [f"; {row[key]:.1f} s" for key in ("first_token_s", "answer_s") if row.get(key)]
+        cells[name, context] = f"{row['ms']:.1f}{faster}{''.join(waits)}"
     return markdown("ms a step behind so many tokens", cells)
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import transformers as hf
 from conftest import assert_close, randomise
 
+import fast
 from butler import Butler, ButlerConfig, fingerprint
 from cli import UserError, plug_in
 from model import Llama, apply_rope, rope_cos_sin
@@ -494,10 +496,12 @@ def test_scripts_run_a_model_that_ours_does_not_read(folder, main, tmp_path):
     assert report["attended_per_step"] < report["cached_tokens"]
     # what was trained serves generate, also in half precision
     model = hf.AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16)
-    learned = butler_for(model, file)
-    with attached(model, lambda: learned.selector(20)) as attachment:
-        written(model, prompt(60))
-    assert attachment.selector.index[2].shape == (1, 2, 1, 20)
+    for cls in Butler, fast.Butler:
+        learned = butler_for(model, file, cls)
+        with attached(model, partial(learned.selector, 20)) as attachment:
+            written(model, prompt(60))
+        assert isinstance(learned, cls)
+        assert attachment.selector.index[2].shape == (1, 2, 1, 20)
     with pytest.raises(UserError, match="another base model"):
         butler_for(built("Qwen3"), file)
 

@@ -363,10 +363,10 @@ def attached(model, make_selector):
         begin.remove()
 
 
-def butler_for(model, path=None) -> Butler:
+def butler_for(model, path=None, cls=Butler) -> Butler:
     """The butler at `path` (None: the shipped one) for a model of transformers. Raises UserError
-    if it was trained for another one."""
-    return load_for(Engine(model), path)
+    if it was trained for another one. cls: fast.Butler chooses several times as fast on a CPU."""
+    return load_for(Engine(model), path, cls)
 
 
 # ---------------------------------------------------------------------------- files

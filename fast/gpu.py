@@ -178,10 +178,6 @@ class RecordableKeys(ImportanceKeys):
         self.scales.index_copy_(3, position, scales)
         self.int8_codes[:, :, :, position // LINE, :, position % LINE] = codes.movedim(3, 0)
 
-    def count(self, size: int) -> None:
-        """The recorded step has run: the keys of `size` tokens are known."""
-        self.known = [size] * len(self.known)
-
 
 class ButlerSelector(selector.ButlerSelector):
     """The selector of fast/selector.py, without drift. In a recorded step `index` and `queries` are

@@ -131,6 +131,10 @@ class ImportanceKeys:
         self.int8_codes = codes
         self.scales = scales
 
+    def count(self, size: int) -> None:
+        """A compiled or recorded step has written keys: those of `size` tokens are known."""
+        self.known = [size] * len(self.known)
+
     def dequantised(self, layer: int, S: int):
         """-> importance keys [B, G, S, E] of layer 1 or above"""
         codes = self.int8_codes[layer - 1].mT.flatten(2, 3)  # [B, G, capacity, E]
@@ -344,7 +348,7 @@ class ButlerSelector(Selector):
         queries = torch.from_numpy(selection.queries)[:, None, :, None]  # [L-1, 1, G, 1, E]
         self.queries = dict(enumerate(queries, 1))
         self.index = dict(enumerate(self.table.unsqueeze(3), 1))
-        self.keys.known = [self.end] * len(self.keys.known)
+        self.keys.count(self.end)
         self.refresh.count(torch.from_numpy(selection.due))
         self.ahead = True
 

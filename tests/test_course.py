@@ -170,6 +170,7 @@ def test_modules_of_the_other_tier_are_named_in_plug_in_alone():
 
 ALLOWED = {
     ("model.py", "model.frequencies"),  # in Llama.from_pretrained, a constructor
+    ("fast/llama.py", "llama.file"),  # the same
     ("model.py", "self.lm_head.weight"),  # PyTorch's way to use one matrix twice
     ("cli.py", "number.__name__"),  # argparse shows the function's name
     ("cli.py", "sys.?"),  # a standard stream that was closed

@@ -304,7 +304,7 @@ def test_script_reports_every_task_selector_and_budget(main):
 def test_rules_that_reuse_a_choice_run_step_by_step(in_memory, monkeypatch, flags, stepwise):
     asked = []
 
-    def spy(llama, tok, document, makers, protocol, stepwise):
+    def spy(llama, tok, document, makers, protocol, stepwise, prefill_budget):
         selectors = [make() for make in makers]
         asked.append((stepwise, selectors[0].interval, selectors[0].neighbours))
         return [1.0 for _ in selectors]

@@ -251,8 +251,8 @@ def test_steps_of_other_files(tmp_path, capsys, kind, bits, told):
     logits = torch.cat([quick.decode(token, cache) for token in x.split(1, dim=1)], dim=1)
     assert_close("logits", logits, plain(x), 1e-3 if bits < 16 else 0.3)
     assert quick.packed.qkv.codes.shape[2] == 2 * bits
-    error = capsys.readouterr().err
-    assert (told in error and error.count("\n") == 1) if told else error == ""
+    lines = [line for line in capsys.readouterr().err.splitlines() if "compiling" not in line]
+    assert len(lines) == bool(told) and all(told in line for line in lines)
 
 
 @pytest.mark.parametrize("sizes", [(100, 128), (96, 100)])

@@ -178,14 +178,21 @@ def engine(name: str):
 def read_text(path, errors="strict") -> str:
     """A UTF-8 text file, without a byte order mark. Raises UserError."""
     with one_line(f"cannot read {path}"):
-        return Path(path).read_text(encoding="utf-8-sig", errors=errors)
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig", errors=errors)
+        except UnicodeDecodeError:
+            raise UserError("it is not UTF-8 text") from None
+        if "\0" in text:  # UTF-16 without a byte order mark
+            raise UserError("it is not UTF-8 text")
+    return text
 
 
 def file_to_write(path) -> Path:
     """The file that `path` names or, as a link, points to. Makes its folder."""
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
-        raise UserError("it is no file")  # a folder; a device, which root could replace
+        what = "a folder" if path.is_dir() else "no file"  # a device, which root could replace
+        raise UserError(f"it is {what}")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

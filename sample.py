@@ -92,7 +92,9 @@ def sample_token(logits, temperature: float, top_p: float, generator) -> int:
     best = int(likeliest(logits))
     if temperature == 0:
         return best
-    p, ids = (logits.double() / temperature).softmax(-1).sort(descending=True)
+    # The largest becomes 0: no temperature, however small, can make it infinite.
+    scaled = (logits.double() - logits[best].double()) / temperature
+    p, ids = scaled.softmax(-1).sort(descending=True)
     p[p.cumsum(-1) - p >= top_p] = 0  # the tokens before it already make up top_p
     return int(ids[torch.multinomial(p.cpu(), 1, generator=generator)])
 

@@ -48,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 import cli
-from cli import DEVICE, UserError, flag, known, numbers, plug_in
+from cli import DEVICE, UserError, flag, known, numbers, one_line, plug_in
 from selection import NAMES, Budget, make_selector, prefill
 
 # ---------------------------------------------------------------------------- documents
@@ -371,7 +371,8 @@ def check_prefill(config, selectors) -> None:
     """Refuses flags of the prefill that make no sense."""
     known("--prefill", config.prefill, ("dense", "sparse"))
     if config.prefill == "sparse":
-        Budget(config.prefill_budget)
+        with one_line("--prefill-budget"):
+            Budget(config.prefill_budget)
         if set(selectors) == {"dense"}:
             raise UserError("--prefill sparse reads through a selector: name one that is not dense")
 

@@ -113,7 +113,7 @@ def resolve(name=None) -> Path:
 
 def default_model() -> Path:
     """Where the default model lies in the user's cache folder; downloads it there once."""
-    with one_line("no place for the default model; name a folder in XDG_CACHE_HOME"):
+    with one_line("default model (XDG_CACHE_HOME names another folder for it)"):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
         path = cache / Path(DEFAULT_FILE).name
         if path.exists():

@@ -169,7 +169,7 @@ def test_the_script_prints_and_writes_its_report(main, tmp_path, suite):
     ({"suite": "drift", "task": ("magic",), "model": "/nowhere"}, "unknown task 'magic'"),
     ({"suite": "tradeoff", "task": ("copy", ""), "model": "/nowhere"}, "unknown task ''"),
     ({"suite": "speed", "contexts": ("64", "8171")}, "8,193 tokens exceed"),
-    ({"write": ""}, "it is no file"),
+    ({"write": ""}, "it is a folder"),
     ({"contexts": ("64", "9000"), "n": 1}, "9,000 tokens exceed the model's context of 8,192"),
     ({"model": "/nowhere"}, "no model at /nowhere"), ({"device": "abacus"}, "device 'abacus'")])
 def test_nonsense_is_refused_in_one_line(in_memory, flags, message):

@@ -108,9 +108,12 @@ def test_what_cannot_be_plugged_in_is_named():
 def test_read_text(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes(b"\xef\xbb\xbf\xc3\xa9\r\n\xff")
-    with pytest.raises(UserError, match=f"cannot read {path}: UnicodeDecodeError"):
+    with pytest.raises(UserError, match=f"cannot read {path}: it is not UTF-8"):
         cli.read_text(path)
     assert cli.read_text(path, "replace") == "é\n\ufffd"
+    path.write_bytes("no byte order mark".encode("utf-16-le"))
+    with pytest.raises(UserError, match=f"cannot read {path}: it is not UTF-8"):
+        cli.read_text(path)
     for name in (tmp_path, tmp_path / "none", "a\0b"):
         with pytest.raises(UserError, match="cannot read"):
             cli.read_text(name)
@@ -140,10 +143,10 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    for name in "pipe", "link", "folder":
-        with pytest.raises(UserError, match=f"cannot write {tmp_path / name}: it is no file"):
+    for name, what in ("pipe", "no file"), ("link", "no file"), ("folder", "a folder"):
+        with pytest.raises(UserError, match=f"cannot write {tmp_path / name}: it is {what}"):
             cli.check_writable(tmp_path / name)
-        with pytest.raises(UserError, match="it is no file"), cli.replacing(tmp_path / name):
+        with pytest.raises(UserError, match=f"it is {what}"), cli.replacing(tmp_path / name):
             raise AssertionError
     assert (tmp_path / "pipe").is_fifo()
 

@@ -565,7 +565,7 @@ def test_the_default_model_is_downloaded_once(tmp_path, monkeypatch, capfd):
     Path(place).write_text("damaged")
     fails(f"{place} is damaged (wrong SHA-256)")
     monkeypatch.setenv("XDG_CACHE_HOME", place)  # a file
-    fails("no place for the default model")
+    fails("default model")
 
 
 def test_where_the_default_model_cannot_be_fetched(tmp_path, monkeypatch):

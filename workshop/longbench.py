@@ -207,6 +207,8 @@ def parse(line: str, tasks) -> tuple[str, Written]:
         if set(needed) <= entry.keys():
             unknown = [repr(key) for key, value in entry.items() if value is not None
                        and key not in (*needed, *more, *DESCRIBE) and not key.startswith("_")]
+            if choice := next((key for key in entry if key.startswith("choice")), None):
+                raise UserError(f"a question with choices ({choice!r}) is not scored")
             if unknown:
                 raise UserError(f"not read in lines with {', '.join(needed)}, but may change the "
                                 f"score: {', '.join(unknown)}. Put a _ before a key to have it "

@@ -365,7 +365,7 @@ def attached(model, make_selector):
 
 def butler_for(model, path=None, cls=Butler) -> Butler:
     """The butler at `path` (None: the shipped one) for a model of transformers. Raises UserError
-    if it was trained for another one. cls: fast.Butler chooses several times as fast on a CPU."""
+    if it was trained for another one. cls: fast.Butler chooses faster on a CPU."""
     return load_for(Engine(model), path, cls)
 
 

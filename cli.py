@@ -178,13 +178,17 @@ def engine(name: str):
 def read_text(path, errors="strict") -> str:
     """A UTF-8 text file, without a byte order mark. Raises UserError."""
     with one_line(f"cannot read {path}"):
+        parts = []
         try:
-            text = Path(path).read_text(encoding="utf-8-sig", errors=errors)
+            with open(path, encoding="utf-8-sig", errors=errors) as f:
+                # In parts: a large file of another kind is noticed early.
+                while part := f.read(2**20):
+                    if "\0" in part:  # as in UTF-16 without a byte order mark
+                        raise UserError("it is not UTF-8 text")
+                    parts.append(part)
         except UnicodeDecodeError:
             raise UserError("it is not UTF-8 text") from None
-        if "\0" in text:  # UTF-16 without a byte order mark
-            raise UserError("it is not UTF-8 text")
-    return text
+    return "".join(parts)
 
 
 def file_to_write(path) -> Path:

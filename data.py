@@ -48,13 +48,13 @@ def read_texts(paths: list) -> tuple[dict[str, str], list[str]]:
             raise UserError(f"--data: there is no {path or repr('')}")
         if not os.path.isdir(path):
             with one_line("--data"):
-                texts[os.path.abspath(path)] = read_utf8(path)
+                texts[os.path.abspath(path)] = read_text(path)
             continue
         for file in files_below(path):
             try:
                 if not os.path.isfile(file):  # reading a pipe would wait for a writer
                     raise UserError(f"{file} is no file")
-                texts[os.path.abspath(file)] = read_utf8(file)
+                texts[os.path.abspath(file)] = read_text(file)
             except UserError:
                 skipped.append(file)
     texts = {path: text for path, text in texts.items() if text.strip()}
@@ -74,22 +74,6 @@ def files_below(folder) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         files += [os.path.join(place, name) for name in names + links if not name.startswith(".")]
     return sorted(files + unreadable)
-
-
-def read_utf8(path) -> str:
-    """The text of a file. Raises UserError if it cannot be read or is not UTF-8 text."""
-    parts = []
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            while part := f.read(2**20):  # in parts: a large file of another kind is soon noticed
-                if "\0" in part:
-                    raise UserError(f"{path} is not UTF-8 text")
-                parts.append(part)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    return "".join(parts)
 
 
 def some_of(paths: list) -> str:

@@ -98,7 +98,7 @@ def test_what_is_no_text_is_skipped_in_a_folder(tmp_path):
 @pytest.mark.parametrize("name", NO_TEXT)
 def test_what_is_no_text_is_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(NO_TEXT[name])
-    with pytest.raises(UserError, match=f"^--data: .*{name} is not UTF-8 text$"):
+    with pytest.raises(UserError, match=f"^--data: cannot read .*{name}: it is not UTF-8 text$"):
         read_texts([tmp_path / name])
     with pytest.raises(UserError, match=f"there is no text in '.*'; not UTF-8 text: '.*{name}'$"):
         read_texts([tmp_path])

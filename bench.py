@@ -278,7 +278,7 @@ def measure(config: Config) -> dict:
     if last > llama.config.context:
         raise UserError(f"--contexts: {last:,} tokens exceed the model's context of "
                         f"{llama.config.context:,}")
-    makers = every_maker(config.selectors, config.budgets, butler, **rules_of(config))
+    makers = every_maker(config.selectors, config.budgets, butler, llama, **rules_of(config))
     number = config.batch if config.suite == "speed" else config.n
     windows = evenly_spaced(tok, text, number, max(contexts)).to(llama.device)
     if config.suite == "speed":

@@ -227,13 +227,15 @@ def prefill(llama, prompt, cache, selector=None, budget=None):
 # ---------------------------------------------------------------------------- by name
 
 SELECTORS = {"oracle": Oracle, "recency": Recency, "random": Random}
-RIVALS = ("quest", "h2o", "snapkv", "keynorm")  # in workshop/rivals.py
+RIVALS = ("quest", "h2o", "snapkv", "keynorm", "sketch", "sketch16", "sketch8", "ahead1",
+          "ahead5")  # in workshop/rivals.py
 NAMES = ("dense", "butler", *SELECTORS, *RIVALS)
 
 
-def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | None:
-    """A new selector by its name on the command line; None for dense. rules: keyword arguments of
-    the butler's selector, such as interval; the others have none. Raises UserError."""
+def make_selector(name: str, budget: float, butler=None, llama=None, **rules) -> Selector | None:
+    """A new selector by its name on the command line; None for dense. llama: the model, which some
+    rivals need. rules: keyword arguments of the butler's selector, such as interval; the others
+    have none. Raises UserError."""
     Budget(budget)  # checks the budget, for dense too
     if name == "dense":
         return None
@@ -248,7 +250,7 @@ def make_selector(name: str, budget: float, butler=None, **rules) -> Selector | 
     if name in SELECTORS:
         return SELECTORS[name](budget)
     if name in RIVALS:
-        return plug_in("workshop.rivals").RIVALS[name](budget)
+        return plug_in("workshop.rivals").make(name, budget, llama)
     raise UserError(f"unknown selector {name!r}; known: {', '.join(NAMES)}")
 
 

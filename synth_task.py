@@ -293,15 +293,16 @@ def check_selectors(selectors, budgets) -> None:
         Budget(total)
 
 
-def every_maker(selectors, budgets, butler=None, **rules) -> dict:
+def every_maker(selectors, budgets, butler=None, llama=None, **rules) -> dict:
     """{(selector, budget as text): function that returns a fresh selector}; dense has the budget
-    "1.0" alone. rules: keyword arguments of the butler's selector. Raises UserError."""
+    "1.0" alone. butler, llama and rules: see make_selector. Raises UserError."""
     check_selectors(selectors, budgets)
     made = {}
     for name in selectors:
         for budget in ("1.0",) if name == "dense" else budgets:
             own = rules if name == "butler" else {}
-            made[name, budget] = partial(make_selector, name, float(budget), butler, **own)
+            made[name, budget] = partial(make_selector, name, float(budget), butler, llama,
+                                         **own)
             made[name, budget]()  # refuses now what would be refused later
     return made
 
@@ -423,7 +424,7 @@ def main(config: Config) -> dict:
     cli.check_device(config.device)
     llama, tok, butler = engine.load(config.model, config.butler, config.device)
     rules = rules_of(config)
-    makers = every_maker(config.selectors, config.budgets, butler, **rules)
+    makers = every_maker(config.selectors, config.budgets, butler, llama, **rules)
     if config.data:
         limit = llama.config.context
         tasks = plug_in("workshop.longbench").read_data(config.data, tok, config.n, limit)

@@ -1,15 +1,31 @@
 """Rivals, each against its definition written as a plain loop, and what eviction must not do."""
 
+import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from conftest import ROOT, assert_close, randomise, tiny_config
 
+import fast
+from bench import Probe
 from cli import UserError
+from data import evenly_spaced
 from kernel import masked_attention, true_attention
-from selection import RIVALS, make_selector
+from model import Llama, apply_rope, rope_cos_sin
+from selection import RIVALS, Oracle, make_selector
 from workshop import rivals
+from workshop.rivals import Ahead, Sketch
 
-B, H, G, S, D = 2, 6, 2, 150, 8
+B, H, G, S, D, C = 2, 6, 2, 150, 8, 4
+
+# What a layer of the fixture below reads. Only rivals that look ahead use it.
+X = torch.randn(B, S, C, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A Llama of the same shape."""
+    sizes = {"width": C, "layers": 2, "heads": H, "kv_heads": G, "head_dim": D}
+    return randomise(Llama(tiny_config(**sizes)))
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +40,21 @@ def layer():
 
 def watch(selector, layer, start, end):
     q, keys = layer
-    x = torch.zeros(B, end - start, 4)
-    selector.watch(1, x, q[:, :, start:end], keys[:, :, :end], torch.arange(start, end))
+    positions = torch.arange(start, end)
+    selector.watch(1, X[:, start:end], q[:, :, start:end], keys[:, :, :end], positions)
 
 
 def call(selector, layer, start, end):
     """The tokens from `start` to `end` in one call -> index [B, G, T, K]"""
     q, keys = layer
-    x, positions = torch.zeros(B, end - start, 4), torch.arange(start, end)
+    x, positions = X[:, start:end], torch.arange(start, end)
     assert selector(0, x, q[:, :, start:end], keys[:, :, :end], positions) is None
     return selector(1, x, q[:, :, start:end], keys[:, :, :end], positions)
 
 
-def decode(name, budget, layer, start, block=1):
+def decode(name, budget, layer, start, block=1, llama=None):
     """Watches `start` tokens, then takes the rest -> for every token [B][G] sets of indices"""
-    selector = make_selector(name, budget)
+    selector = make_selector(name, budget, llama=llama)
     if start:
         watch(selector, layer, 0, start)
     steps = []
@@ -60,8 +76,8 @@ def test_every_name_of_the_course_is_a_rival():
 @pytest.mark.parametrize("name", RIVALS)
 @pytest.mark.parametrize("start", [0, 100])
 @pytest.mark.parametrize("budget", [0.2, 30])
-def test_all_attend_to_exactly_the_budget(layer, name, start, budget):
-    for t, rows in enumerate(decode(name, budget, layer, start), start):
+def test_all_attend_to_exactly_the_budget(layer, small, name, start, budget):
+    for t, rows in enumerate(decode(name, budget, layer, start, llama=small), start):
         total = min(max(12, int((t + 1) * 0.2 + 1e-4) if budget < 1 else 30), t + 1)
         for kept in rows[0] + rows[1]:
             assert len(kept) == total, (name, t)
@@ -70,8 +86,9 @@ def test_all_attend_to_exactly_the_budget(layer, name, start, budget):
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_a_block_of_tokens_gets_what_single_ones_get(layer, name):
-    assert decode(name, 0.2, layer, 100, block=7) == decode(name, 0.2, layer, 100)
+def test_a_block_of_tokens_gets_what_single_ones_get(layer, small, name):
+    blocks = decode(name, 0.2, layer, 100, block=7, llama=small)
+    assert blocks == decode(name, 0.2, layer, 100, llama=small)
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv"])
@@ -199,7 +216,7 @@ def test_keynorm_chooses_the_smallest_keys(layer):
 def test_in_a_model_the_selection_is_what_is_attended_to(tiny, name):
     """A decode step of the model, against attention masked by the index that was reported."""
     tokens = torch.randint(256, (2, 90), generator=torch.Generator().manual_seed(0))
-    cache, selector = tiny.new_cache(2, 90), make_selector(name, 0.3)
+    cache, selector = tiny.new_cache(2, 90), make_selector(name, 0.3, llama=tiny)
     tiny.prefill(tokens[:, :-1], cache, selector.watch)
     attended = {}
     for i, block in enumerate(tiny.layers):
@@ -220,3 +237,125 @@ def test_in_a_model_the_selection_is_what_is_attended_to(tiny, name):
         out = masked_attention(queries[i], cache.k[i], cache.v[i], selector.index[i])
         assert_close(f"{name}, layer {i}", attended[i], out.transpose(1, 2).flatten(2), 1e-5)
         assert (selector.index[i] >= 0).sum(-1).eq(27).all()
+
+
+# ---------------------------------------------------------------------------- sketches
+
+
+def test_a_sketch_against_singular_vectors(layer):
+    """Directions are right singular vectors of the prompt's keys; numpy, one head at a time."""
+    q, keys = layer
+    selector, start = Sketch(0.2, size=3), 100
+    scores = selector.scores(1, q[:, :, start:], keys, torch.arange(start, S))
+    for b, g, t in ((0, 0, 140), (1, 1, 100), (0, 1, 149)):
+        prompt = keys[b, g, :start].double().numpy()
+        directions = np.linalg.svd(prompt, full_matrices=False)[2][:3]
+        small = keys[b, g, : t + 1].double().numpy() @ directions.T
+        logits = q[b, 3 * g : 3 * g + 3, t].double().numpy() @ directions.T @ small.T / D**0.5
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        expected = (weights / weights.sum(1, keepdims=True)).mean(0)
+        assert_close(f"{b, g, t}", scores[b, g, t - start, : t + 1], expected, 1e-5)
+    kept = selector.directions[1]
+    selector.scores(1, q[:, :, :50], keys[:, :, :50], torch.arange(50))
+    assert selector.directions[1] is kept  # for the whole text
+
+
+def test_keys_in_a_plane_need_two_directions():
+    """Keys of two numbers, turned into 8 channels: by hand, the largest is the best."""
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+    keys = torch.tensor([[1.0, 0], [0, 1], [3, 1], [-2, 5], [2, 2], [0, 0]]) @ turn[:2]
+    q = torch.tensor([2.0, 1]) @ turn[:2]  # scores 2, 1, 7, 1, 6
+    scores = Sketch(0.5, size=2).scores(1, q.view(1, 1, 1, 8), keys.view(1, 1, 6, 8), None)
+    expected = (torch.tensor([2.0, 1, 7, 1, 6, 0]) / 8**0.5).softmax(0)
+    assert_close("scores", scores[0, 0, 0], expected, 1e-6)
+
+
+# ---------------------------------------------------------------------------- the real model
+
+
+@pytest.fixture(scope="module")
+def prose(tok):
+    """The README as token ids, 1 x 700"""
+    return evenly_spaced(tok, (ROOT / "README.md").read_text("utf-8"), 1, 700)
+
+
+def last_step(llama, ids, selector, spy=None):
+    """Reads a prompt; its last 4 tokens go through the selector -> mean attention kept"""
+    cache, probe = llama.new_cache(1, ids.shape[1]), Probe(selector)
+    llama.prefill(ids[:, :-4], cache, selector.watch)
+
+    def both(*call):
+        if spy:
+            spy(*call)
+        return probe(*call)
+
+    with torch.inference_mode():
+        llama(ids[:, -4:], cache, both)
+    return probe.mean()
+
+
+def test_a_sketch_of_all_directions_chooses_what_the_oracle_does(llama, prose):
+    sketch, oracle = Sketch(0.1, size=64), Oracle(0.1)
+    last_step(llama, prose, oracle, lambda *call: sketch(*call))
+    for layer, index in oracle.index.items():
+        same = (index.sort().values == sketch.index[layer].sort().values).float().mean()
+        assert same > 0.99, layer  # but for ties within rounding
+
+
+class Rounded(Sketch):
+    """Sketches as they would be stored: 8 bits a number, a scale for each token."""
+
+    def scores(self, layer, q, keys, positions):
+        exact = super().scores(layer, q, keys, positions)
+        sketch = keys @ self.directions[layer]
+        scale = sketch.abs().amax(-1, keepdim=True) / 127
+        rounded = (sketch / scale).round() * scale
+        # The directions are orthonormal: these keys have the rounded sketch.
+        scores = super().scores(layer, q, rounded @ self.directions[layer].mT, positions)
+        assert 0 < (scores - exact).abs().max() < 0.1
+        return scores
+
+
+def test_eight_bits_lose_nothing(llama, prose):
+    exact, rounded = (last_step(llama, prose, kind(0.1)) for kind in (Sketch, Rounded))
+    assert abs(exact - rounded) < 1e-3
+    assert exact > last_step(llama, prose, Sketch(0.1, size=8)) + 0.02
+
+
+@pytest.mark.parametrize("engine", [Llama, fast.Llama])
+def test_a_layer_with_its_own_input_foresees_its_own_query(model_path, prose, engine):
+    """And with an earlier one's the query that a plain product of its weights gives."""
+    llama = engine.from_pretrained(model_path)
+    selectors = {n: Ahead(0.1, llama, layers_ahead=n) for n in (1, 5)}
+    inputs, own = {}, Sketch(0.1)
+
+    def spy(layer, x, q, keys, positions):
+        inputs[layer] = x
+        assert_close(f"layer {layer}", selectors[1].query(layer, x, positions), q, 1e-4)
+        for selector in selectors.values():
+            selector(layer, x, q, keys, positions)
+
+    kept = last_step(llama, prose, own, spy)
+    assert sorted(selectors[5].queries) == list(range(1, 30))
+    rope = rope_cos_sin(torch.arange(696, 700), llama.frequencies)
+    for n, layer, source in ((1, 7, 6), (5, 7, 5), (5, 10, 5), (5, 11, 10), (5, 29, 25)):
+        x = inputs[source]
+        block = llama.layers[layer]
+        normed = x / (x.square().mean(-1, keepdim=True) + llama.config.norm_eps).sqrt()
+        q = (normed * block.input_layernorm.weight) @ block.self_attn.q_proj.weight.T
+        q = apply_rope(q.view(1, 4, 9, 64).transpose(1, 2), *rope)
+        assert_close(f"layer {layer}", selectors[n].queries[layer], q, 1e-3)
+    # Foresight costs attention, and the farther the more.
+    ahead1, ahead5 = (last_step(llama, prose, Ahead(0.1, llama, n)) for n in (1, 5))
+    assert kept > ahead1 + 0.01 > ahead5 + 0.03
+
+
+def test_ahead_needs_a_llama_of_the_course(tiny, folder):
+    from workshop.transformers import load
+
+    engine, _, _ = load(str(folder))
+    for llama in (None, engine):
+        with pytest.raises(UserError, match="model.py's Llama") as error:
+            make_selector("ahead5", 0.1, llama=llama)
+        assert "\n" not in str(error.value)
+    assert make_selector("ahead1", 0.1, llama=tiny).layers_ahead == 1

@@ -4,6 +4,8 @@
     h2o       evicts what has collected the least attention so far          arXiv 2306.14048
     snapkv    evicts once, what the prompt's last 32 queries do not need    arXiv 2404.14469
     keynorm   the tokens with the smallest keys, whatever the query         arXiv 2406.11430
+    sketch    keys on their 32 principal directions (sketch16, sketch8)     arXiv 2406.02542
+    ahead5    the same, with queries foreseen up to 5 layers ahead (ahead1) arXiv 2406.19707
 
 Each is a Selector, so budget, sinks, window and the dense layer 0 are the same for all of them and
 for the butler. Eviction is real: h2o and snapkv never see an evicted token again. They decide
@@ -13,13 +15,17 @@ before they know the question, so they must watch the prompt:
     llama.decode(token, cache, selector)
 
     python synth_task.py --selectors dense,butler,quest,h2o,snapkv,keynorm
+    python bench.py --suite length --selectors oracle,butler,sketch,ahead1,ahead5
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from cli import UserError
 from kernel import index_to_mask, true_attention
+from model import Llama, apply_rope, rope_cos_sin
 from selection import Selector
 
 
@@ -55,6 +61,86 @@ class Quest(Selector):
         bound = bound.masked_fill(token >= being_filled[:, None], torch.inf)
         # The rank instead of the bound: topk does not promise an order among equal scores.
         return -bound.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+class Sketch(Selector):
+    """Ranks tokens by keys of fewer numbers, with the layer's own query: Loki, arXiv 2406.02542.
+    SparQ (arXiv 2312.04985) also reads a part of each key, but picks its channels by the query.
+
+    keys [B, G, S, D] @ directions [B, G, D, E] -> sketch [B, G, S, E]
+    scores = softmax(query @ directions . sketch / sqrt(D)), mean over the query heads
+
+    The directions are the principal ones of the keys of the text at hand: the eigenvectors of their
+    second moments, for each layer and KV head. Loki takes them from a calibration text. Those of
+    the text itself need no such text and lose the least of its keys, so this is the strongest form
+    without training. They are computed at the first choice from the keys cached before, and then
+    kept. A text without a prompt takes them from all keys of the first call, also from later ones.
+
+    A stored sketch would have 8 bits a number, as the fast engine's butler has. That changes the
+    attention kept by less than 0.001 (tests/test_rivals.py), so it stays in float32 here.
+
+    directions   {layer: [B, G, D, E]}
+    """
+
+    def __init__(self, budget, size=32, **rules):
+        super().__init__(budget, **rules)
+        self.size = size
+        self.directions = {}
+
+    def scores(self, layer, q, keys, positions):
+        keys = keys.float()
+        if layer not in self.directions:
+            cached = keys[:, :, : keys.shape[2] - q.shape[2]]
+            self.directions[layer] = self.principal(cached if cached.shape[2] else keys)
+        directions = self.directions[layer]
+        D, E = directions.shape[2:]
+        q = q.float().unflatten(1, (keys.shape[1], -1)) @ directions[:, :, None]
+        q = q.flatten(1, 2) * (E / D) ** 0.5  # true_attention divides by sqrt(E), not by sqrt(D)
+        return true_attention(q, keys @ directions).mean(2)
+
+    def principal(self, keys):
+        """keys [B, G, S, D] -> the directions in which they are largest, [B, G, D, E]"""
+        return torch.linalg.eigh(keys.mT @ keys).eigenvectors[..., -self.size :]
+
+
+class Ahead(Sketch):
+    """Foresight without training: a layer's own query weights, applied to the input of an earlier
+    layer. It works because a layer changes its input little (InfiniGen, arXiv 2406.19707).
+
+    Layers 0, R, 2R ... foresee the queries of the next R layers, as the butler's producers do.
+    So with R = 1 each layer looks one layer ahead, and with R = 5 one to five layers ahead.
+
+    InfiniGen itself looks one layer ahead. It rotates queries and keys by an SVD of sample queries
+    and takes the channels that are largest in the prompt. A threshold decides how many tokens it
+    fetches. Here keys are on principal directions and the number is the budget, as in Sketch.
+
+    queries   {layer: foreseen queries of the latest tokens, [B, H, T, D]}
+    """
+
+    def __init__(self, budget, llama, layers_ahead=5, **rules):
+        super().__init__(budget, **rules)
+        if not isinstance(llama, Llama):
+            raise UserError("ahead1 and ahead5 apply the weights of model.py's Llama, which this "
+                            "engine or script does not give them")
+        self.llama = llama
+        self.layers_ahead = layers_ahead
+        self.queries = {}
+
+    def look_ahead(self, layer, x, positions):
+        if layer % self.layers_ahead == 0:
+            end = min(layer + self.layers_ahead + 1, self.llama.config.layers)
+            for later in range(layer + 1, end):
+                self.queries[later] = self.query(later, x, positions)
+
+    def query(self, layer, x, positions):
+        """What the layer would ask if x [B, T, C] were its input -> [B, H, T, D]"""
+        block = self.llama.layers[layer]
+        q = block.self_attn.q_proj(block.input_layernorm(x))
+        q = q.unflatten(-1, (-1, block.self_attn.head_dim)).transpose(1, 2)
+        return apply_rope(q, *rope_cos_sin(positions, self.llama.frequencies))
+
+    def scores(self, layer, q, keys, positions):
+        return super().scores(layer, self.queries[layer], keys, positions)
 
 
 class Evicting(Selector):
@@ -174,4 +260,15 @@ class SnapKV(Evicting):
         return torch.where(votes == 0, torch.arange(-S, 0, device=votes.device), votes)
 
 
-RIVALS = {"quest": Quest, "h2o": H2O, "snapkv": SnapKV, "keynorm": KeyNorm}
+RIVALS = {
+    "quest": Quest, "h2o": H2O, "snapkv": SnapKV, "keynorm": KeyNorm,
+    "sketch": Sketch, "sketch16": partial(Sketch, size=16), "sketch8": partial(Sketch, size=8),
+    "ahead1": partial(Ahead, layers_ahead=1), "ahead5": Ahead,
+}
+
+
+def make(name: str, budget: float, llama=None) -> Selector:
+    """A new rival by its name. llama: the model, for the rivals that apply its weights."""
+    if name.startswith("ahead"):
+        return RIVALS[name](budget, llama)
+    return RIVALS[name](budget)

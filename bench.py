@@ -30,7 +30,14 @@ from cli import DEVICE, UserError, flag, numbers, plug_in
 from data import evenly_spaced, text_to_measure_on
 from kernel import index_to_mask, true_attention
 from selection import NAMES
-from synth_task import check_selectors, confidence_interval, every_maker, print_results, rules_of
+from synth_task import (
+    check_selectors,
+    confidence_interval,
+    every_maker,
+    print_bytes,
+    print_results,
+    rules_of,
+)
 
 BLOCK = 32  # tokens at the end of a context that `length` measures on
 SUITES = ("perplexity", "length", "speed")
@@ -290,7 +297,7 @@ def measure(config: Config) -> dict:
     else:
         results = length(llama, windows, contexts, makers)
     print_results(results)
-    return {"results": results}
+    return {"results": results, "bytes": print_bytes(makers, llama.config.head_dim)}
 
 
 def main(config: Config) -> dict:

@@ -272,6 +272,10 @@ class ButlerSelector(Selector):
         self.queries = {}
         self.keys = {}
 
+    def bytes_per_token(self, head_dim):
+        """As in the fast engine: 8 bits a number, and a scale."""
+        return self.butler.config.size + 4
+
     def watch(self, layer, x, q, keys, positions):
         """Prefill: project the keys of the prompt while it is read."""
         if layer > 0:

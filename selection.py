@@ -109,6 +109,10 @@ class Selector:
         self.budget = Budget(budget, **sizes)
         self.index = {}
 
+    def bytes_per_token(self, head_dim: int) -> float:
+        """How many bytes per cached token and KV head it reads to choose, at 16 bits a number."""
+        return 0
+
     def watch(self, layer, x, q, keys, positions) -> None:
         """Pass this as the selector of `prefill`. The prompt is then read densely, because this
         returns None, and subclasses can use its keys."""
@@ -145,6 +149,9 @@ class Selector:
 
 
 class Oracle(Selector):
+    def bytes_per_token(self, head_dim):
+        return 2 * head_dim  # all keys
+
     def scores(self, layer, q, keys, positions):
         return true_attention(q, keys).mean(2)  # over the query heads of each KV head
 
@@ -228,7 +235,7 @@ def prefill(llama, prompt, cache, selector=None, budget=None):
 
 SELECTORS = {"oracle": Oracle, "recency": Recency, "random": Random}
 RIVALS = ("quest", "h2o", "snapkv", "keynorm", "sketch", "sketch16", "sketch8", "ahead1",
-          "ahead5")  # in workshop/rivals.py
+          "ahead5", "spread", "topp")  # in workshop/rivals.py
 NAMES = ("dense", "butler", *SELECTORS, *RIVALS)
 
 

@@ -327,6 +327,15 @@ def print_results(results: dict) -> None:
                       f"[{m['low']:.3f}, {m['high']:.3f}]  n = {m['n']}")
 
 
+def print_bytes(makers: dict, head_dim: int) -> dict:
+    """What choosing costs: prints and returns {selector: bytes}; see Selector.bytes_per_token."""
+    made = {name: make() for (name, _), make in makers.items()}
+    read = {name: s.bytes_per_token(head_dim) for name, s in made.items() if s}
+    print("bytes read to choose, per cached token and KV head: "
+          + ", ".join(f"{name} {number:g}" for name, number in read.items()))
+    return read
+
+
 # ---------------------------------------------------------------------------- the script
 
 
@@ -435,7 +444,7 @@ def main(config: Config) -> dict:
         results[task] = evaluate(llama, tok, documents, makers, config.question,
                                  bool(rules), task, prefill_budget_of(config))
     print_results(results)
-    return {"results": results}
+    return {"results": results, "bytes": print_bytes(makers, llama.config.head_dim)}
 
 
 if __name__ == "__main__":

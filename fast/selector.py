@@ -219,6 +219,9 @@ class ButlerSelector(Selector):
         self.end = 0  # tokens cached after the latest call
         self.prefetch = None  # see prefetch_with
 
+    def bytes_per_token(self, head_dim):
+        return self.butler.config.size + 4  # 8 bits a number, and a scale
+
     @property
     def steps_per_choice(self) -> float:
         """Steps that a choice of a KV head has served, on average so far."""

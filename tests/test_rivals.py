@@ -6,12 +6,15 @@ import torch
 from conftest import ROOT, assert_close, randomise, tiny_config
 
 import fast
+import selection
 from bench import Probe
+from butler import load_for
 from cli import UserError
 from data import evenly_spaced
-from kernel import masked_attention, true_attention
+from kernel import index_to_mask, masked_attention, true_attention
 from model import Llama, apply_rope, rope_cos_sin
 from selection import RIVALS, Oracle, make_selector
+from synth_task import every_maker, print_bytes
 from workshop import rivals
 from workshop.rivals import Ahead, Sketch
 
@@ -79,8 +82,10 @@ def test_every_name_of_the_course_is_a_rival():
 def test_all_attend_to_exactly_the_budget(layer, small, name, start, budget):
     for t, rows in enumerate(decode(name, budget, layer, start, llama=small), start):
         total = min(max(12, int((t + 1) * 0.2 + 1e-4) if budget < 1 else 30), t + 1)
+        if name == "topp":  # the mean over the KV heads
+            assert all(sum(map(len, heads)) == G * total for heads in rows), t
         for kept in rows[0] + rows[1]:
-            assert len(kept) == total, (name, t)
+            assert len(kept) == total or name == "topp", (name, t)
             assert kept >= set(range(min(4, t + 1))) | {t - i for i in range(min(8, t + 1))}
             assert max(kept) == t
 
@@ -187,21 +192,50 @@ def test_snapkv_without_votes_keeps_the_most_recent(layer):
         assert all(kept == expected for kept in rows[0] + rows[1])
 
 
-def test_quest_ranks_pages_by_the_bound(layer):
+def box(head, inside):
+    """The largest product of a query head with a key inside the box around a page's keys."""
+    low, high = inside.amin(0), inside.amax(0)
+    bound = torch.maximum(head * low, head * high).sum().item()
+    assert (inside @ head).max() <= bound + 1e-5
+    return bound
+
+
+def mean_and_spread(head, inside):
+    keys = inside.double().numpy()
+    return float(head.double().numpy() @ keys.mean(0) + abs(head.double().numpy()) @ keys.std(0))
+
+
+@pytest.mark.parametrize("kind, rule", [(rivals.Quest, box), (rivals.Spread, mean_and_spread)])
+def test_pages_are_ranked_by_their_bound(layer, kind, rule):
     q, keys = layer
-    scores = rivals.Quest(0.2).scores(1, q, keys, torch.arange(S))
+    scores = kind(0.2).scores(1, q, keys, torch.arange(S))
     for b, g, t in ((0, 0, 140), (1, 1, 99), (0, 1, 47)):
         heads, full = q[b, g * 3 : g * 3 + 3, t], (t + 1) // 16
-        bounds = []
-        for page in range(full):
-            inside = keys[b, g, 16 * page : 16 * page + 16]
-            low, high = inside.amin(0), inside.amax(0)
-            bounds.append(max(torch.maximum(h * low, h * high).sum().item() for h in heads))
-            assert (inside @ heads.T).max() <= bounds[-1] + 1e-5  # it is a bound
+        inside = [keys[b, g, 16 * page : 16 * page + 16] for page in range(full)]
+        bounds = [max(rule(head, page) for head in heads) for page in inside]
         ranking = scores[b, g, t, : t + 1].argsort(descending=True).tolist()
         being_filled = list(range(16 * full, t + 1))
         pages = sorted(range(full), key=bounds.__getitem__, reverse=True)
         assert ranking == being_filled + [16 * page + i for page in pages for i in range(16)]
+
+
+def test_topp_always_serves_the_head_that_holds_least(layer):
+    """One token at a time goes to the head with the smallest share: then all hold the same p. One
+    KV head's attention is made wide."""
+    q, keys = layer
+    keys = torch.cat([keys[:, :1], 0.1 * keys[:, 1:]], dim=1)
+    steps = decode("topp", 0.3, (q, keys), 100)
+    attention = true_attention(q, keys).mean(2).double()
+    for b, t in ((0, 100), (1, 120), (1, 149)):
+        total = int((t + 1) * 0.3 + 1e-4)
+        kept = [{*range(4), *range(t - 7, t + 1)} for _ in range(G)]
+        held = lambda g, b=b, t=t, kept=kept: attention[b, g, t, list(kept[g])].sum()  # noqa: E731
+        for _ in range(G * (total - 12)):
+            g = min(range(G), key=held)
+            left = set(range(t + 1)) - kept[g]
+            kept[g].add(max(left, key=lambda s: attention[b, g, t, s]))
+        assert steps[t - 100][b] == kept
+        assert len(kept[1]) > 1.5 * len(kept[0])
 
 
 def test_keynorm_chooses_the_smallest_keys(layer):
@@ -236,7 +270,8 @@ def test_in_a_model_the_selection_is_what_is_attended_to(tiny, name):
     for i in range(1, tiny.config.layers):
         out = masked_attention(queries[i], cache.k[i], cache.v[i], selector.index[i])
         assert_close(f"{name}, layer {i}", attended[i], out.transpose(1, 2).flatten(2), 1e-5)
-        assert (selector.index[i] >= 0).sum(-1).eq(27).all()
+        count = (selector.index[i] >= 0).sum(-1)  # [B, G, 1]
+        assert count.sum(1).eq(2 * 27).all() if name == "topp" else count.eq(27).all()
 
 
 # ---------------------------------------------------------------------------- sketches
@@ -348,6 +383,52 @@ def test_a_layer_with_its_own_input_foresees_its_own_query(model_path, prose, en
     # Foresight costs attention, and the farther the more.
     ahead1, ahead5 = (last_step(llama, prose, Ahead(0.1, llama, n)) for n in (1, 5))
     assert kept > ahead1 + 0.01 > ahead5 + 0.03
+
+
+def test_topp_raises_the_smallest_share_at_the_same_total(llama, prose):
+    topp, oracle = rivals.TopP(0.1), Oracle(0.1)
+
+    def compare(layer, x, q, keys, positions):
+        one, other = (selector(layer, x, q, keys, positions) for selector in (topp, oracle))
+        if layer > 0:
+            assert torch.equal((one >= 0).sum((1, 3)), (other >= 0).sum((1, 3)))
+            attention = true_attention(q, keys).mean(2)
+            one, other = ((attention * index_to_mask(index, keys.shape[2])).sum(3).amin(1)
+                          for index in (one, other))  # [B, T]
+            assert (one >= other - 1e-6).all() and one.mean() > other.mean()
+
+    last_step(llama, prose, Oracle(0.1), compare)
+
+
+@pytest.mark.parametrize("name", ["sketch", "ahead1", "ahead5", "spread"])
+def test_prompts_can_be_read_through_them(llama, prose, name, monkeypatch):
+    monkeypatch.setattr(selection, "DENSE_START", 320)
+    monkeypatch.setattr(selection, "DENSE_END", 10)
+    seen = []
+    for budget in 1.0, 0.5:
+        cache = llama.new_cache(1, 704)
+        seen.append(selection.prefill(llama, prose, cache,
+                                      make_selector(name, 0.1, llama=llama), budget))
+    dense = llama.prefill(prose, llama.new_cache(1, 700))
+    assert_close("whole budget", seen[0], dense, 1e-2)
+    assert 0.01 < (seen[1] - dense).abs().max() < 10
+
+
+def test_topp_cannot_read_a_prompt(llama, prose, monkeypatch):
+    monkeypatch.setattr(selection, "DENSE_START", 320)
+    with pytest.raises(UserError, match="topp gives KV heads different numbers") as error:
+        selection.prefill(llama, prose, llama.new_cache(1, 700), make_selector("topp", 0.1), 0.5)
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_are_those_of_what_is_read(llama, butler):
+    fast_butler = load_for(llama, cls=fast.Butler)
+    assert fast_butler.selector(0.1).bytes_per_token(64) == 36
+    names = ("dense", "oracle", "butler", "recency", *RIVALS)
+    read = print_bytes(every_maker(names, ("0.1", "0.2"), butler, llama), 64)
+    assert read == {"oracle": 128, "butler": 36, "recency": 0, "quest": 16, "h2o": 2, "snapkv": 2,
+                    "keynorm": 2, "sketch": 36, "sketch16": 20, "sketch8": 12, "ahead1": 36,
+                    "ahead5": 36, "spread": 16, "topp": 128}
 
 
 def test_ahead_needs_a_llama_of_the_course(tiny, folder):

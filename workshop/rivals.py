@@ -6,6 +6,8 @@
     keynorm   the tokens with the smallest keys, whatever the query         arXiv 2406.11430
     sketch    keys on their 32 principal directions (sketch16, sketch8)     arXiv 2406.02542
     ahead5    the same, with queries foreseen up to 5 layers ahead (ahead1) arXiv 2406.19707
+    spread    pages of 16 tokens, ranked by mean and spread of their keys   arXiv 2605.27740
+    topp      an oracle: heads with wide attention get more tokens          arXiv 2502.02770
 
 Each is a Selector, so budget, sinks, window and the dense layer 0 are the same for all of them and
 for the butler. Eviction is real: h2o and snapkv never see an evicted token again. They decide
@@ -26,19 +28,21 @@ import torch.nn.functional as F
 from cli import UserError
 from kernel import index_to_mask, true_attention
 from model import Llama, apply_rope, rope_cos_sin
-from selection import Selector
+from selection import Budget, Oracle, Selector
 
 
 class KeyNorm(Selector):
     """Keys with a small norm tend to receive much attention."""
 
+    def bytes_per_token(self, head_dim):
+        return 2
+
     def scores(self, layer, q, keys, positions):
         return -keys.float().norm(dim=-1)[:, :, None].expand(-1, -1, q.shape[2], -1)
 
 
-class Quest(Selector):
-    """Ranks whole pages. The bound of a page is sum_d max(q_d min_d, q_d max_d), where min and max
-    are taken over its keys, channel by channel; a KV head takes the largest of its query heads.
+class Pages(Selector):
+    """Ranks whole pages of 16 tokens, by the `bound` that a subclass defines.
 
     The page that is still being filled is always selected. Tokens of one page tie, and the earlier
     one goes first; the budget may end within a page.
@@ -46,14 +50,20 @@ class Quest(Selector):
 
     PAGE = 16
 
+    def bytes_per_token(self, head_dim):
+        return 2 * (2 * head_dim) / self.PAGE  # two vectors a page
+
+    def bound(self, q, pages):
+        """q [B, G, H/G, T, D], pages [B, G, 1, S/16, 16, D] -> [B, G, H/G, T, S/16]; of a KV head's
+        query heads the largest counts."""
+        raise NotImplementedError
+
     def scores(self, layer, q, keys, positions):
         T, S = q.shape[2], keys.shape[2]
         last_full = S - S % self.PAGE
-        pages = keys[:, :, :last_full].float().unflatten(2, (-1, self.PAGE))  # [B, G, S/16, 16, D]
-        q = q.float().unflatten(1, (keys.shape[1], -1))  # [B, G, H/G, T, D]
-        bound = q.clamp(min=0) @ pages.amax(3)[:, :, None].mT
-        bound += q.clamp(max=0) @ pages.amin(3)[:, :, None].mT
-        bound = bound.amax(2).repeat_interleave(self.PAGE, dim=-1)  # [B, G, T, last_full]
+        pages = keys[:, :, None, :last_full].float().unflatten(3, (-1, self.PAGE))
+        bound = self.bound(q.float().unflatten(1, (keys.shape[1], -1)), pages).amax(2)
+        bound = bound.repeat_interleave(self.PAGE, dim=-1)  # [B, G, T, last_full]
         bound = F.pad(bound, (0, S - last_full), value=torch.inf)
         # A page that was not full when its query came would show tokens of the future.
         token = torch.arange(S, device=q.device)
@@ -61,6 +71,56 @@ class Quest(Selector):
         bound = bound.masked_fill(token >= being_filled[:, None], torch.inf)
         # The rank instead of the bound: topk does not promise an order among equal scores.
         return -bound.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+class Quest(Pages):
+    """An upper bound of q . k: sum_d max(q_d min_d, q_d max_d), where min and max are taken over
+    the page's keys, channel by channel."""
+
+    def bound(self, q, pages):
+        return q.clamp(min=0) @ pages.amax(4).mT + q.clamp(max=0) @ pages.amin(4).mT
+
+
+class Spread(Pages):
+    """q . mean + |q| . spread, where mean and standard deviation are taken over the page's keys,
+    channel by channel. Simplified: pages and query heads are treated as in Quest, and the form
+    that is trained with the model is left out."""
+
+    def bound(self, q, pages):
+        mean = pages.mean(4)  # [B, G, 1, S/16, D]
+        spread = (pages - mean[..., None, :]).square().mean(4).sqrt()
+        return q @ mean.mT + q.abs() @ spread.mT
+
+
+class TopP(Oracle):
+    """The smallest sets of tokens that hold a share p of the true attention, of each KV head.
+
+    Twilight fixes p, so that the number of tokens varies. Here it is the other way round: each
+    query takes the p at which the KV heads of a layer attend to the budget in the mean. Heads with
+    wide attention get more tokens than others; the total equals that of all other selectors.
+    """
+
+    def block_scores(self, layer, q, keys, positions):
+        raise UserError("topp gives KV heads different numbers of tokens, so it cannot select "
+                        "while the prompt is read")
+
+    def choose(self, layer, q, keys, positions):
+        attention = self.scores(layer, q, keys, positions).double()
+        sinks, window = self.budget.sinks, self.budget.window
+        # All tokens between sinks and window, those with most attention first
+        ranked = Budget(1.0, sinks, window).topk(attention, positions)  # [B, G, T, K]
+        share = attention.gather(3, ranked.clamp(min=0)).masked_fill(ranked < 0, 0)
+        # The share that is held before each of them is added. Sinks and window hold the rest.
+        before = 1 - share.flip(3).cumsum(3).flip(3)
+        before = before.masked_fill(ranked < 0, torch.inf)
+        # Sets that hold p contain the tokens before which less than p is held. So of all heads
+        # together the tokens with the smallest numbers are selected.
+        num_left = (self.budget.allowance(positions + 1) - sinks - window).clamp(min=0)  # [T]
+        order = before.transpose(1, 2).flatten(2).argsort(stable=True).argsort()  # [B, T, G*K]
+        selected = order < keys.shape[1] * num_left[:, None]
+        count = selected.unflatten(2, (keys.shape[1], -1)).sum(3).transpose(1, 2)  # [B, G, T]
+        rank = torch.arange(int(count.max()), device=q.device)
+        return torch.where(rank < count[..., None], ranked[..., : len(rank)], -1)
 
 
 class Sketch(Selector):
@@ -86,6 +146,9 @@ class Sketch(Selector):
         super().__init__(budget, **rules)
         self.size = size
         self.directions = {}
+
+    def bytes_per_token(self, head_dim):
+        return self.size + 4  # 8 bits a number, and a scale
 
     def scores(self, layer, q, keys, positions):
         keys = keys.float()
@@ -156,6 +219,9 @@ class Evicting(Selector):
         super().__init__(budget, **rules)
         self.value = {}
         self.alive = {}
+
+    def bytes_per_token(self, head_dim):
+        return 2  # its value
 
     def ranked(self, layer):
         """What decides at this step, [B, G, S]: tokens with the lowest numbers are evicted."""
@@ -263,7 +329,7 @@ class SnapKV(Evicting):
 RIVALS = {
     "quest": Quest, "h2o": H2O, "snapkv": SnapKV, "keynorm": KeyNorm,
     "sketch": Sketch, "sketch16": partial(Sketch, size=16), "sketch8": partial(Sketch, size=8),
-    "ahead1": partial(Ahead, layers_ahead=1), "ahead5": Ahead,
+    "ahead1": partial(Ahead, layers_ahead=1), "ahead5": Ahead, "spread": Spread, "topp": TopP,
 }
 
 

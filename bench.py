@@ -9,8 +9,8 @@
     python bench.py --suite length --contexts 512,2048
     python bench.py --suite speed --engine fast --budgets 0.05
 
-More suites are in workshop/suites.py (recall, generation, drift, tradeoff, prefill) and in
-workshop/timing.py (attention, offload, speed of a --shape with random weights).
+More suites are in workshop/suites.py (recall, generation, drift, tradeoff, prefill, agreement) and
+in workshop/timing.py (attention, offload, speed of a --shape with random weights).
 """
 
 import json
@@ -41,8 +41,19 @@ from synth_task import (
 
 BLOCK = 32  # tokens at the end of a context that `length` measures on
 SUITES = ("perplexity", "length", "speed")
-MORE_SUITES = {"workshop.suites": ("recall", "generation", "drift", "tradeoff", "prefill"),
+MORE_SUITES = {"workshop.suites": ("recall", "generation", "drift", "tradeoff", "prefill",
+                                   "agreement"),
                "workshop.timing": ("attention", "offload")}
+
+
+def watched_by(selectors):
+    """What `prefill` takes for a selector: a dense reading that all `selectors` watch."""
+
+    def watch(*seen):
+        for selector in filter(None, selectors):
+            selector.watch(*seen)
+
+    return watch
 
 
 class Probe:
@@ -216,8 +227,8 @@ def speed(llama, butler, windows, contexts, makers, config) -> list[dict]:
     batch = len(windows)
     for context in contexts:
         cache = llama.new_cache(batch, context + config.n + 2)
-        llama.prefill(windows[:, : context - 1], cache)
         selectors = {key: make() for key, make in makers.items()}
+        llama.prefill(windows[:, : context - 1], cache, watched_by(selectors.values()))
         token = windows[:, context - 1 : context]
         times = decode_times(llama, cache, token, context, selectors, config.n)
         reads = {(name, budget): step_bytes(llama, cache, butler, name, float(budget), batch,
@@ -243,7 +254,7 @@ class Config:
     """Measures what a selection costs in quality and what it gains in time."""
 
     suite: str = flag("length", "perplexity, length, speed; of workshop/: recall, generation, "
-                                "drift, tradeoff, prefill, attention, offload")
+                                "drift, tradeoff, prefill, agreement, attention, offload")
     model: str = flag(None, "folder, GGUF file or Hub id (default: SmolLM2-135M-Instruct)")
     butler: str = flag(None, "butler file (default: the shipped one)")
     engine: str = flag("plain", f"what runs the model: {', '.join(cli.ENGINES)}")

@@ -121,6 +121,62 @@ def test_drift_suite_has_the_scores_of_synth_task(main):
     assert scores["coreference"]["butler"]["0.1"]["mean"] == some["mean"] < every["mean"]
 
 
+def one_by_one(llama, window, count, selector=None):
+    """Reads all but the last `count` tokens of a window densely, the others one at a time -> their
+    logits [count, V], and 64 greedy tokens behind them."""
+    start = len(window) - count
+    cache = llama.new_cache(1, len(window) + 64)
+    llama.prefill(window[None, :start], cache, selector and selector.watch)
+    logits = torch.cat([llama.decode(token.view(1, 1), cache, selector)[0]
+                        for token in window[start:]])
+    text = [logits[-1].argmax()]
+    while len(text) < 64:
+        text.append(llama.decode(text[-1].view(1, 1), cache, selector)[0, -1].argmax())
+    return logits, [int(token) for token in text]
+
+
+def test_agreement_is_that_of_both_models_decoding_token_by_token(small):
+    llama, butler = small
+    windows = torch.randint(256, (2, 300), generator=torch.manual_seed(3))
+    makers = every_maker(("dense", "oracle", "butler", "h2o"), ("0.2", "400"), butler)
+    results = suites.agreement(llama, windows, [260, 300], makers)["results"]
+    assert {name for table in results.values() for name in table} == {"oracle", "butler", "h2o"}
+    for context, name in (260, "h2o"), (300, "butler"), (300, "oracle"):
+        same, kl, equal = [], [], []
+        for window in windows[:, :context]:
+            dense, dense_text = one_by_one(llama, window, 128)
+            sparse, text = one_by_one(llama, window, 128, makers[name, "0.2"]())
+            same.append((dense.argmax(-1) == sparse.argmax(-1)).double().mean().item())
+            p, q = (torch.distributions.Categorical(logits=x.double())
+                    for x in (dense, sparse))
+            kl.append(torch.distributions.kl_divergence(p, q).mean().item())
+            differ = [a != b for a, b in zip(dense_text, text, strict=True)]
+            equal.append(differ.index(True) if True in differ else 64)
+        for what, values in ("same token", same), ("KL", kl), ("equal text", equal):
+            m = results[f"{what} @{context}"][name]
+            assert m["0.2"]["mean"] == pytest.approx(sum(values) / 2, rel=1e-3), (what, name)
+            assert m["0.2"]["n"] == 2
+        assert 0 < sum(same) < 2 and sum(equal) < 128  # this budget changes the text
+        assert results[f"same token @{context}"][name]["400"]["mean"] == 1
+        assert results[f"KL @{context}"][name]["400"]["mean"] == pytest.approx(0, abs=1e-6)
+        assert results[f"equal text @{context}"][name]["400"]["mean"] == 64
+
+
+def test_agreement_of_reused_choices_is_measured_step_by_step(small):
+    """In one call of several tokens every token has a choice of its own."""
+    llama, butler = small
+    windows = torch.randint(256, (1, 256), generator=torch.manual_seed(4))
+    makers = every_maker(("butler",), ("0.2",), butler, interval=4)
+    found = [suites.agreement(llama, windows, [256], makers, stepwise)["results"]["KL @256"]
+             for stepwise in (True, False)]
+    reused, anew = (table["butler"]["0.2"]["mean"] for table in found)
+    dense, _ = one_by_one(llama, windows[0], 128)
+    sparse, _ = one_by_one(llama, windows[0], 128, makers["butler", "0.2"]())
+    p, q = (torch.distributions.Categorical(logits=x.double()) for x in (dense, sparse))
+    expected = torch.distributions.kl_divergence(p, q).mean().item()
+    assert reused == pytest.approx(expected, rel=1e-3) and anew != pytest.approx(expected, rel=1e-3)
+
+
 def test_tradeoff_suite_has_the_scores_of_synth_task_and_a_time_for_each(main):
     flags = ("--task", "coreference", "--n", 1, "--selectors", "dense,butler,h2o",
              "--budgets", "0.2,64")
@@ -140,6 +196,8 @@ def test_tradeoff_suite_has_the_scores_of_synth_task_and_a_time_for_each(main):
     ({"suite": "drift"}, "name one above 0"),
     ({"suite": "drift", "drift": 0.2}, "the butler of this engine has no --drift"),
     ({"suite": "generation", "contexts": ("70",)}, "more than 72 tokens"),
+    ({"suite": "agreement", "contexts": ("255",)}, "at least 256 tokens"),
+    ({"suite": "agreement", "contexts": ("8192",), "n": 1}, "exceed the model's context"),
     ({"suite": "offload", "batch": 2, "shape": "tiny"}, "--batch 1"),
 ])
 def test_refused(in_memory, monkeypatch, flags, message):

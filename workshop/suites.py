@@ -9,12 +9,17 @@
     tradeoff     tasks: the score beside milliseconds of a decode step behind the first document
     prefill      prompts read densely and through each selector: the perplexity of the 512 tokens
                  behind them, which attend to all tokens, and the seconds that reading took
+    agreement    a context read densely but for its last 128 tokens, which go through each selector:
+                 the share of them behind which the likeliest next token is the dense model's, and
+                 KL(dense || sparse) in nats. Then the model writes: how many tokens until its
+                 greedy text differs from the dense model's, 64 if it never does
 
     python bench.py --suite recall --selectors oracle,butler,recency
     python bench.py --suite generation --engine fast --contexts 2048 --selectors dense,butler
     python bench.py --suite drift --engine fast --drift 0.25 --task coreference --contexts 361
     python bench.py --suite tradeoff --engine fast --contexts 4096 --budgets 0.05,0.1
     python bench.py --suite prefill --engine fast --contexts 4096 --selectors dense,oracle,butler
+    python bench.py --suite agreement --engine fast --contexts 4096 --budgets 0.05,0.1,0.25
 """
 
 import statistics
@@ -29,15 +34,25 @@ from tqdm import tqdm
 import cli
 import sample
 import synth_task
-from bench import Probe, decode_times, excess, exponential, synchronize
+from bench import BLOCK, Probe, decode_times, excess, exponential, synchronize, watched_by
 from cli import UserError, numbers
 from data import evenly_spaced, text_to_measure_on
 from kernel import index_to_mask, true_attention
 from selection import Selector, prefill
-from synth_task import answers, confidence_interval, evaluate, every_maker, print_results, rules_of
+from synth_task import (
+    answers,
+    confidence_interval,
+    evaluate,
+    every_maker,
+    likeliest,
+    print_results,
+    rules_of,
+)
 
 PROMPT = 64  # tokens that a generated text starts from
 BEHIND = 512  # tokens behind a prompt that `prefill` scores
+FORCED = 128  # last tokens of a context that `agreement` compares with the dense model
+WRITTEN = 64  # tokens that it then writes
 
 
 def task_documents(config, tok, limit: int) -> dict:
@@ -277,6 +292,77 @@ def prompts(llama, windows, contexts, makers) -> dict:
     return {"results": results}
 
 
+# ---------------------------------------------------------------------------- agreement with dense
+
+
+def force(llama, cache, block, selector, stepwise: bool):
+    """Next-token logits [FORCED, V] behind each token of a block [FORCED]. stepwise: one token a
+    call, for selectors that reuse a choice from step to step."""
+    parts = block[None].split(1 if stepwise else BLOCK, dim=1)
+    return torch.cat([llama(part, cache, selector) for part in parts], dim=1)[0].float()
+
+
+def write(llama, cache, logits) -> list[int]:
+    """The dense model's greedy text behind `logits` [V]."""
+    text = []
+    while True:
+        token = likeliest(logits)
+        text.append(int(token))
+        if len(text) == WRITTEN:
+            return text
+        logits = llama.decode(token.view(1, 1), cache)[0, -1]
+
+
+def equal_tokens(llama, cache, logits, selector, text: list[int]) -> int:
+    """How many tokens at the beginning of the selector's greedy text are those of `text`."""
+    for number, token in enumerate(text):
+        if int(likeliest(logits)) != token:
+            return number
+        if number + 1 < len(text):
+            logits = llama.decode(torch.tensor([[token]], device=llama.device), cache, selector)
+            logits = logits[0, -1]
+    return len(text)
+
+
+@torch.inference_mode()
+def agreement_behind(llama, window, makers: dict, stepwise: bool) -> dict:
+    """window [T] -> {(selector, budget): (share of the last tokens behind which the likeliest token
+    is the dense model's, mean KL in nats, tokens of equal text)}, without dense itself"""
+    start = len(window) - FORCED
+    cache = llama.new_cache(1, len(window) + WRITTEN - 1)
+    selectors = {key: make() for key, make in makers.items() if key[0] != "dense"}
+    llama.prefill(window[None, :start], cache, watched_by(selectors.values()))
+    block = window[start:]
+    dense = force(llama, cache, block, None, stepwise)
+    text = write(llama, cache, dense[-1])
+    p = dense.log_softmax(-1)
+    found = {}
+    for key, selector in selectors.items():
+        cache.truncate(start)
+        logits = force(llama, cache, block, selector, stepwise)
+        same = (likeliest(logits) == likeliest(dense)).double().mean().item()
+        kl = F.kl_div(logits.log_softmax(-1), p, reduction="none", log_target=True).sum(-1)
+        found[key] = (same, kl.mean().item(),
+                      equal_tokens(llama, cache, logits[-1], selector, text))
+    return found
+
+
+def agreement(llama, windows, contexts, makers: dict, stepwise=False) -> dict:
+    """windows [n, longest context] -> {"results": same token, KL and equal text by context}"""
+    seen = {}  # {(what, selector, budget): values of the windows}
+    for context in sorted(contexts, reverse=True):
+        for window in tqdm(windows, f"{context} tokens", file=sys.stderr):
+            found = agreement_behind(llama, window[:context], makers, stepwise)
+            for (name, budget), values in found.items():
+                for what, value in zip(("same token", "KL", "equal text"), values, strict=True):
+                    seen.setdefault((f"{what} @{context}", name, budget), []).append(value)
+    results = {}
+    for (what, name, budget), values in seen.items():
+        m = confidence_interval(values, proportion=what.startswith("same token"))
+        results.setdefault(what, {}).setdefault(name, {})[budget] = m
+    return {"results": results}
+
+
 # ---------------------------------------------------------------------------- called by bench.py
 
 
@@ -300,6 +386,11 @@ def measure(config) -> dict:
         elif config.suite == "prefill":
             windows = evenly_spaced(tok, text, config.n, length + BEHIND).to(llama.device)
             report = prompts(llama, windows, contexts, makers)
+        elif config.suite == "agreement":
+            if min(contexts) < 2 * FORCED:
+                raise UserError(f"--contexts: a context has at least {2 * FORCED} tokens")
+            windows = evenly_spaced(tok, text, config.n, length).to(llama.device)
+            report = agreement(llama, windows, contexts, makers, bool(rules_of(config)))
         elif config.suite == "generation":
             if length <= PROMPT + 8:
                 raise UserError(f"--contexts: a text has more than {PROMPT + 8} tokens")

@@ -83,7 +83,7 @@ def length() -> tuple[str, list[dict]]:
 def accuracy() -> tuple[str, list[dict]]:
     (by_name,) = load("budgets")["results"].values()
     dots = {name: interval(by.get("0.1", by.get("1.0"))) for name, by in by_name.items()}
-    return ("With a tenth of the tokens, only the butler answers as the oracle does",
+    return ("With a tenth of the tokens, only the butler answers as often as the oracle",
             [{"title": "", "x": "co-reference answers right", "dots": dots}])
 
 
@@ -92,7 +92,7 @@ def perplexity() -> tuple[str, list[dict]]:
     for name, by_budget in load("perplexity")["results"]["over oracle"].items():
         lines[name] = [[100 * float(budget), *(100 * x for x in interval(m))]
                        for budget, m in by_budget.items()]
-    return ("The butler's text is predicted almost as well as the oracle's",
+    return ("With the butler, text is predicted almost as well as with the oracle",
             [{"title": "", "x": "tokens attended, %", "y": "perplexity above the oracle's, %",
               "log_x": False, "lines": lines}])
 

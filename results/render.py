@@ -118,8 +118,7 @@ def rows_table(rows: list[dict]) -> str:
             continue
         fastest[name, context] = row["ms"]
         faster = f" ({row['speedup']:.2f}x)" if row.get("speedup") else ""
-        waits = [f"; {row[key]:.1f} s" for key in ("first_token_s", "answer_s") if row.get(key)]
-        cells[name, context] = f"{row['ms']:.1f}{faster}{''.join(waits)}"
+        cells[name, context] = f"{row['ms']:.1f}{faster}"
     return markdown("ms a step behind so many tokens", cells)
 
 
@@ -127,7 +126,8 @@ def train_table(report: dict) -> str:
     text = io.StringIO()
     with redirect_stdout(text):
         train.print_table(report)
-    return f"```\n{text.getvalue().strip()}\n```"
+    lines = text.getvalue().strip("\n")  # the first line is indented
+    return f"```\n{lines}\n```"
 
 
 def table(report: dict, only: str | None = None) -> str:

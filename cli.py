@@ -4,7 +4,8 @@
 
 Each script declares one dataclass. Its fields are the flags, so `--max-new-tokens` is the field
 `max_new_tokens`. `run` calls the script's `main`, prints its report as the last line on stdout and
-turns every `UserError` into one line on stderr and exit code 2.
+turns every `UserError` into one line on stderr and exit code 2. A terminal does not get the JSON
+line: a person has read the same in the table above it.
 
     python sample.py --budget x        shows such an error
 """
@@ -19,12 +20,13 @@ import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, field, fields
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cpu"  # the default of --device; a GPU only after the scripts have been measured on one
 ENGINES = {"plain": "butler", "fast": "fast", "transformers": "workshop.transformers"}
 RENAMED = {"--stride": "--layers-per-producer", "--drifts": "--drift"}  # flags of earlier versions
 
@@ -243,6 +245,15 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"device {device!r} cannot be used here") from None
+    if torch.device(device).type != "cpu":
+        say_not_measured(torch.device(device).type)
+
+
+@cache
+def say_not_measured(kind: str) -> None:
+    """Once for each kind of device."""
+    print(f"--device {kind}: not measured yet; every published number is from a CPU",
+          file=sys.stderr)
 
 
 def processor(device="cpu") -> str:
@@ -307,7 +318,8 @@ def run(main, config_class) -> None:
         try:
             config = parse(config_class)
             report = main(config)
-            if report is not None:  # of several processes only the first one reports
+            # Of several processes only the first one reports.
+            if report is not None and not sys.stdout.isatty():
                 print(json.dumps({"config": asdict(config)} | report | provenance()))
         finally:
             sys.stdout.flush()  # raises here if stdout cannot be written

@@ -351,21 +351,26 @@ def final_table(llama, tok, butler, windows, documents) -> dict:
 
 
 def print_table(report: dict) -> None:
+    """The selectors' scores, then one sentence about the butler."""
     contexts = list(report["table"]["dense"]["kept"])
-    heads = "".join(f"  kept at {int(context):>5,}" for context in contexts)
-    print(f"\nselector  attended{heads}  co-reference right")
+    texts = report["table"]["dense"]["kept"][contexts[0]]["n"]
+    documents = report["table"]["dense"]["coreference"]["n"]
+    width = 16 * len(contexts)
+    heads = "".join(f"{f'{int(context):,} tokens':>16s}" for context in contexts)
+    print(f"\n{'':18s}{f'attention kept, {texts} texts of':>{width}s}     co-reference right,")
+    print(f"selector  attended{heads}     {documents} documents")
     for name, row in report["table"].items():
         m = row["coreference"]
-        shares = "".join(f"{row['kept'][context]['mean']:15.3f}" for context in contexts)
-        print(f"{name:8s}  {'100 %' if name == 'dense' else '10 %':>8s}{shares}  {m['mean']:6.2f} "
-              f"[{m['low']:.2f}, {m['high']:.2f}]")
-    print(f"\nkept: share of the attention that falls on the selected tokens, "
-          f"{report['config']['windows']} held-out texts; co-reference: {m['n']} documents")
-    print(f"KL on held-out text: {report['kl_before']:.3f} before, {report['kl']:.3f} after "
-          f"{report['config']['steps']} steps")
-    print(f"the butler has {report['parameters']:,} parameters, {report['share']:.2%} of the base "
-          f"model's; {report['training_s'] / 60:.1f} minutes of training, "
-          f"{report['seconds'] / 60:.1f} in all")
+        shares = "".join(f"{row['kept'][context]['mean']:16.3f}" for context in contexts)
+        print(f"{name:8s}  {'100 %' if name == 'dense' else '10 %':>8s}{shares}     "
+              f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]")
+    kept = {name: report["table"][name]["kept"][contexts[-1]]["mean"]
+            for name in ("butler", "oracle")}
+    minutes, in_all = report["training_s"] / 60, report["seconds"] / 60
+    print(f"\nAfter {minutes:.1f} minutes of training ({in_all:.1f} in all) the butler, "
+          f"{report['share']:.2%} of the model's size,\nkeeps "
+          f"{kept['butler'] / kept['oracle']:.1%} of the attention that the oracle keeps; it is in "
+          f"{report['config']['out']}.")
 
 
 # ---------------------------------------------------------------------------- the script
@@ -460,14 +465,14 @@ def main(config: Config) -> dict | None:
     report = {
         "parameters": num_parameters(butler), "share": share, "kl_before": kl_before,
         "kl": kl_layers.mean().item(), "kl_layers": kl_layers.tolist(), "table": table,
-        "loss": losses, "processes": world(), "fingerprint": butler.config.fingerprint,
+        "processes": world(), "fingerprint": butler.config.fingerprint,
         "training_s": round(training_s, 1), "seconds": round(time.perf_counter() - begin, 1)}
-    whole = {"config": asdict(config)} | report | cli.provenance()
+    # The file also has the loss of every step, which would fill a screen.
+    whole = {"config": asdict(config)} | report | {"loss": losses} | cli.provenance()
     with cli.replacing(f"{config.out}.json") as part:
         part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     Path(f"{config.out}.state").unlink(missing_ok=True)
     print_table(whole)
-    print(f"saved {config.out} and {config.out}.json")
     return report
 
 

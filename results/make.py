@@ -32,6 +32,7 @@ RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
 NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
 
 STEPS = {
+    "step": "results/step.py",
     "train_default": "train.py",
     "train": "train.py --steps 1600 --long 6144 --span 0 --reuse 12 --longest 6144 "
              "--documents 100 --out out/shipped.safetensors",

@@ -3,6 +3,7 @@
     <!-- results/NAME.json --> ... <!-- end -->      what is between becomes the table of that file
     <!-- results/NAME.json: a, b --> ...             only what begins with a or b
     <!-- results: paper --> ... <!-- end -->         the paper's numbers beside those of this folder
+    <!-- results: ruler -->, <!-- results: wait -->  a summary of several files
 
 and draws the figures (draw.py), if matplotlib is installed.
 
@@ -25,6 +26,8 @@ import cli
 import train
 from cli import UserError
 
+RULER = ("ruler", "ruler_4096", "ruler_8000")  # files of the same tasks
+
 MARKER = re.compile(r"<!-- results(?:/(\S+)\.json)?(?:: (.*?))? -->\n.*?<!-- end -->", re.S)
 
 
@@ -44,7 +47,6 @@ def load(name: str) -> dict:
             selector, budget = label.rsplit(", ", 1)
             results[task][selector][budget]["steps"] = steps
     for row in report.get("rows", []):
-        row.setdefault("selector", row.get("candidate"))
         if row.get("suite") in ("speed", "attention") and row["kept"] is None:
             row["selector"] = "dense"  # one of several forms
     report["rows"] = [row for row in report.get("rows", [])
@@ -116,8 +118,7 @@ def rows_table(rows: list[dict]) -> str:
             continue
         fastest[name, context] = row["ms"]
         faster = f" ({row['speedup']:.2f}x)" if row.get("speedup") else ""
-        waits = [f"; {row[key]:.1f} s" for key in ("first_token_s", "answer_s") if row.get(key)]
-        cells[name, context] = f"{row['ms']:.1f}{faster}{''.join(waits)}"
+        cells[name, context] = f"{row['ms']:.1f}{faster}"
     return markdown("ms a step behind so many tokens", cells)
 
 
@@ -125,7 +126,8 @@ def train_table(report: dict) -> str:
     text = io.StringIO()
     with redirect_stdout(text):
         train.print_table(report)
-    return f"```\n{text.getvalue().strip()}\n```"
+    lines = text.getvalue().strip("\n")  # the first line is indented
+    return f"```\n{lines}\n```"
 
 
 def table(report: dict, only: str | None = None) -> str:
@@ -143,8 +145,71 @@ def table(report: dict, only: str | None = None) -> str:
         text = rows_table(report["rows"])
         engine = report.get("config", {}).get("engine")
         facts += [f"engine {engine}"] * (engine in cli.ENGINES)
-    facts += [report["hardware"], f"commit {report['commit']}"]
-    return f"{text}\n\n{'; '.join(facts)}: `{report['command']}`"
+    return f"{text}\n\n{'; '.join([*facts, origin(report)])}"
+
+
+def origin(report: dict) -> str:
+    return f"{report['hardware']}; commit {report['commit']}: `{report['command']}`"
+
+
+def fastest(rows: list[dict], key: str) -> dict:
+    """-> {(first word of the selector, context): the smallest number under this key}, without
+    transformers with our butler. Dense and transformers have several forms."""
+    least = {}
+    for row in rows:
+        if row.get(key) and "our butler" not in row["selector"]:
+            at = row["selector"].replace(",", " ").split()[0], row["context"]
+            least[at] = min(row[key], least.get(at, row[key]))
+    return least
+
+
+def wait() -> str:
+    """Seconds that a prompt and an answer of 100 tokens take, of every candidate."""
+    files = {path.stem.removeprefix("compare_"): load(path.stem)
+             for path in sorted(RESULTS.glob("compare_*.json"))}
+    cells = {}
+    for processor, report in files.items():
+        prompts, steps = (fastest(report["rows"], key) for key in ("first_token_s", "ms"))
+        for (name, context), seconds in prompts.items():
+            label = name + f", {processor}" * (len(files) > 1)
+            if context >= 2000:
+                whole = seconds + 0.1 * steps[name, context]  # 100 steps of so many milliseconds
+                cells[label, f"{context:,} tokens"] = f"{whole:.1f} s"
+    table = markdown("prompt, then 100 new tokens", cells)
+    return "\n\n".join([table, *map(origin, files.values())])
+
+
+def ruler_scores() -> dict:
+    """-> {(task, context): {selector: {budget: mean and interval}}}"""
+    scores = {}
+    for file in RULER:
+        report = load(file)
+        for key, by_name in report["results"].items():
+            task, _, context = key.partition("@")
+            scores[task, int(context or report["config"]["context"][0])] = by_name
+    return scores
+
+
+def ruler() -> str:
+    """Tasks down, lengths across: the butler's score with a tenth of the tokens, then dense."""
+    cells = {}
+    for (task, context), by in ruler_scores().items():
+        butler, dense = by["butler"]["0.1"], by["dense"]["1.0"]
+        cells[task, f"{context:,} tokens"] = f"{butler['mean']:.2f} of {dense['mean']:.2f}"
+    n = {m["n"] for by in ruler_scores().values() for *_, m in measures({"": by})}
+    return "\n\n".join([markdown("butler, 10 %, of dense", cells) + f"\n\nn = {min(n)}",
+                        *(origin(load(file)) for file in RULER)])
+
+
+def untrained() -> list[tuple]:
+    """The paper table's row about selections without training, once they have been measured: the
+    same bytes per token, and the layer's own query of the step from layers below."""
+    kept = load("length")["results"]["kept of oracle @8000"]
+    words = {"sketch": "the layer's own query on arrival", "ahead1": "from one layer below",
+             "ahead5": "from five layers below"}
+    found = [f"{what} {kept[name]['0.1']['mean']:.1%}" for name, what in words.items()
+             if name in kept]
+    return [("the same without training", "not reported", "; ".join(found))] if found else []
 
 
 def paper() -> str:
@@ -157,8 +222,7 @@ def paper() -> str:
     ours, rivals = at("coreference", "coreference"), at("budgets", "coreference")
     over = load("perplexity")["results"]["over oracle"]["butler"]
     kept = at("length", "kept of oracle @8000")["butler"]
-    solved = [at(file, task) for file in ("ruler", "ruler_4096", "ruler_8000")
-              for task in load(file)["results"]]
+    solved = [at(file, task) for file in RULER for task in load(file)["results"]]
     solved = [by for by in solved if by["dense"]["mean"] >= 0.8]
     of_dense = [by["butler"]["mean"] / by["dense"]["mean"] for by in solved]
     drift = at("drift_coreference", "coreference")
@@ -182,6 +246,7 @@ def paper() -> str:
          f"(encyclopedia, n = {over['0.5']['n']})"),
         ("attention kept at 8,000 tokens", "not reported",
          f"{kept['mean']:.1%} of what the oracle keeps (n = {kept['n']})"),
+        *untrained(),
         ("RULER", "competitive with dense", f"{sum(of_dense) / len(of_dense):.0%} of dense, mean "
          f"of {len(solved)} RULER-style tasks that dense solves (n = {solved[0]['dense']['n']})"),
         ("one choice serves several steps", "within 1.1 points",
@@ -195,6 +260,8 @@ def paper() -> str:
                               zip(("the paper", "here, SmolLM2-135M"), row[1:], strict=True)})
 
 
+SUMMARIES = {"paper": paper, "ruler": ruler, "wait": wait}
+
 # ---------------------------------------------------------------------------- files
 
 
@@ -202,11 +269,11 @@ def render(text: str) -> str:
     """A README's text -> the same with every table written anew."""
     def block(match):
         name, only = match.groups()
-        if name is None and only != "paper":
+        if name is None and only not in SUMMARIES:
             return match[0]
         if name and not (RESULTS / f"{name}.json").exists():
             return match[0]
-        lines = table(load(name), only) if name else paper()
+        lines = table(load(name), only) if name else SUMMARIES[only]()
         return f"{match[0].splitlines()[0]}\n{lines}\n<!-- end -->"
 
     return MARKER.sub(block, text)

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -310,6 +311,31 @@ def test_a_terminal_that_knows_ascii_only(monkeypatch, capsys):
 SCRIPT = """import dataclasses, cli
 cli.run(lambda config: {"printed": [print(i) for i in range(100_000)]},
         dataclasses.make_dataclass("Config", []))"""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+def test_a_terminal_gets_no_json_line():
+    ours, terminal = os.openpty()
+    command = [sys.executable, "-c", SCRIPT.replace("100_000", "3")]
+    done = subprocess.run(command, stdout=terminal, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    os.close(terminal)
+    assert os.read(ours, 9999).split() == [b"0", b"1", b"2"] and not done.stderr
+    os.close(ours)
+
+
+def test_a_device_that_was_not_measured_is_told_once(monkeypatch, capsys):
+    """A CPU's tensor stands for the GPU's."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    cli.say_not_measured.cache_clear()
+    for device in ("cpu", "cuda", "cuda:0"):
+        cli.check_device(device)
+    assert capsys.readouterr().err.count("--device cuda: not measured yet") == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "synth_task.py", "bench.py"])
+def test_scripts_run_on_the_cpu_unless_told_otherwise(script):
+    assert cli.parse(runpy.run_path(str(ROOT / script))["Config"], []).device == "cpu"
 
 
 def test_a_pipe_that_nobody_reads_ends_with_exit_code_141():

@@ -1,7 +1,10 @@
 """kernel.py: every form of sparse attention against an explicit loop in float64."""
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from conftest import ROOT, assert_close
 
 import kernel
+from cli import UserError
 from kernel import (
     block_attention,
     index_to_mask,
@@ -176,6 +180,32 @@ def test_index_to_mask():
     assert mask.dtype == torch.bool and mask.shape == (2, 2, 5)
     assert mask.int().tolist() == [[[1, 0, 0, 1, 0], [0, 0, 0, 0, 0]],
                                    [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]]]
+
+
+def test_without_triton():
+    """On a CPU everything runs; what needs a kernel ends in one line."""
+    code = ("import runpy, sys; sys.modules['triton'] = None; "
+            "runpy.run_path('kernel.py', run_name='__main__')")
+
+    def run(interpret):
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                              text=True, env=os.environ | {"TRITON_INTERPRET": interpret})
+
+    done = run("0")
+    assert done.returncode == 0 and "sparse_decode: largest difference" in done.stdout
+    done = run("1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "pip install triton" in done.stderr
+
+
+def test_a_kernel_without_triton_says_what_is_missing(monkeypatch):
+    from fast import gpu
+
+    monkeypatch.setattr(kernel, "triton", None)
+    with pytest.raises(UserError, match="pip install triton"):
+        kernel.triton_attention(*problem())
+    with pytest.raises(UserError, match="pip install triton"):
+        gpu.load()
 
 
 def test_the_trace(capsys):

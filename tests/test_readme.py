@@ -14,7 +14,8 @@ import cli
 from butler import Butler, ButlerConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted(ROOT.glob("lessons/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md",
+         *sorted(ROOT.glob("lessons/*.md"))]
 MODULES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("fast/*.py")),
            *sorted(ROOT.glob("workshop/*.py"))]
 
@@ -48,6 +49,12 @@ SCRIPTS = [c for c in EVERY if c[0] in ("python", "torchrun") and c[1:3] != ("-m
 WRONG = ("python", "sample.py", "--budget", "x")  # cli.py shows an error with it
 QUICK = [c for c in commands(README)
          if c[:2] == ("python", "sample.py") and "path/to" not in " ".join(c)]
+OWN = [c for c in commands(README.split("## Your own model")[1].split("## Results")[0])
+       if c[0] == "python" and "--resume" not in c]
+SMALLER = {  # flags behind a command that make it quick
+    "train.py": "--steps 2 --length 64 --long 128 --longest 128 --rows 16 --reuse 2 --documents 1 "
+                "--windows 1",
+    "sample.py": "--max-new-tokens 3", "synth_task.py": "--n 1"}
 
 
 @cache
@@ -80,8 +87,8 @@ def test_commands_are_found():
     text = "```sh\npip install x && A=1 python a.py --b 'c d'  # why\npython e.py \\\n  -f\n```\n"
     assert commands(text) == [("pip", "install", "x"), ("python", "a.py", "--b", "c d"),
                               ("python", "e.py", "-f")]
-    assert ("python", "bench.py", "--suite", "length", "--contexts", "512,2048") in SCRIPTS
-    assert QUICK
+    assert ("python", "-m", "pytest", "-q") in EVERY
+    assert len(QUICK) > 3 and {c[1] for c in OWN} == set(SMALLER)
 
 
 def test_installed_requirements_exist():
@@ -98,6 +105,23 @@ def test_quick_commands_run(command, main, tmp_path, monkeypatch):
     assert (tmp_path / "page.html").exists() == ("--html" in command)
 
 
+def test_commands_for_an_own_model_run_one_after_another(
+        main, folder, model_path, tmp_path, monkeypatch):
+    """A small Llama's folder, the default model as a GGUF file, a folder of text, a question."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "llama").symlink_to(folder)
+    (tmp_path / "path" / "to" / "model.gguf").symlink_to(model_path)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text((ROOT / "LICENSE").read_text())
+    (tmp_path / "questions.jsonl").write_text(
+        '{"context": "The door is red. ", "question": "The door is", "answer": "red"}\n')
+    for command in OWN:
+        report = main(*command[1:], *SMALLER[command[1]].split())
+        assert report["config"] and ("table" in report or "text" in report or report["results"])
+    assert (tmp_path / "out" / "mine.safetensors").exists()
+
+
 @pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```", README, re.S | re.M))
 def test_python_blocks_run(code, in_memory, folder, tmp_path, monkeypatch):
     """`path/to/model` is a small model, `out/mine.safetensors` a butler for it."""
@@ -111,7 +135,7 @@ def test_python_blocks_run(code, in_memory, folder, tmp_path, monkeypatch):
 
 
 def test_ci_runs_the_test_command():
-    assert ("python", "-m", "pytest", "-q") in commands(README)
+    assert ("python", "-m", "pytest", "-q") in commands((ROOT / "CONTRIBUTING.md").read_text())
     assert "\npython -m pytest -q\n" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -130,8 +154,15 @@ def test_links_lead_to_files_and_headings(page, target):
 
 
 def test_the_map_names_every_file_at_the_top():
-    named = set(re.findall(r"^\| `([\w./]+)` \|", README, re.M))
+    named = set(re.findall(r"^([\w./]+) ", README.split("## Map")[1].split("```")[1], re.M))
     files = {path.name for path in ROOT.glob("*.py")}
     folders = {f"{path.parent.name}/" for path in ROOT.glob("[a-z]*/*") if path.is_file()}
     assert named >= files | folders - {"out/"}
-    assert all((ROOT / name).exists() for name in named)
+    assert {name for name in named if not (ROOT / name).exists()} <= {"lessons/"}
+
+
+def test_the_four_files_are_as_long_as_the_readme_says():
+    sentence = re.search(r"Read these four files, about ([\d,]+) lines: (.*?)\.\s", README, re.S)
+    files = re.findall(r"`(\w+\.py)`", sentence[2])
+    lines = sum(len((ROOT / file).read_text().splitlines()) for file in files)
+    assert len(files) == 4 and abs(lines - int(sentence[1].replace(",", ""))) <= 100

@@ -61,6 +61,7 @@ def test_every_file_has_a_command_that_measures_it():
 def test_every_command_is_understood():
     """The flags of all steps exist."""
     import compare
+    import step as one_step
 
     import bench
     import synth_task
@@ -69,32 +70,102 @@ def test_every_command_is_understood():
     for step, command in (make.STEPS | make.TIMED).items():
         script, *flags = command.split()
         module = {"bench.py": bench, "synth_task.py": synth_task, "train.py": train,
-                  "results/compare.py": compare}[script]
+                  "results/compare.py": compare, "results/step.py": one_step}[script]
         assert cli.parse(module.Config, flags), step
+
+
+def shown(svg) -> str:
+    """All that is written in an SVG."""
+    return " ".join("".join(e.itertext()) for e in ElementTree.parse(svg).iter()
+                    if e.tag.endswith("}text"))
 
 
 @pytest.mark.parametrize("name", draw.FIGURES)
 def test_a_figure_is_drawn_from_the_numbers_that_are_there(name):
     svg = RESULTS / f"{name}.svg"
-    panels = draw.FIGURES[name]()
-    assert draw.digest(panels) in svg.read_text(), "run python results/render.py"
-    shown = " ".join("".join(e.itertext()) for e in ElementTree.parse(svg).iter()
-                     if e.tag.endswith("}text"))
+    message, panels = draw.FIGURES[name]()
+    assert draw.digest(message, panels) in svg.read_text(), "run python results/render.py"
+    words = shown(svg)
+    assert message in words
     for panel in panels:
-        assert all(name in shown for name in (panel["title"], *panel["lines"]))
+        labels = panel.get("lines") or panel["dots"]
+        assert all(label in words for label in (panel["title"], *labels))
+        assert ("(logarithmic)" in words) == any(panel.get("log_x") for panel in panels)
     assert any(f"{name}.svg)" in readme.read_text() for readme in READMES)
 
 
 def test_there_is_no_other_figure():
-    assert {path.stem for path in RESULTS.glob("*.svg")} == set(draw.FIGURES)
+    assert {path.stem for path in RESULTS.glob("*.svg")} == {*draw.FIGURES, "step"}
 
 
-def test_every_measured_answer_is_in_the_figure():
-    (panel,) = draw.accuracy()
+def test_the_answers_with_a_tenth_of_the_tokens_are_in_the_figure():
+    _, (panel,) = draw.accuracy()
     for task, name, budget, m in render.measures(render.load("budgets")["results"]):
-        ys = [point[1:] for point in panel["lines"][name]
-              if name == "dense" or point[0] == 100 * float(budget)]
-        assert ys and all(y == [m["mean"], m["low"], m["high"]] for y in ys), (task, name, budget)
+        if budget in ("0.1", "1.0"):
+            assert panel["dots"][name] == [m["mean"], m["low"], m["high"]], task
+
+
+def test_the_step_shows_both_selections():
+    """Filled are the chosen tokens, framed those that are always selected, on either side."""
+    report, svg = render.load("step"), RESULTS / "step.svg"
+    assert draw.digest(report) in svg.read_text(), "run python results/render.py"
+    rects = [e.get("class") for e in ElementTree.parse(svg).iter() if e.tag.endswith("}rect")]
+    S = len(report["texts"])
+    always = {*range(report["sinks"]), *range(S - report["window"], S)}
+    for name in "butler", "oracle":
+        assert always <= set(report[name])
+        drawn = [i for i in set(report[name]) - always if "\n" not in report["texts"][i]]
+        assert rects.count(name) == len(drawn) > 10
+    assert rects.count("always") == 2 * len(always)
+    for line in draw.step_lines(report):
+        text = "".join(report["texts"][place] for place in line).strip()
+        assert shown(svg).count(text) >= 2 and len(text) <= draw.COLUMNS
+
+
+# ---------------------------------------------------------------------------- colours
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours, as WCAG 2 defines it."""
+    def luminance(colour):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_no_colour_would_do_on_both_grounds():
+    """Which is why every figure has two sets."""
+    best = contrast(*draw.GROUND) ** 0.5  # of a grey in the middle
+    assert contrast("#ffffff", "#000000") == pytest.approx(21) and best < 4.5
+
+
+def test_every_colour_is_readable_on_its_ground():
+    pairs = [draw.INK, draw.GREY, *(colours for colours, _ in draw.LOOKS.values())]
+    for pair in pairs:
+        for colour, ground in zip(pair, draw.GROUND, strict=True):
+            assert contrast(colour, ground) >= 4.5, (colour, ground)
+
+
+def test_no_two_selectors_look_alike():
+    assert {*NAMES, "transformers", "llama.cpp"} <= set(draw.LOOKS)
+    assert len(set(draw.LOOKS.values())) == len(draw.LOOKS)
+    butler = draw.LOOKS["butler"][0]
+    assert [name for name, (colours, _) in draw.LOOKS.items() if colours == butler] == ["butler"]
+    assert draw.looks("butler, drift 0.25") == draw.looks("butler 1024") == draw.looks("butler")
+
+
+def test_labels_keep_apart_and_in_order():
+    for heights in ([0.9, 0.91, 0.92], [0.0, 0.0, 0.01, 0.5], [0.2, 0.9], [0.5] * 6):
+        named = dict(enumerate(heights))
+        moved = draw.apart(named)
+        ordered = sorted(moved.values())
+        assert all(b - a >= 0.0619 for a, b in zip(ordered, ordered[1:], strict=False))
+        assert sorted(named, key=named.get) == sorted(moved, key=moved.get)
+        assert max(abs(moved[i] - named[i]) for i in named) <= 0.062 * len(named)
+    assert draw.apart({"a": 0.2, "b": 0.9}) == {"a": 0.2, "b": 0.9}
 
 
 # ---------------------------------------------------------------------------- made-up reports
@@ -127,12 +198,11 @@ def test_many_tasks_are_down():
 def test_a_table_of_times():
     rows = [{"selector": "dense, float32", "kept": 1.0, "context": 512, "ms": 10.0, "speedup": 1},
             {"selector": "butler", "kept": 0.05, "context": 512, "ms": 4.0, "speedup": 2.5},
-            {"selector": "butler", "kept": 0.05, "context": 2048, "ms": 8.04, "speedup": None,
-             "first_token_s": 1.25},
+            {"selector": "butler", "kept": 0.05, "context": 2048, "ms": 8.04, "speedup": None},
             {"selector": "butler", "kept": 0.05, "context": 2048, "ms": 9.0, "speedup": None}]
     text = render.table({"rows": rows, "config": {"engine": "fast"}} | ORIGIN)
     assert lines_of(text)[1:] == [["dense, float32", "10.0 (1.00x)", ""],
-                                  ["butler, 5 %", "4.0 (2.50x)", "8.0; 1.2 s"]]
+                                  ["butler, 5 %", "4.0 (2.50x)", "8.0"]]
     assert "engine fast; an abacus" in text
 
 
@@ -150,14 +220,13 @@ def test_older_keys_become_todays(tmp_path, monkeypatch):
     old = {"results": {"over_oracle": {"butler": {"0.1": m(0.5)}},
                        "copy": {"butler, drift 0.2": {"0.1": m(0.5)}}},
            "steps between choices": {"copy": {"butler, drift 0.2, 0.1": 3.5}},
-           "rows": [{"candidate": "llama.cpp", "ms": 1.0},
-                    {"suite": "speed", "selector": "dense, bfloat16", "kept": None},
+           "rows": [{"suite": "speed", "selector": "dense, bfloat16", "kept": None},
                     {"suite": "speed", "selector": "choice for nothing, 0.05", "kept": 0.05}]}
     (tmp_path / "old.json").write_text(json.dumps(old | ORIGIN))
     report = render.load("old")
     assert list(report["results"]) == ["copy", "over oracle"]
     assert report["results"]["copy"]["butler, drift 0.2"]["0.1"] == m(0.5, steps=3.5)
-    assert [row["selector"] for row in report["rows"]] == ["llama.cpp", "dense"]
+    assert [row["selector"] for row in report["rows"]] == ["dense"]
 
 
 def test_only_what_is_between_markers_is_replaced():
@@ -176,20 +245,50 @@ def test_the_paper_beside_the_repository():
     table = {line[0]: line[1:] for line in lines_of(text)}
     ours = render.load("coreference")["results"]["coreference"]
     assert f"butler {ours['butler']['0.1']['mean']:.2f}" in table["co-reference, answers right"][1]
-    assert len(table) == 9 and all(len(row) == 2 for row in table.values())
+    assert len(table) in (9, 10) and all(len(row) == 2 for row in table.values())
+
+
+def test_selections_without_training_have_a_row_once_they_are_measured(monkeypatch):
+    kept = {"butler": {"0.1": m(0.97)}}
+    monkeypatch.setattr(render, "load", lambda name: {"results": {"kept of oracle @8000": kept}})
+    assert render.untrained() == []
+    kept["sketch"], kept["ahead5"] = {"0.1": m(0.95)}, {"0.1": m(0.8)}
+    ((_, _, text),) = render.untrained()
+    assert text == "the layer's own query on arrival 95.0%; from five layers below 80.0%"
+
+
+def test_the_wait_is_a_prompt_and_100_steps_of_the_fastest_form(tmp_path, monkeypatch):
+    rows = [{"context": 2048, "selector": name, "ms": ms, "first_token_s": first}
+            for name, ms, first in (("dense", 10.0, 2.0), ("transformers, a", 80.0, 3.0),
+                                    ("transformers, b", 50.0, None),
+                                    ("transformers, a, our butler", 1.0, 1.0))]
+    (tmp_path / "compare_avx2.json").write_text(json.dumps({"rows": rows} | ORIGIN))
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    assert lines_of(render.wait()) == [["prompt, then 100 new tokens", "2,048 tokens"],
+                                       ["dense", "3.0 s"], ["transformers", "8.0 s"]]
+
+
+def test_tasks_stand_beside_dense():
+    table = lines_of(render.ruler())
+    scores = render.ruler_scores()
+    assert len(table) - 1 == len({task for task, _ in scores}) <= 10
+    by = scores["multikey", 8000]
+    (cell,) = [line[-1] for line in table if line[0] == "multikey"]
+    assert cell == f"{by['butler']['0.1']['mean']:.2f} of {by['dense']['1.0']['mean']:.2f}"
 
 
 def test_a_figure_is_drawn_alike_twice(tmp_path):
     pytest.importorskip("matplotlib")
     points = [[512, 0.5, 0.4, 0.6], [2048, 0.7, 0.6, 0.8]]
-    panels = [{"title": "made up", "x": "tokens", "y": "share", "log_y": log_y,
-               "lines": dict.fromkeys((*NAMES, "a new selector"), points)}
-              for log_y in (False, True)]
+    names = [*draw.LOOKS, "a new selector"]
+    panels = [{"title": "made up", "x": "tokens", "y": "share", "log_x": log_x,
+               "lines": dict.fromkeys(names, points)} for log_x in (False, True)]
     for name in "ab":
-        draw.draw(panels, tmp_path / f"{name}.svg")
+        draw.draw("a message", panels, tmp_path / f"{name}.svg")
     first = (tmp_path / "a.svg").read_bytes()
     assert first == (tmp_path / "b.svg").read_bytes()
-    assert all(name.encode() in first for name in (*NAMES, "a new selector", "2,048"))
+    assert all(name.encode() in first for name in (*names, "a message", "2,048"))
+    assert b"prefers-color-scheme: dark" in first
 
 
 # ---------------------------------------------------------------------------- making them
@@ -251,8 +350,8 @@ def test_what_cannot_be_written_leaves_the_old_files(tmp_path, monkeypatch):
         render.main(render.Config())
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     with pytest.raises(UserError, match=f"cannot write {figure}: .*No space"):
-        draw.draw([{"title": "", "x": "", "y": "", "log_y": False,
-                    "lines": {"dense": [[512, 0.5, 0.4, 0.6]]}}], figure)
+        draw.draw("", [{"title": "", "x": "", "y": "", "log_x": False,
+                        "lines": {"dense": [[512, 0.5, 0.4, 0.6]]}}], figure)
     assert [path.read_text() for path in (readme, figure)] == ["old", "old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a.svg", "out"]
 

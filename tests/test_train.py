@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, assert_close, randomise, tiny_config
 from safetensors.torch import load_file
 
+import cli
 import train
 from bench import Probe
 from butler import Butler, ButlerConfig
@@ -431,7 +432,7 @@ def test_two_processes_train_as_one_does(folder, whole, tmp_path):
                   program, *flags(folder, out))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["processes"] == 2 and done.stdout.count("saved ") == 1
+    assert report["processes"] == 2 and done.stdout.count("it is in ") == 1
     for name, w in load_file(out).items():
         assert_close(name, w, whole[0][name], 1e-5)
     assert report["kl"] == pytest.approx(whole[1]["kl"], rel=1e-4)
@@ -462,7 +463,18 @@ def test_report_is_printed_and_written_beside_the_butler(folder, whole, tmp_path
             assert row["coreference"]["n"] == 1 and list(row["kept"]) == ["128"]
             assert 0 < row["kept"]["128"]["mean"] <= report["table"]["dense"]["kept"]["128"]["mean"]
     assert whole[1]["kl"] < whole[1]["kl_before"]
-    assert "KL on held-out text" in shown and f"saved {tmp_path}/b.two and" in shown
+    assert shown.endswith(f"it is in {tmp_path}/b.two.\n")
+
+
+def test_on_a_terminal_it_ends_with_the_table_and_one_sentence(
+        folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(folder, tmp_path / "b")])
+    cli.run(train.main, train.Config)
+    *table, first, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[3:8]] == ["dense", "oracle", "butler", "recency",
+                                                        "random"]
+    assert first.startswith("After ") and last.endswith(f"it is in {tmp_path}/b.")
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -541,8 +553,9 @@ def test_a_run_is_known_by_its_text_and_model_not_by_their_names(
     (tmp_path / "other.txt").write_bytes((ROOT / "README.md").read_bytes())
     with pytest.raises(UserError, match=r"another run: text was [0-9a-f]+, now it is [0-9a-f]+"):
         train.main(replace(resumed, data=["other.txt"]))
-    assert len(train.main(resumed)["loss"]) == 4
-    assert json.loads((tmp_path / "b.json").read_text())["config"]["data"] == [str(data)]
+    assert "loss" not in train.main(resumed)
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["config"]["data"] == [str(data)] and len(report["loss"]) == 4
     assert not (tmp_path / "b.state").exists()
 
 

@@ -21,10 +21,10 @@ EXERCISES = (ROOT / "tests" / "test_exercises.py").read_text(encoding="utf-8")
 QUICK = {
     "l1_attention": ["--tokens", 200, "--queries", 8],
     "l2_oracle": [],
-    "l3_small_keys": [],
-    "l4_earlier": [],
+    "l3_sketch": ["--tokens", 128, "--texts", 1],
+    "l4_foresight": ["--steps", 2, "--tokens", 128, "--texts", 1],
     "l5_position": [],
-    "l6_cost": [],
+    "l6_cost": ["--contexts", "100,300", "--rounds", 1, "--before", 2048],
     "l7_loss": [],
 }
 

@@ -32,8 +32,9 @@ with the layer's own query loses little, too, and it needs no training. So train
 to make keys small. Training pays for foresight.
 
 Exercise 4.1, the query before. There is another early query: that of the token before. Add the
-selector `before` to selection.py. It scores all tokens as the oracle does, but with the query of
-the step before. Its `watch` must remember the last query of the prompt.
+selector `before` to selection.py. It scores as the oracle does, but with the query of the step
+before, which attends only to tokens up to its own. `watch` must remember the last query of the
+prompt.
 
 Exercise 4.2, temperature. The butler learns from its scores after a softmax. Give `distillation`
 in train.py the argument `temperature=1.0`, which divides these scores before the softmax.

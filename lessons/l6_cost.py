@@ -156,7 +156,7 @@ def draw(path: str, rows: list[dict]) -> None:
             for name in ("dense", "butler"):
                 axis.plot([row["tokens"] for row in own], [row[f"{name} ms"] for row in own],
                           label=f"{name}, {engine}", linestyle=style, **looks(name))
-        axis.set(title="milliseconds of a decode step", xlabel="cached tokens", yscale="log")
+        axis.set(xlabel="cached tokens", ylabel="milliseconds a step (log scale)", yscale="log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))

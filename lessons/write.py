@@ -1,0 +1,67 @@
+"""lessons/write.py - runs the lessons and writes what they say and print into lessons/README.md.
+
+    <!-- l1_attention --> ... <!-- end -->    what is between becomes the docstring of
+                                              l1_attention.py, its output and its figure
+
+    python lessons/write.py                   all lessons, minutes
+    python lessons/write.py --only l1,l5      two of them
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the lessons also run as files
+
+import cli
+from cli import UserError, flag
+from lessons.figure import ROOT
+
+README = ROOT / "lessons" / "README.md"
+MARKER = re.compile(r"<!-- (l\d_\w+) -->\n(.*?)<!-- end -->", re.S)
+
+
+def lesson(name: str) -> str:
+    """The docstring as Markdown. Its first line becomes a heading."""
+    source = cli.read_text(ROOT / "lessons" / f"{name}.py")
+    title, text = ast.get_docstring(ast.parse(source)).split("\n", 1)
+    return f"## {title}\n{text.rstrip()}\n"
+
+
+def output(name: str, commit: str) -> str:
+    """Runs a lesson -> what it prints and where the numbers are from. Draws its figure."""
+    command = [sys.executable, "-m", f"lessons.{name}", "--figure", f"lessons/{name}.svg"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
+    if done.returncode:
+        raise UserError(f"lessons/{name}.py ended with exit code {done.returncode}")
+    *lines, last = done.stdout.splitlines()
+    printed = "\n".join(lines).strip()
+    hardware = json.loads(last)["hardware"]
+    return (f"What it prints:\n\n```\n{printed}\n```\n\n![{name}]({name}.svg)\n\n"
+            f"{hardware}; commit {commit}: `python -m lessons.{name}`\n")
+
+
+@dataclass
+class Config:
+    """Runs the lessons and writes lessons/README.md."""
+
+    only: tuple = flag((), "comma-separated beginnings of names, such as l1,l5 (default: all)")
+
+
+def main(config: Config) -> None:
+    commit = cli.provenance()["commit"]  # before a figure changes: the tree is still clean
+    text = cli.read_text(README)
+    for name, old in MARKER.findall(text):
+        if name.startswith(config.only or "l") and (ROOT / "lessons" / f"{name}.py").exists():
+            new = f"{lesson(name)}\n{output(name, commit)}"
+            text = text.replace(f"<!-- {name} -->\n{old}", f"<!-- {name} -->\n{new}")
+    with cli.replacing(README) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

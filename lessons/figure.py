@@ -12,11 +12,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def looks(name: str) -> dict:
     """Colour and marker of a selector, the same in every figure of the repository."""
-    sys.path.append(str(ROOT / "results"))
-    from draw import LOOKS
-
-    colour, marker = LOOKS[name]
+    (colour, _), marker = results_draw().LOOKS[name]
     return {"color": colour, "marker": marker, "markersize": 4}
+
+
+def results_draw():
+    """results/draw.py, which is no package"""
+    sys.path.append(str(ROOT / "results"))
+    import draw
+
+    return draw
 
 
 @contextmanager

@@ -132,9 +132,10 @@ class Sketch(Selector):
 
     The directions are the principal ones of the keys of the text at hand: the eigenvectors of their
     second moments, for each layer and KV head. Loki takes them from a calibration text. Those of
-    the text itself need no such text and lose the least of its keys, so this is the strongest form
-    without training. They are computed at the first choice from the keys cached before, and then
-    kept. A text without a prompt takes them from all keys of the first call, also from later ones.
+    the text itself lose less of its keys, so the sketch is compared in its stronger form. They are
+    computed at the first choice from the keys cached before, and then kept. A text without a prompt
+    takes them from all keys of the first call, also from later ones, which favours the sketch; if
+    that call has few tokens, its directions are of little use.
 
     A stored sketch would have 8 bits a number, as the fast engine's butler has. That changes the
     attention kept by less than 0.001 (tests/test_rivals.py), so it stays in float32 here.

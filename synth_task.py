@@ -40,7 +40,7 @@ import sys
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, cycle, islice
+from itertools import chain, count, cycle, islice
 from math import gcd
 from pathlib import Path
 
@@ -61,6 +61,11 @@ class Document:
     context: str
     question: str  # ends in the cue of the answer
     answer: str
+
+    @property
+    def asked(self) -> tuple["Document", ...]:
+        """All questions about the context; workshop/written.py has documents with several."""
+        return (self,)
 
     def encode(self, tok) -> list[list[int]]:
         """-> ids of context, question and answer: those of the joined text, cut at the borders. A
@@ -234,7 +239,8 @@ def training_text(rng: random.Random, pools: Pools) -> str:
 @torch.inference_mode()
 def answers(llama, tok, document, makers, protocol="sparse", stepwise=False,
             prefill_budget=None) -> list[float]:
-    """Reads the context once, then asks its question once through each selector -> scores.
+    """Reads the context once, then asks its question once through each selector -> scores. Of
+    several questions each is asked behind the context alone, and the score is their mean.
 
     makers: functions that return a fresh selector, or None for dense. stepwise: one token per call,
     for selectors that reuse a choice from step to step; otherwise all tokens of a forced answer go
@@ -242,14 +248,20 @@ def answers(llama, tok, document, makers, protocol="sparse", stepwise=False,
     prefill_budget: see selection.prefill; unless it is None, each selector reads the context.
     Raises UserError if the document exceeds the model's context.
     """
-    context, question, answer = document.encode(tok)
+    asked = [(one, *one.encode(tok)) for one in document.asked]
     if protocol == "prefill":
-        context, question = context + question[:-1], question[-1:]
-    cache = llama.new_cache(1, len(context) + len(question) + document.room(answer))
-    selectors = [make() for make in makers]
+        if len(asked) > 1:
+            raise UserError("several questions about one context need --question sparse")
+        asked = [(one, context + question[:-1], question[-1:], answer)
+                 for one, context, question, answer in asked]
+    context = asked[0][1]
+    room = max(len(question) + one.room(answer) for one, _, question, answer in asked)
+    cache = llama.new_cache(1, len(context) + room)
+    # A selector serves one text: each question has its own, and all of them see the context read.
+    selectors = [[make() for _ in asked] for make in makers]
 
     def watch(*seen):
-        for selector in selectors:
+        for selector in chain(*selectors):
             if selector:
                 selector.watch(*seen)
 
@@ -257,13 +269,16 @@ def answers(llama, tok, document, makers, protocol="sparse", stepwise=False,
     if prefill_budget is None:
         llama.prefill(ids, cache, watch)
     scores = []
-    for selector in selectors:
-        if prefill_budget is None:
-            cache.truncate(len(context))
-        else:
-            cache.truncate(0)
-            prefill(llama, ids, cache, selector, prefill_budget)
-        scores.append(document.grade(llama, tok, cache, question, answer, selector, stepwise))
+    for of_questions in selectors:
+        grades = []
+        for selector, (one, _, question, answer) in zip(of_questions, asked, strict=True):
+            if prefill_budget is None:
+                cache.truncate(len(context))
+            else:
+                cache.truncate(0)
+                prefill(llama, ids, cache, selector, prefill_budget)
+            grades.append(one.grade(llama, tok, cache, question, answer, selector, stepwise))
+        scores.append(sum(grades) / len(grades))
     return scores
 
 

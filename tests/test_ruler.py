@@ -4,6 +4,7 @@ import hashlib
 import random
 import re
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 
 from cli import UserError
 from data import default_texts, hold_out
-from synth_task import Document
+from selection import NAMES, Recency, make_selector
+from synth_task import CUE, PHRASES, Document, answers
 from workshop import ruler
-from workshop.written import Copied, Written
+from workshop.written import Attended, Copied, Several, Written
 
 NEEDLE = re.compile(r"One of the special magic (?:number|uuid)s for (\S+) is: (\S+)\.(?!\S)")
 NEEDLES = ("needle_noise", "needle_prose", "needle_uuid", "multikey", "multikey_needles",
@@ -87,9 +89,11 @@ def test_bos_is_one_of_the_tokens(task, tok):
 def test_form(task, make, tok):
     document = make(task)
     assert document.question[0] == "\n" and not document.question[-1].isspace()
+    kinds = {"copy": Copied, "several": Several, "paraphrased": Attended,
+             "question_answering": Attended}
     several = task in ("multivalue", "multiquery", "variable_tracking", "common_words",
                        "frequent_words")
-    assert type(document) is (Written if several else Copied if task == "copy" else Document)
+    assert type(document) is (Written if several else kinds.get(task, Document))
     if several:
         assert document.every and len(set(document.references)) == len(document.references) > 1
         text = " ".join(document.references)
@@ -193,6 +197,155 @@ def test_copy(make, tok):
     assert 128 <= len(tok.encode(" " + document.answer)) <= 256
     words = [w for w in re.findall(r"\w+", passage) if w not in ("The", "the", "and")]
     assert len(words) > 60 and max(Counter(words).values()) == 1
+
+
+def test_several_questions_are_about_the_needles_of_one_context(make, tok):
+    document = make("several")
+    needles = dict(NEEDLE.findall(document.context))
+    assert len(needles) == len(document.asked) == 4
+    asked = {}
+    for one in document.asked:
+        [key] = [key for key in needles if key in one.question]
+        asked[key] = one.answer
+        assert one.context == document.context
+        assert sum(map(len, one.encode(tok))) <= 1024
+    assert asked == needles
+
+
+FUNCTION_WORDS = re.findall("[a-z]+", """
+    a an the of on in at by to for from with and or as is was be has had it its his her their that
+    which who whose where this these no not all one two each every into under over among without
+    """)
+
+
+def content_words(text):
+    """Words that mean something, cut to five letters, so that "sailors" is "sailor"."""
+    words = re.findall("[a-z]+", text.lower())
+    return {word[:5] for word in words if word not in FUNCTION_WORDS}
+
+
+def test_questions_share_no_content_word_with_what_they_ask_for():
+    pairs = [tuple(pair) for pair in ruler.PHRASES["facts"]]
+    for kind in ("people", "ships"):
+        pairs += [tuple(pair) for half in ("who", "habit") for pair in ruler.PHRASES[kind][half]]
+    assert len(pairs) > 50
+    for told, query in pairs:
+        shared = content_words(told.replace("{name}", "")) & content_words(query)
+        assert not shared, (told, query)
+
+
+@pytest.mark.parametrize("task, needles", [("paraphrased", 1), ("question_answering", 4)])
+def test_paraphrased_needles(task, needles, make, tok):
+    document = make(task)
+    facts = [(re.escape(fact).replace(r"\{name\}", r"(\w+)"), query)
+             for fact, query in ruler.PHRASES["facts"]]
+    told = {query: re.search(fact, document.context) for fact, query in facts}
+    told = {query: found for query, found in told.items() if found}
+    assert len(told) == needles and len({found[1] for found in told.values()}) == needles
+    [query] = [query for query in told if query in document.question]
+    assert told[query][0] == document.needle and told[query][1] == document.answer
+    context, *_ = document.encode(tok)
+    assert tok.decode(context[document.needle_tokens(tok)]).strip() == document.needle
+
+
+@pytest.mark.parametrize("kind", ["people", "ships"])
+def test_coreference_documents_of_other_kinds(kind, tok):
+    phrases = ruler.PHRASES[kind]
+    found = ruler.documents(f"coreference_{kind}", tok, 20, 0, 350)
+    assert len({document.answer for document in found}) > 15
+    for document in found:
+        [who] = [who for who in phrases["who"] if document.context.startswith(who[0])]
+        [habit] = [habit for habit in phrases["habit"] if habit[1] in document.question]
+        start = f"{who[0]} {habit[0]}. {phrases['cue']} {document.answer}. "
+        assert document.context.startswith(start) and who[1] in document.question
+        assert document.context.count(document.answer) == 1
+        assert document.answer not in document.question
+        assert document.question.endswith(phrases["cue"])
+        assert len(tok.encode(" " + document.answer)) >= 3
+
+
+def test_coreference_documents_of_other_kinds_have_phrases_of_their_own():
+    """Training text comes from synth_task's phrases: it has none of these."""
+    def phrases(part):
+        if isinstance(part, str):
+            return {part}
+        return set().union(*map(phrases, part.values() if isinstance(part, dict) else part))
+
+    own = phrases([ruler.PHRASES[kind] for kind in ("people", "ships", "distractors")])
+    assert len(own) > 200 and not own & (phrases(PHRASES) | {CUE})
+
+
+class Surprise(Document):
+    """Scored by what every logit of question and answer adds up to, so that nothing can hide."""
+
+    def grade(self, llama, tok, cache, question, answer, selector, stepwise):
+        ids = torch.tensor([question + answer])
+        blocks = ids.split(1 if stepwise else ids.shape[1], dim=1)
+        return sum(llama(block, cache, selector).double().abs().sum().item() for block in blocks)
+
+
+class SeveralSurprises(Surprise, Several):
+    pass
+
+
+class Bytes:
+    bos = []
+
+    def encode(self, text):
+        return list(text.encode())
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+@pytest.mark.parametrize("prefill_budget", [None, 0.3])
+def test_several_questions_score_as_several_documents(tiny, tiny_butler, stepwise, prefill_budget):
+    """Each is asked behind the context alone, also by selectors that evict tokens or that use a
+    choice again."""
+    context = "What a cache has seen stays in it. " * (3 if prefill_budget is None else 80)
+    alone = [Surprise(context, question, "yes")
+             for question in (" Is it so?", " Really and truly?", " Is it not?", " No?")]
+    together = SeveralSurprises(context, alone[0].question, "yes", tuple(alone[1:]))
+    evict = ("h2o", "snapkv")
+    makers = [partial(make_selector, name, 20, tiny_butler) for name in NAMES
+              if prefill_budget is None or name not in evict]
+    makers.append(partial(make_selector, "butler", 20, tiny_butler, interval=3))
+    scores = [answers(tiny, Bytes(), one, makers, "sparse", stepwise, prefill_budget)
+              for one in alone]
+    assert len({round(score, 3) for of_one in scores for score in of_one}) > 20
+    expected = [sum(column) / 4 for column in zip(*scores, strict=True)]
+    found = answers(tiny, Bytes(), together, makers, "sparse", stepwise, prefill_budget)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_several_questions_are_not_read_densely(tiny, tok, make):
+    with pytest.raises(UserError, match="--question sparse"):
+        answers(tiny, tok, make("several"), [lambda: None], "prefill")
+
+
+def test_attention_on_a_needle_against_its_definition(tiny):
+    document = Attended("Hay and more hay. Here it is. Hay once more, hay.", " Where?", "here",
+                        "Here it is.")
+    seen = []
+
+    class Spy(Recency):
+        def __call__(self, layer, x, q, keys, positions):
+            index = super().__call__(layer, x, q, keys, positions)
+            if index is not None:
+                seen.append((q.double(), keys.double(), positions, index))
+            return index
+
+    found = answers(tiny, Bytes(), document, [lambda: None, lambda: Spy(36), lambda: Spy(1.0)])
+    needle = range(17, 29)  # with the blank before it
+    assert document.needle_tokens(Bytes()) == slice(17, 29)
+    on_needle, selected = 0, 0
+    for q, keys, positions, index in seen[: len(seen) // 2]:
+        for head in range(4):
+            for t, position in enumerate(positions.tolist()):
+                logits = keys[0, head // 2, : position + 1] @ q[0, head, t] * keys.shape[3] ** -0.5
+                share = logits.softmax(-1)
+                on_needle += sum(share[i].item() for i in needle)
+                selected += sum(share[i].item() for i in needle if i in index[0, head // 2, t])
+    assert found == pytest.approx([1, selected / on_needle, 1], rel=1e-5)
+    assert 0.05 < found[1] < 0.95
 
 
 def test_prose_is_held_out(make):

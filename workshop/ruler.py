@@ -18,8 +18,14 @@ leads through names that the question never mentions. Counting words takes the w
 
 Needles, templates and counts are RULER's (arXiv 2404.06654). Keys and prose are not, contexts are
 short, and two tasks come without their worked example, so call the tasks "RULER-style": their
-scores are not comparable with RULER's. The task "copy" is an addition, with an answer that is
-longer than a selection lasts.
+scores are not comparable with RULER's. Additions:
+
+    copy                  an answer that is longer than a selection lasts
+    several               four needles, and a question about each behind one reading of the context
+    paraphrased           a needle that shares no content word with its question
+    question_answering    the same with four needles, of which the question asks for one
+    coreference_people,   documents like synth_task.py's, with phrases, names and distractors of
+    coreference_ships     their own, on which nothing is trained
 
     python -m workshop.ruler 1024                        one document of every task, shortened
     python synth_task.py --task needle_prose,multikey --context 2048
@@ -30,6 +36,7 @@ import random
 import re
 import sys
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 from string import ascii_lowercase, ascii_uppercase
@@ -39,7 +46,7 @@ import tokenizer
 from cli import UserError
 from data import hold_out
 from synth_task import Document
-from workshop.written import Copied, Written
+from workshop.written import Attended, Copied, Several, Written
 
 PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))
 
@@ -194,6 +201,69 @@ def niah(rng: random.Random, length: int, count, hay="prose", value="number", ke
     return written(length, count, parts, body, wanted, new_tokens=128)
 
 
+def several(rng: random.Random, length: int, count) -> Several:
+    """Four needles in prose, as in "multikey", and a question about each of them: "What is the
+    special magic number for gentle-harbor ...?" and so on. The score is the mean."""
+    keys = secrets(rng, "word", 4)
+    values = secrets(rng, "number", 4)
+    told = [f"One of the special magic numbers for {key} is: {value}."
+            for key, value in zip(keys, values, strict=True)]
+    body = haystack(rng, "prose", length, told)
+    parts = [prompt("needle", value="number", query=key) for key in keys]
+    longest = max(parts, key=lambda part: count(part[1]))
+    context = forced(Document, length, count, longest, body, values[0]).context
+    asked = list(zip([question for _, question in parts], values, strict=True))
+    rng.shuffle(asked)
+    others = tuple(Document(context, question, value) for question, value in asked[1:])
+    return Several(context, *asked[0], others)
+
+
+def paraphrased(rng: random.Random, length: int, count, needles=1) -> Attended:
+    """A needle in prose that the question asks for in other words; with more needles the question
+    is about one of them.
+
+        context    Names bind objects. [...] Every dawn Horidano rides a bicycle to the bakery and
+                   buys two warm rolls. [...] A block is executed.
+        question   Question: Who cycles to the bread shop each morning?
+                   Answer: The name is
+        answer     Horidano
+
+    The default model does not answer, so the score is the attention on the needle: see Attended.
+    """
+    facts = rng.sample(PHRASES["facts"], needles)
+    heads, tails = PHRASES["people"]["names"]
+    names = map("".join, zip(rng.sample(heads, needles), rng.sample(tails, needles), strict=True))
+    told = [(fact.format(name=name), query, name)
+            for (fact, query), name in zip(facts, names, strict=True)]
+    body = haystack(rng, "prose", length, [fact for fact, _, _ in told])
+    needle, query, name = rng.choice(told)
+    return forced(partial(Attended, needle=needle), length, count,
+                  prompt("paraphrased", query=query), body, name)
+
+
+def coreference(rng: random.Random, length: int, count, kind: str) -> Document:
+    """A co-reference document about a person or a ship; its introduction comes first.
+
+        context    A judge who never smiles paints portraits of sheep. The person is called
+                   Holorvath. A blunt chisel does more harm than good. [...]
+        question   Question: Which person was described above as the stern keeper of the law, who
+                   draws pictures of woolly animals? The person is called
+        answer     Holorvath
+    """
+    phrases = PHRASES[kind]
+    cue = phrases["cue"]
+    who, habit = rng.choice(phrases["who"]), rng.choice(phrases["habit"])
+    name = "".join(map(rng.choice, phrases["names"]))
+    sentences = [f"{head} {tail}." for halves in PHRASES["distractors"].values()
+                 for head, tail in product(*halves)]
+    rng.shuffle(sentences)
+    sentences *= length // len(sentences) + 1  # a sentence has more than one token
+    start = f"{who[0]} {habit[0]}. {cue} {name}. "
+    query = f"{who[1]}, {habit[1]}"
+    parts = [start, f"\n\n{phrases['question'].format(query=query)} {cue}"]
+    return forced(Document, length, count, parts, lambda n: " ".join(sentences[:n]), name)
+
+
 def variable_tracking(rng: random.Random, length: int, count) -> Document:
     """VAR A = 12345, VAR B = VAR A, ...: which variables hold the number? A chain of four hops,
     scattered in order."""
@@ -285,6 +355,11 @@ TASKS = {  # name -> function(random.Random, length in tokens, function that cou
     "common_words": common_words,
     "frequent_words": frequent_words,
     "copy": copy,
+    "several": several,
+    "paraphrased": paraphrased,
+    "question_answering": partial(paraphrased, needles=4),
+    "coreference_people": partial(coreference, kind="people"),
+    "coreference_ships": partial(coreference, kind="ships"),
 }
 
 

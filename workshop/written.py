@@ -3,6 +3,8 @@
     Document  (synth_task.py)   forced on the model; right or wrong as a whole
     Copied                      forced on the model; the share of its tokens that are right
     Written                     the model writes, greedily; its text is scored
+    Several                     several questions about one context, each forced; their mean
+    Attended                    forced; the share of the attention on a needle that is selected
 
     python -m workshop.written        what some written answers are worth
 """
@@ -12,6 +14,7 @@ from os.path import commonprefix
 
 import torch
 
+from kernel import index_to_mask, true_attention
 from synth_task import Document, likeliest
 from workshop.scores import SCORES
 
@@ -23,6 +26,69 @@ class Copied(Document):
     def grade(self, llama, tok, cache, question, answer, selector, stepwise: bool) -> float:
         right = self.tokens_right(llama, cache, question, answer, selector, stepwise)
         return sum(right) / len(right)
+
+
+@dataclass(frozen=True)
+class Several(Document):
+    """Several questions about one context, which is read once. `others` are documents with the same
+    context. Each question is asked behind the context alone, as if it were the only one."""
+
+    others: tuple[Document, ...] = ()
+
+    @property
+    def asked(self) -> tuple[Document, ...]:
+        return (self, *self.others)
+
+
+@dataclass(frozen=True)
+class Attended(Document):
+    """A question that the model cannot answer. What counts is the attention on the needle.
+
+    needle   a part of the context, which holds the answer
+
+    The score is the share of the true attention on the needle's tokens that falls on selected
+    ones, over all layers, heads and tokens of question and answer. Heads that attend more to the
+    needle count more. Dense has 1.
+    """
+
+    needle: str = ""
+
+    def needle_tokens(self, tok) -> slice:
+        """Where the needle stands in the cache. Its first token includes the blank before it."""
+        before = self.context.split(self.needle)[0].rstrip(" ")
+        start = len(tok.bos) + len(tok.encode(before))
+        return slice(start, start + len(tok.encode(" " + self.needle)))
+
+    def grade(self, llama, tok, cache, question, answer, selector, stepwise: bool) -> float:
+        if selector is None:
+            return 1.0
+        probe = NeedleProbe(selector, self.needle_tokens(tok))
+        self.tokens_right(llama, cache, question, answer, probe, stepwise)
+        return probe.selected / probe.attended
+
+
+class NeedleProbe:
+    """A selector that selects what another one does, and sums up the attention on a needle.
+
+    needle     slice of the tokens in the cache
+    attended   attention on the needle, summed over layers, heads and queries
+    selected   that part of it which falls on selected tokens
+    """
+
+    def __init__(self, selector, needle: slice):
+        self.selector = selector
+        self.needle = needle
+        self.attended = 0.0
+        self.selected = 0.0
+
+    def __call__(self, layer, x, q, keys, positions):
+        index = self.selector(layer, x, q, keys, positions)
+        if index is not None:
+            attention = true_attention(q, keys)[..., self.needle]  # [B, G, H/G, T, N]
+            mask = index_to_mask(index, keys.shape[2])[..., self.needle]  # [B, G, T, N]
+            self.attended += attention.sum().item()
+            self.selected += (attention * mask[:, :, None]).sum().item()
+        return index
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def main(config: Config) -> dict:
     engine = cli.engine(config.engine)
     llama, tok, butler = engine.load(config.model, config.butler, config.device)
     rules = rules_of(config) if config.selector == "butler" else {}
-    selector = make_selector(config.selector, config.budget, butler, **rules)
+    selector = make_selector(config.selector, config.budget, butler, llama, **rules)
     ids = tok.chat(text) if config.chat else tok.bos + tok.encode(text)
     if not 0 < len(ids) <= llama.config.context:
         raise UserError(f"the prompt has {len(ids):,} tokens, the model's context is "

@@ -378,7 +378,8 @@ def measure(config) -> dict:
         documents = task_documents(config, tok, llama.config.context)
         report = drift(llama, tok, documents, drift_makers(config, butler))
     else:
-        makers = every_maker(config.selectors, config.budgets, butler, **rules_of(config))
+        makers = every_maker(config.selectors, config.budgets, butler, llama,
+                             **rules_of(config))
         length = max(contexts)
         if config.suite == "tradeoff":
             documents = task_documents(config, tok, llama.config.context)

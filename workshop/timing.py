@@ -111,7 +111,7 @@ def fill(llama, cache, tokens: int, selectors) -> None:
 
 
 def speed(llama, butler, context: int, config, bandwidth) -> list[dict]:
-    makers = every_maker(config.selectors, config.budgets, butler, **rules_of(config))
+    makers = every_maker(config.selectors, config.budgets, butler, llama, **rules_of(config))
     selectors = {key: make() for key, make in makers.items()}
     cache = llama.new_cache(config.batch, context + config.n + 2)
     fill(llama, cache, context - 1, selectors.values())
@@ -207,7 +207,7 @@ class AttentionOnly:
 
 def attention(llama, butler, context: int, config, bandwidth) -> list[dict]:
     names = tuple(name for name in config.selectors if name != "dense")
-    makers = every_maker(names, config.budgets, butler, **rules_of(config))
+    makers = every_maker(names, config.budgets, butler, llama, **rules_of(config))
     selectors = {key: make() for key, make in makers.items()}
     cache = llama.new_cache(config.batch, context + config.n + 2)
     fill(llama, cache, cache.capacity, selectors.values())

@@ -20,12 +20,12 @@ EXERCISES = (ROOT / "tests" / "test_exercises.py").read_text(encoding="utf-8")
 # Flags that make a lesson take seconds
 QUICK = {
     "l1_attention": ["--tokens", 200, "--queries", 8],
-    "l2_oracle": [],
+    "l2_oracle": ["--n", 1],
     "l3_small_keys": [],
     "l4_earlier": [],
-    "l5_position": [],
+    "l5_position": ["--steps", 2, "--length", 64, "--contexts", "64,200"],
     "l6_cost": [],
-    "l7_loss": [],
+    "l7_loss": ["--n", 1, "--tokens", 512, "--steps", 8],
 }
 
 

@@ -30,8 +30,7 @@ MARKER = re.compile(r"<!-- (l\d_\w+) -->\n(.*?)<!-- end -->", re.S)
 def lesson(name: str) -> str:
     """The docstring as Markdown. Its first line becomes a heading."""
     source = cli.read_text(ROOT / "lessons" / f"{name}.py")
-    title, text = ast.get_docstring(ast.parse(source)).split("\n", 1)
-    return f"## {title}\n{text.rstrip()}\n"
+    return f"## {ast.get_docstring(ast.parse(source))}\n"
 
 
 def output(name: str, commit: str) -> str:
@@ -43,7 +42,7 @@ def output(name: str, commit: str) -> str:
     *lines, last = done.stdout.splitlines()
     printed = "\n".join(lines).strip()
     hardware = json.loads(last)["hardware"]
-    return (f"{PRINTED}\n```\n{printed}\n```\n\n![{name}]({name}.svg)\n\n"
+    return (f"{PRINTED}\n```\n{printed}\n```\n\n![the figure of this lesson]({name}.svg)\n\n"
             f"{hardware}; commit {commit}: `python -m lessons.{name}`\n")
 
 

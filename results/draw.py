@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import sys
+from contextlib import contextmanager
 from html import escape
 
 from render import RESULTS, fastest, load, measures, ruler_scores  # first: it says where cli.py is
@@ -189,31 +190,43 @@ def two_grounds() -> str:
     return f"@media (prefers-color-scheme: dark) {{\n{rules}}}\n"
 
 
-def draw(message: str, panels: list[dict], path) -> None:
-    """Writes an SVG; the same numbers and version of matplotlib give the same bytes."""
+@contextmanager
+def page(path, panels: int, size, metadata=None, **layout):
+    """Gives a figure of matplotlib and its axes side by side. After the block it is written to
+    `path`, .svg or .png. size in inches. The same content and version of matplotlib give the same
+    bytes. Raises ImportError without matplotlib."""
     from matplotlib import pyplot, rc_context
 
     grey = dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
                          GREY[0])
     ink = dict.fromkeys(("text.color", "axes.titlecolor"), INK[0])
-    rows = max(len(panel.get("dots", "")) for panel in panels)
-    size = 7.4 if len(panels) == 1 else 9.2, 1.3 + 0.24 * rows if rows else 3.3  # inches
     with rc_context(grey | ink | {
             "svg.hashsalt": "0", "svg.fonttype": "none", "font.size": 10, "axes.titlesize": 10,
             "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": GROUND[0],
-            "axes.facecolor": GROUND[0], "font.family": "sans-serif"}):
-        figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained",
-                                       squeeze=False, sharey="dots" in panels[0])
-        for axis, panel in zip(axes[0], panels, strict=True):
+            "axes.facecolor": GROUND[0], "font.family": "sans-serif", "legend.frameon": False}):
+        figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained",
+                                       squeeze=False, **layout)
+        yield figure, list(axes[0])
+        svg = not str(path).endswith(".png")
+        with cli.replacing(path) as part:
+            figure.savefig(part, format="svg" if svg else "png", dpi=150,
+                           metadata={"Date": None} | (metadata or {}) if svg else None)
+            if svg:
+                text = part.read_text(encoding="utf-8")
+                part.write_text(text.replace("</style>", f"{two_grounds()}</style>", 1), "utf-8")
+        pyplot.close(figure)
+
+
+def draw(message: str, panels: list[dict], path) -> None:
+    """Writes an SVG: a message, and its panels side by side."""
+    rows = max(len(panel.get("dots", "")) for panel in panels)
+    size = 7.4 if len(panels) == 1 else 9.2, 1.3 + 0.24 * rows if rows else 3.3  # inches
+    metadata = {"Title": message,
+                "Description": f"drawn from numbers with SHA-256 {digest(message, panels)}"}
+    with page(path, len(panels), size, metadata, sharey="dots" in panels[0]) as (figure, axes):
+        for axis, panel in zip(axes, panels, strict=True):
             (dots if "dots" in panel else lines)(axis, panel)
         figure.suptitle(message, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        with cli.replacing(path) as part:
-            figure.savefig(part, format="svg", metadata={
-                "Date": None, "Title": message,
-                "Description": f"drawn from numbers with SHA-256 {digest(message, panels)}"})
-            svg = part.read_text(encoding="utf-8")
-            part.write_text(svg.replace("</style>", f"{two_grounds()}</style>", 1), "utf-8")
-        pyplot.close(figure)
 
 
 def lines(axis, panel: dict) -> None:

@@ -8,11 +8,11 @@ import cli
 from cli import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "results"))  # where draw.py is
 
 
 def looks(name: str) -> dict:
     """Colour and marker of a selector, the same in every figure of the repository."""
-    sys.path.append(str(ROOT / "results"))
     from draw import LOOKS
 
     colour, marker = LOOKS[name]

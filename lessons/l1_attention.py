@@ -1,35 +1,44 @@
 """Lesson 1. Where does attention go?
 
-A language model writes one token at a time. Before it writes a token, each layer reads the keys
-and values of all earlier tokens from memory, the KV cache. In a long text this reading takes most
-of the time of a step. Is all of it needed?
+A language model writes one token at a time. For each new token, every layer reads the keys and
+values of all earlier tokens from memory. This store is called the KV cache. In a long text the
+reading takes much of the time of a step. Is all of it needed?
 
-The attention weights of a query add up to 1. If a few tokens receive nearly all of this weight,
-the other tokens hardly change the result, and a model could leave them unread. So the first
-question is: how is the weight distributed?
+The attention weights of a query add up to 1. If a few tokens hold nearly all of the weight, the
+other tokens hardly change the result. The model could leave them unread. So the first question
+is: how is the weight distributed over the tokens?
 
-The experiment reads 1,024 tokens of English with a real model, SmolLM2-135M: 30 layers with 3 KV
-heads each. It looks at the last 64 queries, as if these tokens were written one by one. For each
-query, layer and KV head it takes the 10 % of the tokens with the largest weights. We call these
-tokens the top set.
+The experiment reads 1,024 tokens of English with a real model, SmolLM2-135M. It has 30 layers
+with 3 KV heads each. The experiment measures the last 64 queries, as if these tokens were written
+one by one. For each query, layer and KV head it finds the 10 % of the tokens with the largest
+weights. We call them the top set. All columns are means over queries and KV heads:
 
-The columns of the table are means over queries and heads:
+- top 10 %: the share of the attention that the top set holds
+- first token: the share that the first token of the text holds
+- recent 10 %: the share that the first 4 tokens and the latest tokens hold, together 10 %
+- new a step: the share of the top set that was not in the top set one step before
+- used in 64: the share of all tokens that were in the top set at least once in 64 steps
 
-- top 10 %: the share of the attention that falls on the top set
-- first token: the share that falls on the very first token of the text
-- recent 10 %: the share that falls on the first 4 and on the latest tokens, together 10 %
-- new a step: the part of the top set that was not in the top set of the query before
-- used in 64: the part of the whole text that was in at least one of the 64 top sets
+What the table shows:
 
-What to conclude: a tenth of the tokens holds most of the attention in all layers but the first.
+1. From layer 1 on, a tenth of the tokens holds 94 % of the attention. So sparse attention is
+   possible. In layer 0 it holds less than half, and all selectors here leave layer 0 dense.
+2. The first token alone holds 30 %. A head that finds nothing to read in the text puts its weight
+   there. Such a token is called an attention sink.
+3. The recent tokens hold 76 %, less than the top set. What they lack lies further back.
+4. The top set moves. At each step a quarter of it is new. After 64 steps, 42 % of the tokens have
+   been in it.
 
-Exercise 1.1, tokens for a share. Add the function `tokens_for(share, attention)` to this file.
-It gets weights [..., S] and returns for each row how many tokens, the largest first, are needed
-until they hold this share. How many tokens hold 90 % in layer 0, and in layer 13?
+What to conclude: a step needs few tokens, but every step needs others. A method that deletes
+tokens must guess what all later steps will need. The other way is to keep the whole cache and to
+select again at every step. The following lessons ask how.
 
-Exercise 1.2, budgets per layer. Add `adaptive` to selection.py. It is an oracle that gives layers
-with wide attention a larger part of the same total. It keeps more attention than the oracle whose
-budgets are equal.
+Exercise 1.1, tokens for a share. Add the function `tokens_for(share, attention)` to this file. It
+gets weights [..., S] and returns, for each row, the smallest number of tokens that hold this
+share. How many tokens hold 90 % in layer 0, and in layer 12?
+
+Exercise 1.2, budgets per layer. Add `adaptive` to selection.py: an oracle that gives more tokens
+to layers with wide attention, with the same total. It keeps more attention than the oracle.
 
     python -m lessons.l1_attention --figure attention.svg
 """

@@ -3,8 +3,9 @@
     <!-- l1_attention --> ... <!-- end -->    what is between becomes the docstring of
                                               l1_attention.py, its output and its figure
 
-    python lessons/write.py                   all lessons, minutes
-    python lessons/write.py --only l1,l5      two of them
+    python lessons/write.py                   runs all lessons, minutes
+    python lessons/write.py --run l1,l5       runs two of them; the others keep their output
+    python lessons/write.py --run none        docstrings only
 """
 
 import ast
@@ -22,14 +23,14 @@ from cli import UserError, flag
 from lessons.figure import ROOT
 
 README = ROOT / "lessons" / "README.md"
+PRINTED = "What it prints:\n"
 MARKER = re.compile(r"<!-- (l\d_\w+) -->\n(.*?)<!-- end -->", re.S)
 
 
 def lesson(name: str) -> str:
     """The docstring as Markdown. Its first line becomes a heading."""
     source = cli.read_text(ROOT / "lessons" / f"{name}.py")
-    title, text = ast.get_docstring(ast.parse(source)).split("\n", 1)
-    return f"## {title}\n{text.rstrip()}\n"
+    return f"## {ast.get_docstring(ast.parse(source))}\n"
 
 
 def output(name: str, commit: str) -> str:
@@ -41,7 +42,7 @@ def output(name: str, commit: str) -> str:
     *lines, last = done.stdout.splitlines()
     printed = "\n".join(lines).strip()
     hardware = json.loads(last)["hardware"]
-    return (f"What it prints:\n\n```\n{printed}\n```\n\n![{name}]({name}.svg)\n\n"
+    return (f"{PRINTED}\n```\n{printed}\n```\n\n![the figure of this lesson]({name}.svg)\n\n"
             f"{hardware}; commit {commit}: `python -m lessons.{name}`\n")
 
 
@@ -49,16 +50,21 @@ def output(name: str, commit: str) -> str:
 class Config:
     """Runs the lessons and writes lessons/README.md."""
 
-    only: tuple = flag((), "comma-separated beginnings of names, such as l1,l5 (default: all)")
+    run: tuple = flag(("l",), "comma-separated beginnings of the names of lessons to run, or none")
 
 
 def main(config: Config) -> None:
     commit = cli.provenance()["commit"]  # before a figure changes: the tree is still clean
     text = cli.read_text(README)
     for name, old in MARKER.findall(text):
-        if name.startswith(config.only or "l") and (ROOT / "lessons" / f"{name}.py").exists():
-            new = f"{lesson(name)}\n{output(name, commit)}"
-            text = text.replace(f"<!-- {name} -->\n{old}", f"<!-- {name} -->\n{new}")
+        if not (ROOT / "lessons" / f"{name}.py").exists():
+            continue
+        if name.startswith(config.run):
+            printed = output(name, commit)
+        else:
+            printed = old[old.index(PRINTED) :] if PRINTED in old else ""
+        start = f"<!-- {name} -->\n"
+        text = text.replace(start + old, f"{start}{lesson(name)}\n{printed}")
     with cli.replacing(README) as part:
         part.write_text(text, encoding="utf-8")
 

@@ -1,0 +1,159 @@
+"""Lesson 2. What if we knew?
+
+Lesson 1 showed that a tenth of the tokens holds most of the attention. Suppose that somebody told
+us these tokens at every step. Would the model still give the same answers? And do we need to be
+told, or do simple rules find the same tokens?
+
+The text of this experiment names a place near its start: "The place is called Pellorqua." Then
+about 250 words about other things follow. At the end a question asks for the name, in other
+words than those of the start. The name is invented, so the model cannot guess it. It must read
+it. The model reads the text densely. Question and answer go through a selector, which attends to
+10 % of the tokens so far:
+
+- oracle: computes the true attention of all tokens and takes the largest. It is no use in
+  practice, because it reads all keys first. It shows what is possible.
+- recency: the first 4 tokens and the latest ones.
+- H2O: deletes the tokens that received the least attention so far. They never come back.
+- SnapKV: deletes once, after the text: what the last 32 queries of the text do not look at.
+- Quest: keeps all tokens, in pages of 16. It selects pages by a bound on their attention.
+
+The first column of the table counts right answers. The other columns look at one text, at the
+step that must write the first token of the name. They show, for each token of the sentence with
+the name, how many of the 87 KV heads above layer 0 attend to it.
+
+What the table shows: with the oracle, 17 to 26 % of the heads attend to each token of the name,
+and every answer is right. So a few heads are enough to read the name. All other selectors fail in
+every text. Recency and SnapKV have nothing of the name left. With H2O 1 to 3 % of the heads still
+hold it. The others deleted it, because other tokens had received more attention. Quest deletes
+nothing, but it ranks other pages higher: 13 % of the heads select the page of the name.
+
+What to conclude: a tenth is enough if we know which tenth. Rules that look at the past cannot
+know what a later question will need. We need a selector that keeps everything, looks at the
+present step, and is much cheaper than the oracle. Six texts say little about how good a method
+is; results/README.md has the same task with more texts and more budgets.
+
+Exercise 2.1, a selector of your own. Add `stride` to selection.py, which selects tokens at even
+distances between sinks and window. Start at `Recency`.
+
+Exercise 2.2, maximum over heads. Add `widest`, an oracle that ranks by the largest attention of
+the query heads that share a KV head, instead of their mean.
+
+    python -m lessons.l2_oracle --n 10 --figure oracle.svg
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it also runs as a file
+
+import cli
+from butler import load
+from cli import UserError, flag
+from kernel import index_to_mask
+from lessons.figure import figure, looks
+from selection import make_selector
+from synth_task import CUE, answers, coreference_documents
+
+SELECTORS = ("dense", "oracle", "quest", "snapkv", "h2o", "recency")
+
+
+def place_of(tok, ids: list[int], sentence: str) -> tuple[int, list[str]]:
+    """Where a sentence stands in a text: the place of its first token, and its tokens as text."""
+    pieces = tok.texts(ids)
+    start = "".join(pieces).index(sentence)
+    first = characters = 0
+    while characters + len(pieces[first]) <= start:
+        characters += len(pieces[first])
+        first += 1
+    last = first
+    while characters < start + len(sentence):
+        characters += len(pieces[last])
+        last += 1
+    return first, pieces[first:last]
+
+
+def heads_that_attend(selector, row: int, tokens: int) -> torch.Tensor:
+    """For each of the text's tokens: the share of all KV heads above layer 0 that attend to it at
+    step `row` of the question, [tokens]"""
+    if selector is None:
+        return torch.ones(tokens)
+    index = torch.stack([index[0, :, row] for index in selector.index.values()])  # [L-1, G, K]
+    return index_to_mask(index, tokens).float().mean((0, 1))
+
+
+def ask(llama, tok, documents, budget: float):
+    """Every selector answers every document -> {selector: scores}, and for each document its
+    selectors, which still hold what they selected."""
+    scores = {name: [] for name in SELECTORS}
+    used = []
+    for document in documents:
+        made = {name: make_selector(name, budget) for name in SELECTORS}
+        makers = [partial(made.get, name) for name in SELECTORS]
+        for name, score in zip(SELECTORS, answers(llama, tok, document, makers), strict=True):
+            scores[name].append(score)
+        used.append(made)
+    return scores, used
+
+
+def draw(path: str, right: dict, pieces: list[str], attending: dict) -> None:
+    with figure(path, 2) as (left, axis):
+        for place, (name, share) in enumerate(right.items()):
+            left.barh(place, share, color=looks(name)["color"])
+            left.text(share + 0.02, place, f"{share:.0%}", va="center")
+        left.set_yticks(range(len(right)), right)
+        left.invert_yaxis()
+        left.set(title="answers right", xlim=(0, 1.15))
+        left.set_xticks([])
+        for name in SELECTORS[1:]:  # dense attends to all tokens
+            axis.plot(attending[name], label=name, **looks(name))
+        axis.set_xticks(range(len(pieces)), [piece.strip() for piece in pieces], rotation=60)
+        axis.set(title="KV heads that attend to each token", ylim=(-0.02, 0.62))
+        axis.legend(fontsize=8)
+
+
+@dataclass
+class Config:
+    """Asks for a name in a text, and shows what each selector has left of it."""
+
+    n: int = flag(10, "texts", at_least=1)
+    budget: float = flag(0.1, "tokens attended: a fraction of the tokens so far or a count")
+    seed: int = flag(0, "seed of the texts")
+    figure: str = flag(None, "draw the table to this .svg or .png file")
+
+
+def main(config: Config) -> dict:
+    llama, tok, _ = load()
+    documents = coreference_documents("test", config.n, config.seed)
+    scores, used = ask(llama, tok, documents, config.budget)
+    if 1.0 not in scores["dense"]:
+        raise UserError("the model answers none of the texts: try a larger --n")
+    shown = scores["dense"].index(1.0)
+    document = documents[shown]
+    context, question, _ = document.encode(tok)
+    first, pieces = place_of(tok, context, f"{CUE} {document.answer}.")
+    attending = {}
+    for name, selector in used[shown].items():
+        shares = heads_that_attend(selector, len(question) - 1, len(context) + len(question))
+        attending[name] = shares[first : first + len(pieces)].tolist()
+    right = {name: sum(column) / len(column) for name, column in scores.items()}
+
+    print(f"text {shown + 1} of {config.n}: {len(context)} tokens and a question\n"
+          f"told at token {first}: {''.join(pieces).strip()!r}\n"
+          f"the question: {document.question.strip()!r}\n\n"
+          "right: answers right, all texts\n"
+          "then: of all KV heads above layer 0, how many attend to this token, in %\n")
+    print("selector  right  " + "".join(f"{piece.strip():>8s}" for piece in pieces))
+    for name in SELECTORS:
+        cells = "".join(f"{100 * share:8.0f}" for share in attending[name])
+        print(f"{name:8s} {right[name]:6.0%}  {cells}")
+    if config.figure:
+        draw(config.figure, right, pieces, attending)
+    return {"right": right, "tokens": pieces, "attending": attending}
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

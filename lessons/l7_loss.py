@@ -1,0 +1,178 @@
+"""Lesson 7. What is lost?
+
+A sparse step leaves tokens out, so it is never quite equal to the dense step. How do we see what
+is lost? A text that the sparse model writes may look good and still be wrong. A mean over many
+tokens may look good, although the few tokens that matter are wrong.
+
+The experiment compares sparse and dense steps at the end of 1,000-token texts. The text is given,
+so all selectors see the same tokens. There are two kinds of texts. Prose can often be guessed
+from the last words. The copy is a list such as "the lazy cherry, the kind badge", which comes at
+the start of the text and again at its end. Nobody can guess the second list. The model must find
+the right place in the first one and move on with it, token by token.
+
+The butler selects 10 % of the tokens. It can use one choice for several steps, which saves time:
+with interval 4 it chooses at every fourth position only. The columns:
+
+- same: how often the likeliest token is that of the dense model
+- KL: the KL divergence from the dense prediction to the sparse one, in nats. It is 0 for equal
+  predictions, and it also sees changes below the likeliest token.
+- right: how often the likeliest token is the next token of the text
+
+What the table shows: WRITE
+
+The next lines look for the cause. They group the steps of the copies by the age of the choice.
+WRITE
+
+What to conclude, if you look for failures of your own method: compare with the dense model token
+by token. Use texts that cannot be guessed. Group the errors by what you suspect. Read the worst
+steps, not only the mean. And include a trivial rule such as recency: a measure on which it does
+well measures little.
+
+Exercise 7.1, neighbours to the right. With `follow=2`, a chosen token brings the two that follow
+it, within the same budget: `Budget.topk` in selection.py. Does it help the copies at interval 4?
+
+Exercise 7.2, rank of the dense choice. Add the function `ranks(dense, sparse)` to this file. It
+gets logits [..., V] of both and returns the rank of the dense model's likeliest token among the
+sparse logits: 0 if it is the likeliest there too.
+
+    python -m lessons.l7_loss --budget 0.2 --figure loss.svg
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it also runs as a file
+
+import cli
+from butler import load
+from cli import flag, plug_in
+from data import evenly_spaced, text_to_measure_on
+from lessons.figure import figure, looks
+from selection import make_selector
+
+INTERVALS = (1, 2, 4, 8)
+KINDS = ("prose", "copy")
+
+
+def texts(tok, n: int, length: int) -> torch.Tensor:
+    """-> ids [2n, T]: n texts of prose, then n texts that end within a copy of their beginning.
+
+    T is a little less than `length`, so that the copy is not finished."""
+    T = length * 19 // 20
+    documents = plug_in("workshop.ruler").documents("copy", tok, n, 0, length)
+    copies = [sum(document.encode(tok), [])[:T] for document in documents]
+    return torch.cat([evenly_spaced(tok, text_to_measure_on(), n, T), torch.tensor(copies)])
+
+
+@torch.inference_mode()
+def all_logits(llama, ids, selectors: dict, steps: int) -> dict:
+    """All texts [B, T] are read densely but for their last `steps` tokens, which go through each
+    selector -> {name: logits [B, steps, V]}"""
+    B, T = ids.shape
+    cache = llama.new_cache(B, T)
+
+    def watch(*seen):
+        for selector in filter(None, selectors.values()):
+            selector.watch(*seen)
+
+    llama.prefill(ids[:, : T - steps], cache, watch)
+    logits = {}
+    for name, selector in selectors.items():
+        cache.truncate(T - steps)
+        # Only a choice that is used again makes it necessary to go token by token.
+        size = 1 if getattr(selector, "interval", 1) > 1 else steps
+        blocks = ids[:, T - steps :].split(size, dim=1)
+        logits[name] = torch.cat([llama(block, cache, selector) for block in blocks], dim=1)
+    return logits
+
+
+def compare(dense, sparse, ids) -> dict:
+    """Logits [B, steps, V] of both, ids [B, T] -> measures of each text and step, [B, steps]"""
+    log_p, log_q = dense.log_softmax(-1), sparse.log_softmax(-1)
+    written = sparse.argmax(-1)
+    following = ids[:, 1 - dense.shape[1] :]  # the tokens that come next; the last one is unknown
+    return {
+        "same": (written == dense.argmax(-1)).float(),
+        "KL": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "right": (written[:, :-1] == following).float(),
+    }
+
+
+def by_age(kl, positions, interval: int) -> list[float]:
+    """The mean KL of the steps whose choice is 0, 1, 2 ... steps old. kl [B, steps]"""
+    return [kl[:, positions % interval == age].mean().item() for age in range(interval)]
+
+
+def print_worst(tok, kl, dense, sparse, ids, positions, interval: int) -> None:
+    """The step of each text at which the sparse model differs most from the dense one."""
+    for text, step in enumerate(kl.argmax(1).tolist()):
+        p = int(positions[step])
+        before = tok.decode(ids[text, p - 8 : p + 1].tolist())
+        wrote = [tok.decode([int(logits[text, step].argmax())]) for logits in (dense, sparse)]
+        print(f"{kl[text, step]:5.1f} nats, choice {p % interval} steps old: {before!r} "
+              f"-> dense {wrote[0]!r}, sparse {wrote[1]!r}")
+
+
+def draw(path: str, table: dict, ages: list[float]) -> None:
+    with figure(path, 2) as (left, right):
+        for kind, line in zip(KINDS, ("-", ":"), strict=True):
+            same = [table[f"butler, {interval}"][f"same {kind}"] for interval in INTERVALS]
+            left.plot(range(len(same)), same, line, label=kind, **looks("butler"))
+        left.set_xticks(range(len(INTERVALS)), INTERVALS)
+        left.set(title="same likeliest token as dense", xlabel="steps that one choice serves",
+                 ylim=(0, 1.03))
+        left.legend(loc="lower left")
+        right.plot(ages, **looks("butler"))
+        right.set(title=f"KL on copies, interval {INTERVALS[-1]}", ylabel="nats",
+                  xlabel="age of the choice in steps", ylim=(0, None))
+
+
+@dataclass
+class Config:
+    """Compares sparse decode steps with dense ones, token by token."""
+
+    n: int = flag(2, "texts of each kind", at_least=1)
+    tokens: int = flag(1024, "tokens of a text, about", at_least=512)
+    steps: int = flag(40, "last tokens of a text, which go through the selector", at_least=8)
+    budget: float = flag(0.1, "tokens attended: a fraction of the tokens so far or a count")
+    figure: str = flag(None, "draw the table to this .svg or .png file")
+
+
+def main(config: Config) -> dict:
+    llama, tok, butler = load()
+    ids = texts(tok, config.n, config.tokens)
+    selectors = {"dense": None, "oracle": make_selector("oracle", config.budget)}
+    for interval in INTERVALS:
+        selectors[f"butler, {interval}"] = butler.selector(config.budget, interval=interval)
+    selectors["recency"] = make_selector("recency", config.budget)
+    logits = all_logits(llama, ids, selectors, config.steps)
+    measured = {name: compare(logits["dense"], sparse, ids) for name, sparse in logits.items()}
+
+    table = {}
+    for name, measures in measured.items():
+        table[name] = {f"{measure} {kind}": part.mean().item()
+                       for measure, values in measures.items()
+                       for kind, part in zip(KINDS, values.chunk(2), strict=True)}
+    columns = list(table["dense"])
+    print("selector " + "".join(f"{column:>13s}" for column in columns))
+    for name, row in table.items():
+        print(f"{name:9s}" + "".join(f"{row[column]:13.2f}" for column in columns))
+
+    positions = torch.arange(ids.shape[1] - config.steps, ids.shape[1])
+    last = INTERVALS[-1]
+    kl = measured[f"butler, {last}"]["KL"]
+    ages = by_age(kl[config.n :], positions, last)
+    print(f"\ninterval {last}, copies: KL by the age of the choice, 0 to {last - 1} steps")
+    print("         " + "".join(f"{value:8.2f}" for value in ages))
+    print(f"\ninterval {last}: the worst step of each text")
+    print_worst(tok, kl, logits["dense"], logits[f"butler, {last}"], ids, positions, last)
+    if config.figure:
+        draw(config.figure, table, ages)
+    return {"table": table, "by age": ages}
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -11,7 +11,7 @@ describe each key well. These coordinates are called a sketch of the key.
 Linear algebra finds this subspace. The principal directions of a set of keys are the directions in
 which these keys are longest. They are the eigenvectors of the matrix K^T K with the largest
 eigenvalues. The rows of K are the keys that are already in the cache. Each layer and KV head has
-its own. Nothing is trained.
+its own directions. Nothing is trained.
 
 The experiment projects keys and queries on 32, 16 or 8 directions, and it scores all tokens with
 these short vectors. It selects 10 % of the tokens. Then it measures how much of the true attention

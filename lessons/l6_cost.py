@@ -1,7 +1,7 @@
 """Lesson 6. When does it pay?
 
 A selection saves reading. For each new token, the processor must read all weights of the model and
-the whole KV cache. With a budget of 10 % it reads only a tenth of the cache. But choosing costs
+the whole KV cache. With a budget of 10 % it reads about a tenth of the cache. But choosing costs
 time, too. So when is a step with selection faster?
 
 First we count bytes. A dense step reads
@@ -10,14 +10,14 @@ First we count bytes. A dense step reads
 
 With the butler, layer 0 still reads all keys and values. Every other layer reads those of a tenth
 of the tokens. It also reads one importance key per token: 32 numbers of 8 bits and one scale of 32
-bits. Both steps read all weights. So the count predicts a small gain for short texts and a larger
-one for long texts.
+bits. Both steps read all weights of the model. The butler's own weights are few and not counted.
+So the count predicts a small gain for short texts and a larger one for long texts.
 
 Then we measure two engines. The cache is filled with random numbers.
 
 - plain: the files of this course. It finds the best scores with `torch.topk`. It copies the
-  selected rows of keys and values, then it attends to the copies (gather). Weights and importance
-  keys have 32 bits a number.
+  selected rows of keys and values, then it attends to the copies (gather). All numbers have 32
+  bits, but importance keys are counted with 8.
 - fast: the step is one compiled call. It reads the selected rows without a copy. Most weights have
   4 bits, so the cache is a larger part of all bytes. Importance keys have 8 bits.
 

@@ -272,14 +272,14 @@ def test_coreference_documents_of_other_kinds_have_phrases_of_their_own():
         return set().union(*map(phrases, part.values() if isinstance(part, dict) else part))
 
     own = phrases([ruler.PHRASES[kind] for kind in ("people", "ships", "distractors")])
-    assert len(own) > 200 and not own & (phrases(PHRASES) | {CUE})
+    assert len(own) > 150 and not own & (phrases(PHRASES) | {CUE})
 
 
 class Surprise(Document):
     """Scored by what every logit of question and answer adds up to, so that nothing can hide."""
 
     def grade(self, llama, tok, cache, question, answer, selector, stepwise):
-        ids = torch.tensor([question + answer])
+        ids = torch.tensor([question + answer[:-1]])
         blocks = ids.split(1 if stepwise else ids.shape[1], dim=1)
         return sum(llama(block, cache, selector).double().abs().sum().item() for block in blocks)
 
@@ -296,11 +296,14 @@ class Bytes:
 
 
 @pytest.mark.parametrize("stepwise", [False, True])
-@pytest.mark.parametrize("prefill_budget", [None, 0.3])
-def test_several_questions_score_as_several_documents(tiny, tiny_butler, stepwise, prefill_budget):
+@pytest.mark.parametrize("prefill_budget", [None, 200])
+def test_several_questions_score_as_several_documents(tiny, tiny_butler, monkeypatch, stepwise,
+                                                      prefill_budget):
     """Each is asked behind the context alone, also by selectors that evict tokens or that use a
     choice again."""
-    context = "What a cache has seen stays in it. " * (3 if prefill_budget is None else 80)
+    monkeypatch.setattr("selection.DENSE_START", 64)  # a short context is read sparsely too
+    monkeypatch.setattr("selection.DENSE_END", 64)
+    context = "What a cache has seen stays in it. " * (3 if prefill_budget is None else 20)
     alone = [Surprise(context, question, "yes")
              for question in (" Is it so?", " Really and truly?", " Is it not?", " No?")]
     together = SeveralSurprises(context, alone[0].question, "yes", tuple(alone[1:]))

@@ -178,12 +178,15 @@ def copy_bandwidth(device) -> float:
 
 
 def step_bytes(llama, cache, butler, name: str, kept: float, batch: int, context: int) -> int:
-    """What a decode step reads at least: the weights, all keys and values of layer 0, those of the
-    tokens kept in the other layers, and the importance keys, which are taken to be 8-bit."""
+    """What a decode step reads at least: the weights, all keys and values of layer 0 and of layers
+    that selectors are not asked in (transformers' sliding windows, whose cache keeps all tokens),
+    those of the tokens kept in the other layers, and the importance keys, which are taken to be
+    8-bit."""
     c = llama.config
+    dense = len(cache.k) - (c.layers - 1)  # layers that read all tokens
     token = 2 * c.kv_heads * c.head_dim * cache.k[0].element_size()  # key and value of one layer
     tokens = context * kept if kept <= 1 else min(kept, context)
-    read = batch * token * (context + (c.layers - 1) * tokens)
+    read = batch * token * (dense * context + (c.layers - 1) * tokens)
     if name == "butler":
         read += batch * (c.layers - 1) * context * c.kv_heads * (butler.config.size + 4)
     return int(read + llama.weight_bytes())

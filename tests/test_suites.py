@@ -2,21 +2,24 @@
 
 import json
 import os
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, randomise, tiny_config
+from conftest import ROOT, assert_close, randomise, tiny_config
 from scipy import stats
 
 import bench
+import cli
 from butler import Butler, ButlerConfig
 from cli import UserError
 from kernel import sparse_decode
 from model import Llama
-from synth_task import every_maker
+from synth_task import evaluate, every_maker
 from workshop import suites, timing
 
 # ---------------------------------------------------------------------------- suites
@@ -177,15 +180,72 @@ def test_agreement_of_reused_choices_is_measured_step_by_step(small):
     assert reused == pytest.approx(expected, rel=1e-3) and anew != pytest.approx(expected, rel=1e-3)
 
 
-def test_tradeoff_suite_has_the_scores_of_synth_task_and_a_time_for_each(main):
-    flags = ("--task", "coreference", "--n", 1, "--selectors", "dense,butler,h2o",
-             "--budgets", "0.2,64")
-    table = main("bench.py", "--suite", "tradeoff", "--contexts", 300, *flags)["results"]
-    scores = main("synth_task.py", "--context", 300, *flags)["results"]
-    for name, by_budget in table["coreference"].items():
-        for budget, m in by_budget.items():
-            assert m.pop("ms") > 0 and m == scores["coreference"][name][budget]
-    assert list(table["coreference"]["h2o"]) == ["0.2", "64"]
+def table_lines(printed: str) -> dict:
+    """What print_tradeoff wrote -> {(selector, budget): its numbers}; of intervals the mean."""
+    lines = [re.sub(r" \[.*?\]", "", line).split() for line in printed.splitlines()]
+    return {tuple(line[:2]): list(map(float, line[2:])) for line in lines
+            if len(line) > 2 and line[1].replace(".", "").isdigit()}
+
+
+def test_tradeoff_has_scores_agreement_times_and_bytes(folder, capsys):
+    llama, tok, _ = cli.engine("plain").load(str(folder))
+    butler = randomise(Butler(ButlerConfig.for_model(llama, layers_per_producer=1)))
+    flags = bench.Config(suite="tradeoff", task=("coreference",), n=1, contexts=("300",),
+                         selectors=("dense", "butler", "h2o"), budgets=("0.2", "64"), device="cpu")
+    makers = every_maker(flags.selectors, flags.budgets, butler)
+    windows = torch.randint(512, (1, 300), generator=torch.manual_seed(5))
+    tasks = suites.task_documents(flags, tok, 8192)
+    report = suites.tradeoff(llama, tok, butler, windows, tasks, makers, flags)
+    results, rows = report["results"], report["rows"]
+    assert results["coreference"] == evaluate(llama, tok, tasks["coreference"], makers)
+    agreement = suites.agreement(llama, windows, [300], makers)["results"]
+    assert agreement.items() <= results.items()
+    suites.print_tradeoff(report, tasks, makers)
+    table = table_lines(capsys.readouterr().out)
+    assert list(table) == list(makers)
+    for (name, budget), row in zip(makers, rows, strict=True):
+        score, *same, ms, megabytes = table[name, budget]
+        assert score == round(results["coreference"][name][budget]["mean"], 3)
+        if name == "dense":
+            assert same == []
+        else:
+            assert same == [round(results["same token @300"][name][budget]["mean"], 3)]
+        assert ms == round(row["ms"], 2) and megabytes == round(row["bytes"] / 1e6, 1)
+
+
+@pytest.mark.parametrize("engine", ["plain", "transformers"])
+def test_tradeoff_of_a_model_of_ones_own(main, folder, tmp_path, engine, capsys):
+    """Random weights answer nothing; what counts is that every column is there."""
+    if engine == "plain":
+        llama, tok, _ = cli.engine(engine).load(str(folder))
+        layers, dense_layers, token = 3, 1, 2 * 2 * 8 * 4  # 2 KV heads of size 8, float32
+    else:
+        from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+        torch.manual_seed(0)
+        windows = ["sliding_attention", "full_attention"] * 2
+        Gemma3ForCausalLM(Gemma3TextConfig(
+            vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=12,
+            layer_types=windows, max_position_embeddings=4096)).save_pretrained(tmp_path)
+        shutil.copy(folder / "tokenizer.json", tmp_path)
+        folder = tmp_path
+        llama, tok, _ = cli.engine(engine).load(str(folder))
+        layers, dense_layers, token = 4, 2, 2 * 2 * 8 * 4
+    trained = randomise(Butler(ButlerConfig.for_model(llama, layers_per_producer=1, size=8)))
+    trained.save(tmp_path / "butler.safetensors")
+    report = main("bench.py", "--suite", "tradeoff", "--model", folder, "--engine", engine,
+                  "--butler", tmp_path / "butler.safetensors", "--contexts", "700,900", "--n", 1,
+                  "--task", "needle_prose", "--selectors", "dense,butler,recency",
+                  "--budgets", "0.25,100", "--text", ROOT / "tests" / "test_suites.py")
+    assert set(report["results"]) >= {"needle_prose@700", "same token @900", "KL @700"}
+    weights = llama.weight_bytes()
+    for row in report["rows"]:
+        kept = row["kept"] * row["context"] if row["kept"] <= 1 else row["kept"]
+        read = weights + token * (dense_layers * row["context"] + (layers - dense_layers) * kept)
+        if row["selector"] == "butler":
+            read += (layers - dense_layers) * 2 * row["context"] * (8 + 4)
+        assert row["bytes"] == pytest.approx(read, abs=1)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -197,7 +257,8 @@ def test_tradeoff_suite_has_the_scores_of_synth_task_and_a_time_for_each(main):
     ({"suite": "drift", "drift": 0.2}, "the butler of this engine has no --drift"),
     ({"suite": "generation", "contexts": ("70",)}, "more than 72 tokens"),
     ({"suite": "agreement", "contexts": ("255",)}, "at least 256 tokens"),
-    ({"suite": "agreement", "contexts": ("8192",), "n": 1}, "exceed the model's context"),
+    ({"suite": "agreement", "contexts": ("8192",)}, "8,192 tokens and 64 behind them exceed"),
+    ({"suite": "tradeoff", "contexts": ("8100",), "n": 91}, "8,100 tokens and 93 behind them"),
     ({"suite": "offload", "batch": 2, "shape": "tiny"}, "--batch 1"),
 ])
 def test_refused(in_memory, monkeypatch, flags, message):

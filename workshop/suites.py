@@ -6,7 +6,9 @@
     generation   sampled texts: the share of their 8-grams that occurred in the text before
     drift        tasks, answered token by token, with a new choice at every step (drift 0) and with
                  --drift: scores, and the steps that one choice served on average
-    tradeoff     tasks: the score beside milliseconds of a decode step behind the first document
+    tradeoff     for a model of your own, one table: scores in tasks, agreement with the dense
+                 model, milliseconds and bytes of a decode step. With --engine transformers the
+                 model may be of another family
     prefill      prompts read densely and through each selector: the perplexity of the 512 tokens
                  behind them, which attend to all tokens, and the seconds that reading took
     agreement    a context read densely but for its last 128 tokens, which go through each selector:
@@ -17,7 +19,7 @@
     python bench.py --suite recall --selectors oracle,butler,recency
     python bench.py --suite generation --engine fast --contexts 2048 --selectors dense,butler
     python bench.py --suite drift --engine fast --drift 0.25 --task coreference --contexts 361
-    python bench.py --suite tradeoff --engine fast --contexts 4096 --budgets 0.05,0.1
+    python bench.py --suite tradeoff --model DIR --contexts 4096 --budgets 0.05,0.1
     python bench.py --suite prefill --engine fast --contexts 4096 --selectors dense,oracle,butler
     python bench.py --suite agreement --engine fast --contexts 4096 --budgets 0.05,0.1,0.25
 """
@@ -26,6 +28,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +37,7 @@ from tqdm import tqdm
 import cli
 import sample
 import synth_task
-from bench import BLOCK, Probe, decode_times, excess, exponential, synchronize, watched_by
+from bench import BLOCK, Probe, excess, exponential, speed, synchronize, watched_by
 from cli import UserError, numbers
 from data import evenly_spaced, text_to_measure_on
 from kernel import index_to_mask, true_attention
@@ -223,33 +226,37 @@ def drift_makers(config, butler) -> dict:
 # ---------------------------------------------------------------------------- score and time
 
 
-@torch.inference_mode()
-def milliseconds_behind(llama, tok, document, makers: dict, rounds: int) -> dict:
-    """-> {(selector, budget): milliseconds of a decode step behind the document's context}"""
-    context, question, _ = document.encode(tok)
-    size = len(context) + 1
-    cache = llama.new_cache(1, size + rounds + 2)
-    selectors = {key: make() for key, make in makers.items()}
-
-    def watch(*seen):
-        for selector in filter(None, selectors.values()):
-            selector.watch(*seen)
-
-    llama.prefill(torch.tensor([context], device=llama.device), cache, watch)
-    token = torch.tensor([question[:1]], device=llama.device)
-    return decode_times(llama, cache, token, size, selectors, rounds)
+def tradeoff(llama, tok, butler, windows, tasks: dict, makers: dict, config) -> dict:
+    """windows [n, longest context] -> {"results": scores of the tasks and agreement, "rows": times
+    and bytes, as bench.speed has them}"""
+    stepwise = bool(rules_of(config))
+    contexts = numbers(config.contexts, int, "--contexts")
+    results = {task: evaluate(llama, tok, documents, makers, stepwise=stepwise, title=task)
+               for task, documents in tasks.items()}
+    results |= agreement(llama, windows, contexts, makers, stepwise)["results"]
+    return {"results": results,
+            "rows": speed(llama, butler, windows[:1], contexts, makers, config)}
 
 
-def tradeoff(llama, tok, tasks: dict, makers: dict, config) -> dict:
-    """-> results, with `ms` beside every mean"""
-    results = {}
-    for task, documents in tasks.items():
-        results[task] = evaluate(llama, tok, documents, makers, stepwise=bool(rules_of(config)),
-                                 title=task)
-        times = milliseconds_behind(llama, tok, documents[0], makers, config.n)
-        for (name, budget), ms in times.items():
-            results[task][name][budget]["ms"] = ms
-    return {"results": results}
+def print_tradeoff(report: dict, tasks, makers) -> None:
+    """One table for each context: a line for each selector and budget."""
+    results = report["results"]
+
+    def cell(what, name, budget) -> str:
+        if name == "dense" and what not in tasks:
+            return ""  # it is compared with itself
+        m = results[what][name][budget]
+        return f"{m['mean']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
+
+    for context, rows in groupby(report["rows"], key=lambda row: row["context"]):
+        # Where there are several contexts, each task is there once for every one.
+        columns = [task for task in tasks if task.split("@")[1:] in ([], [str(context)])]
+        columns.append(f"same token @{context}")
+        print(f"{'selector':24s} {'budget':>6s}  " + "".join(f"{c:24s}" for c in columns)
+              + f"{'ms a step':>9s} {'MB a step':>9s}")
+        for (name, budget), row in zip(makers, rows, strict=True):
+            cells = "".join(f"{cell(what, name, budget):24s}" for what in columns)
+            print(f"{name:24s} {budget:>6s}  {cells}{row['ms']:9.2f} {row['bytes'] / 1e6:9.1f}")
 
 
 # ---------------------------------------------------------------------------- prompts
@@ -293,6 +300,15 @@ def prompts(llama, windows, contexts, makers) -> dict:
 
 
 # ---------------------------------------------------------------------------- agreement with dense
+
+
+def check_agreement(llama, contexts, behind: int) -> None:
+    """Raises UserError for contexts that are too short, or too long for `behind` tokens more."""
+    if min(contexts) < 2 * FORCED:
+        raise UserError(f"--contexts: a context has at least {2 * FORCED} tokens")
+    if max(contexts) + behind > llama.config.context:
+        raise UserError(f"--contexts: {max(contexts):,} tokens and {behind} behind them exceed the "
+                        f"model's context of {llama.config.context:,}")
 
 
 def force(llama, cache, block, selector, stepwise: bool):
@@ -382,14 +398,17 @@ def measure(config) -> dict:
                              **rules_of(config))
         length = max(contexts)
         if config.suite == "tradeoff":
-            documents = task_documents(config, tok, llama.config.context)
-            report = tradeoff(llama, tok, documents, makers, config)
+            check_agreement(llama, contexts, max(WRITTEN, config.n + 2))
+            windows = evenly_spaced(tok, text, config.n, length).to(llama.device)
+            tasks = task_documents(config, tok, llama.config.context)
+            report = tradeoff(llama, tok, butler, windows, tasks, makers, config)
+            print_tradeoff(report, tasks, makers)
+            return report
         elif config.suite == "prefill":
             windows = evenly_spaced(tok, text, config.n, length + BEHIND).to(llama.device)
             report = prompts(llama, windows, contexts, makers)
         elif config.suite == "agreement":
-            if min(contexts) < 2 * FORCED:
-                raise UserError(f"--contexts: a context has at least {2 * FORCED} tokens")
+            check_agreement(llama, contexts, WRITTEN)
             windows = evenly_spaced(tok, text, config.n, length).to(llama.device)
             report = agreement(llama, windows, contexts, makers, bool(rules_of(config)))
         elif config.suite == "generation":
@@ -410,8 +429,6 @@ def print_more(results: dict) -> None:
     for task, table in results.items():
         for name, by_budget in table.items():
             for budget, m in by_budget.items():
-                if "ms" in m:
-                    print(f"{task:20s} {name:8s} {budget:>6s}  {m['ms']:8.1f} ms a step")
                 if "seconds" in m:
                     print(f"{task:20s} {name:8s} {budget:>6s}  {m['seconds']:8.2f} s to read")
                 if "steps" in m:

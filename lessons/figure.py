@@ -9,7 +9,7 @@ from cli import UserError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "results"))  # where draw.py is
 
-import draw
+import draw  # noqa: E402
 
 
 def looks(name: str) -> dict:

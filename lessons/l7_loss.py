@@ -1,15 +1,13 @@
 """Lesson 7. What is lost?
 
 A sparse step leaves tokens out, so it is never quite equal to the dense step. How do we see what
-is lost? A text that the sparse model writes may look good and still be wrong. A mean over many
-tokens may look good, although the few tokens that matter are wrong.
+is lost? A mean over many tokens may look good, although the few tokens that matter are wrong.
 
-The experiment compares sparse and dense steps at the end of texts of about 1,000 tokens. The text
-is given, so all selectors see the same tokens. There are two kinds of texts, two of each. The
-first kind, which the table calls prose, is Python's documentation and code. Much of it can be
-guessed from the last words. The second kind is a copy. A list such as "the lazy cherry, the kind
-badge" comes at the start of the text and again at its end. Nobody can guess it. The model must
-find the right place in the first list and move on with it, token by token.
+The experiment compares sparse and dense steps at the end of four texts of about 1,000 tokens. The
+texts are given, so all selectors see the same tokens. Two texts, called prose, are from Python's
+documentation and code. Much of them can be guessed from the last words. The other two are copies:
+a list such as "the lazy cherry, the kind badge" comes at the start and again at the end. Nobody
+can guess it. The model must find its place in the first list and move on with it, token by token.
 
 The butler selects 10 % of the tokens. It can use one choice for several steps, which saves time:
 with interval 4 it chooses at every fourth position only. The columns:
@@ -26,7 +24,7 @@ the butler copies no better than recency, which selects nothing of the first lis
 The second table looks for the cause. It groups the steps of the copies by the age of the choice.
 Just after a choice the KL is 0.68, and 7 steps later it is 4.87. Each step of a copy needs the
 next token of the first list, and an old choice may lack it. Each number is a mean of only 10
-steps, so they do not rise evenly. The last lines show the worst steps.
+steps, so they do not rise evenly.
 
 What to conclude, if you look for failures of your own method: compare with the dense model token
 by token. Use texts that cannot be guessed. Group the errors by what you suspect. Read the worst
@@ -37,7 +35,7 @@ Exercise 7.1, neighbours to the right. With `follow=2`, a chosen token brings th
 it, within the same budget: `Budget.topk` in selection.py. Does it help the copies at interval 4?
 
 Exercise 7.2, rank of the dense choice. Add the function `ranks(dense, sparse)` to this file. It
-gets logits [..., V] of both. It returns the rank of the dense model's likeliest token among the
+gets logits [..., V] of both and returns the rank of the dense model's likeliest token among the
 sparse logits, 0 for the first.
 
     python -m lessons.l7_loss --budget 0.2 --figure loss.svg

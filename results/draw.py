@@ -23,6 +23,7 @@ LOOKS = {  # of a selector in every figure: colour and marker
     "dense": (GREY, "o"), "butler": ("#2f81f7", "s"), "oracle": ("#e08600", "D"),
     "quest": ("#bf4bb8", "^"), "h2o": ("#d9484f", "v"), "snapkv": ("#8a63e8", "<"),
     "recency": ("#1f9d6b", ">"), "random": ("#9a8a1f", "P"), "keynorm": ("#b5683c", "d"),
+    "sketch": ("#1f8a9c", "X"), "ahead5": ("#bf4b78", "8"),
 }
 
 # ---------------------------------------------------------------------------- the numbers

@@ -118,18 +118,21 @@ def test_importance_keys_fit_in_4_bits(tiny, tiny_butler, ids):
     assert 0.8 < same / total < 1
 
 
-@pytest.mark.skip(reason="exercise 3.2, energy of directions")
-def test_energy_is_the_share_of_the_squared_length():
-    from lessons.l3_small_keys import energy
+@pytest.mark.skip(reason="exercise 3.2, directions for queries")
+def test_two_matrices_give_the_best_scores_of_their_size():
+    from lessons.l3_sketch import directions_for
 
     rng = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.1])
-    left = torch.linalg.qr(torch.randn(40, 6, generator=rng)).Q
-    right = torch.linalg.qr(torch.randn(6, 6, generator=rng)).Q
-    keys = left * lengths @ right.T  # [S, D], its singular values are `lengths`
-    for size in (1, 2, 4, 6):
-        expected = lengths[:size].square().sum() / lengths.square().sum()
-        assert_close(f"{size} directions", energy(keys, size), expected, 1e-5)
+    lengths = torch.logspace(1, -1, 16)
+    queries = torch.randn(30, 16, generator=rng) * lengths.flip(0)  # short where keys are long
+    keys = torch.randn(40, 16, generator=rng) * lengths
+    scores = queries @ keys.T
+    left = torch.linalg.svdvals(scores).square()  # the smallest error is the sum of the last ones
+    for size in (2, 5, 10):
+        A, B = directions_for(keys, queries, size)
+        assert A.shape == B.shape == (16, size)
+        error = ((queries @ A) @ (keys @ B).T - scores).square().sum()
+        assert_close(f"{size} numbers", error / left[size:].sum(), 1.0, 1e-2)
 
 
 @pytest.mark.skip(reason="exercise 4.1, the query before")

@@ -21,10 +21,10 @@ EXERCISES = (ROOT / "tests" / "test_exercises.py").read_text(encoding="utf-8")
 QUICK = {
     "l1_attention": ["--tokens", 200, "--queries", 8],
     "l2_oracle": ["--n", 1],
-    "l3_small_keys": [],
-    "l4_earlier": [],
+    "l3_sketch": ["--tokens", 128, "--texts", 1],
+    "l4_foresight": ["--steps", 2, "--tokens", 128, "--texts", 1],
     "l5_position": ["--steps", 2, "--length", 64, "--contexts", "64,200"],
-    "l6_cost": [],
+    "l6_cost": ["--contexts", "100,300", "--rounds", 1, "--before", 2048],
     "l7_loss": ["--n", 1, "--tokens", 512, "--steps", 8],
 }
 

@@ -9,9 +9,9 @@ First we count bytes. A dense step reads
     weights + layers * KV heads * tokens * (key + value)
 
 With the butler, layer 0 still reads all keys and values. Every other layer reads those of a tenth
-of the tokens. It also reads one importance key per token: 32 numbers of 8 bits and one scale of 32
-bits. Both steps read all weights of the model. The butler's own weights are few and not counted.
-So the count predicts a small gain for short texts and a larger one for long texts.
+of the tokens. It also reads one importance key per token and KV head: 32 numbers of 8 bits and one
+scale of 32 bits. Both steps read all weights of the model. The butler's own weights are few and
+not counted. So the count predicts a small gain for short texts and a larger one for long texts.
 
 Then we measure two engines. The cache is filled with random numbers.
 

@@ -181,6 +181,15 @@ def digest(*numbers) -> str:
 # ---------------------------------------------------------------------------- charts
 
 
+STYLE = {  # matplotlib's settings
+    **dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY[0]),
+    **dict.fromkeys(("text.color", "axes.titlecolor"), INK[0]),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), GROUND[0]),
+    "svg.hashsalt": "0", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
+    "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+}
+
+
 def two_grounds() -> str:
     """CSS: on a dark page every light colour becomes its dark partner."""
     pairs = dict([GROUND, INK, GREY, *(colours for colours, _ in LOOKS.values())])
@@ -193,27 +202,26 @@ def draw(message: str, panels: list[dict], path) -> None:
     """Writes an SVG; the same numbers and version of matplotlib give the same bytes."""
     from matplotlib import pyplot, rc_context
 
-    grey = dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
-                         GREY[0])
-    ink = dict.fromkeys(("text.color", "axes.titlecolor"), INK[0])
     rows = max(len(panel.get("dots", "")) for panel in panels)
     size = 7.4 if len(panels) == 1 else 9.2, 1.3 + 0.24 * rows if rows else 3.3  # inches
-    with rc_context(grey | ink | {
-            "svg.hashsalt": "0", "svg.fonttype": "none", "font.size": 10, "axes.titlesize": 10,
-            "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": GROUND[0],
-            "axes.facecolor": GROUND[0], "font.family": "sans-serif"}):
+    with rc_context(STYLE):
         figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained",
                                        squeeze=False, sharey="dots" in panels[0])
         for axis, panel in zip(axes[0], panels, strict=True):
             (dots if "dots" in panel else lines)(axis, panel)
         figure.suptitle(message, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        with cli.replacing(path) as part:
-            figure.savefig(part, format="svg", metadata={
-                "Date": None, "Title": message,
-                "Description": f"drawn from numbers with SHA-256 {digest(message, panels)}"})
-            svg = part.read_text(encoding="utf-8")
-            part.write_text(svg.replace("</style>", f"{two_grounds()}</style>", 1), "utf-8")
+        save(figure, path, {
+            "Title": message,
+            "Description": f"drawn from numbers with SHA-256 {digest(message, panels)}"})
         pyplot.close(figure)
+
+
+def save(figure, path, metadata: dict) -> None:
+    """Writes a figure that was made with STYLE as an SVG for light and dark pages."""
+    with cli.replacing(path) as part:
+        figure.savefig(part, format="svg", metadata={"Date": None} | metadata)
+        svg = part.read_text(encoding="utf-8")
+        part.write_text(svg.replace("</style>", f"{two_grounds()}</style>", 1), "utf-8")
 
 
 def lines(axis, panel: dict) -> None:

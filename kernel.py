@@ -23,11 +23,10 @@ T / T' queries, and `block_attention` copies the rows of K and V once for a whol
 """
 
 import os
+import sys
 
 import torch
 import torch.nn.functional as F
-
-from cli import UserError, end
 
 try:
     import triton
@@ -38,12 +37,6 @@ except ImportError:  # PyTorch for CPUs comes without Triton: sparse_decode gath
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 jit = triton.jit if triton else lambda function: function
-
-
-def need_triton() -> None:
-    """Raises UserError where a kernel cannot run for want of Triton."""
-    if triton is None:
-        raise UserError("this needs Triton: pip install triton (CUDA builds of PyTorch bring it)")
 
 
 def true_attention(q, keys, places=None):
@@ -217,7 +210,8 @@ def triton_attention(q, k, v, idx, chunk=None):
     The selected tokens are split into chunks (split-K), because a single text has too few KV heads
     to occupy a GPU. The CPU never waits for a result, so a CUDA graph can contain the call.
     """
-    need_triton()
+    if triton is None:
+        raise ImportError("this needs Triton: pip install triton")
     B, H, D = q.shape
     G, K = idx.shape[1:]
     N = H // G
@@ -241,11 +235,9 @@ def triton_attention(q, k, v, idx, chunk=None):
 
 
 if __name__ == "__main__":
-    if INTERPRETED:
-        try:
-            need_triton()
-        except UserError as e:
-            end(2, f"error: {e}")
+    if INTERPRETED and triton is None:
+        print("kernel.py: error: TRITON_INTERPRET=1 needs: pip install triton", file=sys.stderr)
+        sys.exit(2)
     B, H, G, S, D, K = 1, 9, 3, 2048, 64, 205
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(B, H, D, generator=rng)

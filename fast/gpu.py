@@ -32,9 +32,10 @@ import torch
 import model
 import tokenizer
 from butler import find_butler
+from cli import UserError
 from fast import selector
 from fast.selector import CAPACITY, LINE, MAX_HALF, ImportanceKeys, quantise
-from kernel import jit, need_triton, tl, triton
+from kernel import jit, tl, triton
 from model import apply_rope, rope_cos_sin
 from tokenizer import resolve
 
@@ -44,7 +45,8 @@ BINS = 2048  # of the histogram: the upper 11 of 15 bits
 
 def load(model=None, butler=None, device="cuda"):
     """The fast engine on a GPU; arguments and result are those of butler.load. Raises UserError."""
-    need_triton()
+    if triton is None:
+        raise UserError("this needs Triton, which CUDA builds of PyTorch bring: pip install triton")
     path = resolve(model)
     llama = Llama.from_pretrained(path, torch.bfloat16, device)
     tok = tokenizer.load(path, llama.config.vocab_size)

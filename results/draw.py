@@ -181,6 +181,15 @@ def digest(*numbers) -> str:
 
 # ---------------------------------------------------------------------------- charts
 
+STYLE = {  # matplotlib's settings
+    **dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY[0]),
+    **dict.fromkeys(("text.color", "axes.titlecolor"), INK[0]),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), GROUND[0]),
+    "svg.hashsalt": "0", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
+    "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
 
 def two_grounds() -> str:
     """CSS: on a dark page every light colour becomes its dark partner."""
@@ -197,13 +206,7 @@ def page(path, panels: int, size, metadata=None, **layout):
     bytes. Raises ImportError without matplotlib."""
     from matplotlib import pyplot, rc_context
 
-    grey = dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
-                         GREY[0])
-    ink = dict.fromkeys(("text.color", "axes.titlecolor"), INK[0])
-    with rc_context(grey | ink | {
-            "svg.hashsalt": "0", "svg.fonttype": "none", "font.size": 10, "axes.titlesize": 10,
-            "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": GROUND[0],
-            "axes.facecolor": GROUND[0], "font.family": "sans-serif", "legend.frameon": False}):
+    with rc_context(STYLE):
         figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained",
                                        squeeze=False, **layout)
         yield figure, list(axes[0])

@@ -235,7 +235,7 @@ class ButlerSelector(Selector):
     def watch(self, layer, x, q, keys, positions):
         """Prefill: project the keys of the prompt while it is read."""
         if layer == 0:
-            self.end = keys.shape[2]
+            self.end = int(positions[-1]) + 1
             self.ahead = False
             self.refresh.forget()
         else:
@@ -243,8 +243,9 @@ class ButlerSelector(Selector):
 
     def __call__(self, layer, x, q, keys, positions):
         if layer == 0:
-            B, G, S, _ = keys.shape
+            B, G = keys.shape[:2]
             T = x.shape[1]
+            S = int(positions[-1]) + 1  # layer 0 may have a sliding window, and fewer keys
             # After a prompt that was read without `watch`, the keys of a layer become known when
             # the layer is reached, and the layer chooses then.
             self.ahead = T == 1 and min(self.keys.known) >= S - 1

@@ -15,10 +15,11 @@ import transformers as hf
 from conftest import assert_close, randomise
 
 import fast
+import selection
 from butler import Butler, ButlerConfig, fingerprint
 from cli import UserError, plug_in
 from model import Llama, apply_rope, rope_cos_sin
-from selection import Oracle, Recency, make_selector
+from selection import Oracle, Recency, make_selector, prefill
 from tokenizer import load as load_tokenizer
 from train import record
 from workshop.transformers import CACHE, Engine, attached, butler_for, load, read_model
@@ -206,6 +207,78 @@ def test_generate_does_what_our_llama_does(twins):
         assert not torch.equal(dense, tokens)
 
 
+@pytest.fixture
+def soon_sparse(monkeypatch):
+    """Of prompts of 250 tokens, three blocks are read sparsely."""
+    monkeypatch.setattr(selection, "DENSE_START", 40)
+    monkeypatch.setattr(selection, "DENSE_END", 10)
+    monkeypatch.setattr(selection, "DENSE_LAYERS", 2)
+    monkeypatch.setattr(selection, "PREFILL_CHUNK", 128)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_prompts_are_read_as_selection_prefill_reads_them(family, models, soon_sparse):
+    """The same tokens, and the same choices in the last step."""
+    model, ids = models(family), prompt(250, batch=2)
+    engine = Engine(model)
+    plain = random_butler(engine)
+    quick = fast.Butler(plain.config)
+    quick.load_state_dict(plain.state_dict())
+    whole, _ = written(model, ids)
+    for make in lambda: plain.selector(0.2), lambda: quick.selector(0.2), lambda: Oracle(20):
+        with attached(model, make, prefill_budget=150) as attachment:
+            tokens, logits = written(model, ids)
+        cache, select = engine.new_cache(2, 262), make()
+        steps = [prefill(engine, ids, cache, select, 150)]
+        for t in range(11):
+            steps.append(engine.decode(tokens[:, t : t + 1], cache, select))
+        assert_close("logits", logits, torch.cat(steps, dim=1), 1e-4)
+        for layer, index in select.index.items():
+            theirs = attachment.selector.index[layer]
+            assert torch.equal(theirs.sort().values, index.sort().values)
+        with attached(model, make):
+            _, densely = written(model, ids, 2)
+        assert (logits[:, :1] - densely[:, :1]).abs().max() > 0.01  # the budget matters
+    assert torch.equal(written(model, ids)[0], whole)  # the model is as before
+
+
+def test_a_prompt_in_parts_has_all_its_logits(models, soon_sparse):
+    """Also from embeddings; and with the whole budget they are dense."""
+    model, ids = models("Llama"), prompt(250)
+    dense = model(ids).logits
+    embeds = model.get_input_embeddings()(ids)
+    for budget, least, most in (1.0, 0, 1e-4), (150, 0.01, 100):
+        with attached(model, lambda: Oracle(20), budget):
+            logits = model(ids, **{CACHE: hf.DynamicCache()}).logits
+            same = model(inputs_embeds=embeds, **{CACHE: hf.DynamicCache()}).logits
+        assert_close("embeddings", same, logits, 1e-5)
+        assert least <= (logits - dense).abs().max() <= most
+        assert_close("first part", logits[:, :40], dense[:, :40], 1e-5)
+
+
+def test_short_prompts_and_no_selector_are_dense_to_the_bit(models, soon_sparse):
+    model, ids = models("Qwen3"), prompt(250)
+    for text, make in (ids[:, :113], lambda: Oracle(20)), (ids, lambda: None):
+        dense = model(text).logits
+        with attached(model, make, 150):
+            cache = hf.DynamicCache()
+            assert torch.equal(model(text, **{CACHE: cache}).logits, dense)
+            written(model, text, 2)  # or users are told that nothing was selected for
+
+
+def test_prompts_that_cannot_be_read_sparsely_are_refused(models, soon_sparse):
+    model, ids = models("Llama"), prompt(250)
+    mask = torch.ones(250, 250, dtype=torch.bool).tril()[None, None]
+    for message, budget, rules in (
+            ("budget 1.5", 1.5, {}),
+            ("nothing to choose", 132, {}),
+            ("has no hidden_states", 150, {"output_hidden_states": True}),
+            ("masks of its own", 150, {"attention_mask": mask})):
+        with pytest.raises(UserError, match=message), attached(model, lambda: Oracle(9), budget):
+            model(ids, **{CACHE: hf.DynamicCache()}, **rules)
+    assert "forward" not in vars(model.model)
+
+
 def test_the_text_part_of_a_model_that_reads_images(models):
     """Which brings masks of its own."""
     text = models("Gemma3")
@@ -225,6 +298,9 @@ def test_the_text_part_of_a_model_that_reads_images(models):
     assert_close("engine", Engine(model)(ids), Engine(text)(ids), 1e-3)
     with attached(model, lambda: Oracle(20)), pytest.raises(UserError, match="unequal lengths"):
         model.generate(ids, attention_mask=torch.arange(40)[None] > 4, max_new_tokens=2)
+    with (attached(model, lambda: Oracle(20), 150),
+          pytest.raises(UserError, match="leave prefill_budget out")):
+        model.generate(ids, max_new_tokens=2)
 
 
 def test_detaching_restores_the_model(models):
@@ -474,9 +550,10 @@ def test_a_missing_package_is_one_line(monkeypatch):
     assert import_module("workshop.transformers").load is load
 
 
-def test_scripts_run_a_model_that_ours_does_not_read(folder, main, tmp_path):
+def test_scripts_run_a_model_that_ours_does_not_read(folder, main, tmp_path, monkeypatch):
     own = tmp_path / "qwen3"
-    built("Qwen3", vocab_size=512, num_hidden_layers=3).save_pretrained(own)
+    built("Qwen3", vocab_size=512, num_hidden_layers=3,
+          max_position_embeddings=1024).save_pretrained(own)
     (own / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     text, file = tmp_path / "t.txt", tmp_path / "butler.safetensors"
     text.write_text("One cup of tea, two cups of tea, and a spoon for every cup. " * 400)
@@ -494,6 +571,13 @@ def test_scripts_run_a_model_that_ours_does_not_read(folder, main, tmp_path):
     report = main("sample.py", *flags, "--prompt", "Tea is " * 30, "--max-new-tokens", 4,
                   "--temperature", 0)
     assert report["attended_per_step"] < report["cached_tokens"]
+    # a long prompt, read through the selector
+    monkeypatch.setattr(selection, "DENSE_START", 128)
+    flags += "--prefill", "sparse", "--prefill-budget", 150
+    report = main("sample.py", *flags, "--prompt", "Tea is " * 130, "--max-new-tokens", 4)
+    assert report["new_tokens"] == 4 and report["prompt_tokens"] > 128 + 256 + 64
+    report = main("synth_task.py", *flags, "--context", 500, "--n", 1)
+    assert report["results"]["coreference"]["butler"]["0.1"]["n"] == 1
     # what was trained serves generate, also in half precision
     model = hf.AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16)
     for cls in Butler, fast.Butler:

@@ -6,7 +6,8 @@
 
     load        the engine of `--engine transformers`: what the scripts ask of model.Llama
     attached    a context manager: `generate` of a model that you loaded yourself goes through
-                selectors. Prompts are read densely and watched, single tokens are selected for
+                selectors. Single tokens are selected for. A prompt is read densely and watched, or
+                with a `prefill_budget` sparsely
 
 Selectors are asked in layers with full attention. A layer with a sliding window stays as it is. So
 a selector's layer 0 is the decoder's layer 0, always dense, and its layers 1, 2, ... are those
@@ -35,6 +36,7 @@ from butler import Butler, find_butler, load_for
 from cli import UserError, check_device, one_line
 from kernel import sparse_attention
 from model import Config, Llama, apply_rope, check_weights, dense, rope_cos_sin
+from selection import Budget, prefill
 
 try:
     import transformers
@@ -263,11 +265,14 @@ class Engine(nn.Module):
 class Attachment:
     """See `attached`. `selector` serves the text at hand."""
 
-    def __init__(self, engine: Engine, make_selector):
+    def __init__(self, engine: Engine, make_selector, prefill_budget: float | None):
         self.numbers = engine.numbers
         self.make_selector = make_selector
+        self.prefill_budget = prefill_budget
+        self.decoder = engine.model.get_decoder()
+        self.decoder_forward = self.decoder.forward
         self.selector = None
-        self.ask = None  # what layers call in this forward: selector, selector.watch or None
+        self.ask = None  # what layers call in this forward: a selector, its `watch` or None
         self.positions = None  # of the new tokens, [T]
         self.cache = None  # weak reference to the cache of the text at hand
         self.end = 0  # how many tokens it holds after this forward
@@ -276,18 +281,17 @@ class Attachment:
         self.selected = False  # has a token of the text at hand gone through the selector?
         self.warned = False
 
-    def begin(self, decoder, args, kwargs) -> None:
-        """The decoder's hook, before a forward of T tokens. Another cache is another text."""
-        if decoder.config._attn_implementation != NAME:
+    def forward(self, input_ids=None, *args, **kwargs):
+        """Stands in for the decoder's forward of T tokens. Another cache is another text."""
+        if self.decoder.config._attn_implementation != NAME:
             raise UserError("another attention implementation was set within `attached`: set it "
                             "before")
-        self.thread = threading.get_ident()
-        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        tokens = next(x for x in given if x is not None)
+        embeds = kwargs.get("inputs_embeds")
+        tokens = input_ids if embeds is None else embeds
         T = tokens.shape[1]
         cache = kwargs.get(CACHE)
         start = 0 if cache is None else int(cache.get_seq_length())
-        self.positions = torch.arange(start, start + T, device=tokens.device)
+        self.expect(start, tokens)
         self.check(cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         same_text = start > 0 and self.cache is not None and self.cache() is cache
         if not same_text:
@@ -302,9 +306,33 @@ class Attachment:
         if T == 1:
             self.selected = True
         elif self.selector:
+            if self.prefill_budget is not None and cache is not None and start == 0:
+                return self.read(tokens, cache, kwargs)
             self.ask = self.selector.watch
             if start > 0:
                 self.warn()
+        return self.decoder_forward(input_ids, *args, **kwargs)
+
+    def expect(self, start: int, tokens) -> None:
+        """The decoder runs next, behind `start` cached tokens."""
+        self.thread = threading.get_ident()
+        self.positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+
+    def read(self, tokens, cache, kwargs):
+        """A prompt, [B, T] or its embeddings [B, T, C], goes through the decoder in the parts that
+        selection.prefill gives -> the decoder's output for the whole prompt."""
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict) or (mask is not None and mask.dim() == 4):
+            raise UserError("masks of its own, as models that read images make them, need a prompt "
+                            "that is read densely: leave prefill_budget out")
+        parts = Parts(self, kwargs)
+        prefill(parts, tokens, cache, self.selector, self.prefill_budget)
+        self.selected = len(parts.outputs) > 1
+        whole = parts.outputs[-1]
+        if more := whole.keys() - {"last_hidden_state", CACHE}:
+            raise UserError(f"a prompt that is read with a prefill_budget has no {min(more)}")
+        whole.last_hidden_state = torch.cat([part.last_hidden_state for part in parts.outputs], 1)
+        return whole
 
     def finish(self) -> None:
         """The text at hand has ended. Did nothing of it go through its selector?"""
@@ -348,19 +376,44 @@ class Attachment:
         return self.ask(number, x, q, keys, self.positions)
 
 
+class Parts:
+    """The decoder as selection.prefill wants a model. It keeps the output of each part."""
+
+    def __init__(self, attachment: Attachment, kwargs: dict):
+        self.attachment = attachment
+        # Positions and masks are made by the decoder: the cache tells it where a part begins.
+        whole = "input_ids", "inputs_embeds", "position_ids", "cache_position", "attention_mask"
+        self.rest = {name: value for name, value in kwargs.items() if name not in whole}
+        self.outputs = []
+
+    def prefill(self, tokens, cache, ask) -> None:
+        attachment = self.attachment
+        attachment.ask = ask
+        attachment.expect(cache.get_seq_length(), tokens)
+        name = "input_ids" if tokens.dim() == 2 else "inputs_embeds"
+        self.outputs.append(attachment.decoder_forward(**{name: tokens}, **self.rest))
+
+
 @contextmanager
-def attached(model, make_selector):
+def attached(model, make_selector, prefill_budget=None):
     """Within it, a model of transformers decodes through selectors: make_selector() -> a fresh one
-    for each text, or None for dense attention. Yields what is attached: its `selector` is that of
+    for each text, or None for dense attention. With a prefill_budget the prompt is read through the
+    selector too, as selection.prefill does. Yields what is attached: its `selector` is that of
     the latest text. Raises UserError, one line, for a model that selectors cannot follow."""
-    attachment = Attachment(Engine(model), make_selector)
-    begin = model.get_decoder().register_forward_pre_hook(attachment.begin, with_kwargs=True)
+    if prefill_budget is not None:
+        Budget(prefill_budget)  # checks it
+    attachment = Attachment(Engine(model), make_selector, prefill_budget)
+    decoder = attachment.decoder
+    before = vars(decoder).get("forward")  # packages that place layers on devices set one
+    decoder.forward = attachment.forward
     try:
         with hooked(model, attachment.select):
             yield attachment
         attachment.finish()
     finally:
-        begin.remove()
+        del decoder.forward
+        if before:
+            decoder.forward = before
 
 
 def butler_for(model, path=None, cls=Butler) -> Butler:

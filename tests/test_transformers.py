@@ -15,9 +15,11 @@ import transformers as hf
 from conftest import assert_close, randomise
 
 import fast
+import fast.selector
 import selection
 from butler import Butler, ButlerConfig, fingerprint
 from cli import UserError, plug_in
+from kernel import sparse_attention
 from model import Llama, apply_rope, rope_cos_sin
 from selection import Oracle, Recency, make_selector, prefill
 from tokenizer import load as load_tokenizer
@@ -256,6 +258,7 @@ def test_a_prompt_in_parts_has_all_its_logits(models, soon_sparse):
         assert_close("first part", logits[:, :40], dense[:, :40], 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:several tokens at a time")
 def test_short_prompts_and_no_selector_are_dense_to_the_bit(models, soon_sparse):
     model, ids = models("Qwen3"), prompt(250)
     for text, make in (ids[:, :113], lambda: Oracle(20)), (ids, lambda: None):
@@ -277,6 +280,27 @@ def test_prompts_that_cannot_be_read_sparsely_are_refused(models, soon_sparse):
         with pytest.raises(UserError, match=message), attached(model, lambda: Oracle(9), budget):
             model(ids, **{CACHE: hf.DynamicCache()}, **rules)
     assert "forward" not in vars(model.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fast_selector_attends_by_compiled_loops(dtype, models, monkeypatch):
+    """To the tokens of its index: the same logits as with PyTorch's sparse attention."""
+    model, ids = copy.deepcopy(models("Gemma3")).to(dtype), prompt(150, batch=2)
+    butler = fast.Butler(random_butler(Engine(model)).config)
+    with attached(model, lambda: butler.selector(40)):
+        tokens, logits = written(model, ids)
+    calls = []
+
+    def by_pytorch(self, *seen):
+        calls.append(seen)
+        return sparse_attention(*seen)
+
+    monkeypatch.setattr(fast.selector.ButlerSelector, "attention", by_pytorch)
+    with attached(model, lambda: butler.selector(40)):
+        same, expected = written(model, ids)
+    assert len(calls) == 11 * 3  # steps, layers with full attention above 0
+    assert torch.equal(tokens, same)
+    assert_close("logits", logits, expected, 1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_the_text_part_of_a_model_that_reads_images(models):
@@ -553,7 +577,7 @@ def test_a_missing_package_is_one_line(monkeypatch):
 def test_scripts_run_a_model_that_ours_does_not_read(folder, main, tmp_path, monkeypatch):
     own = tmp_path / "qwen3"
     built("Qwen3", vocab_size=512, num_hidden_layers=3,
-          max_position_embeddings=1024).save_pretrained(own)
+          max_position_embeddings=2048).save_pretrained(own)
     (own / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     text, file = tmp_path / "t.txt", tmp_path / "butler.safetensors"
     text.write_text("One cup of tea, two cups of tea, and a spoon for every cup. " * 400)

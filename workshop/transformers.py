@@ -2,7 +2,7 @@
 
     decoder  --hook-->  how many tokens are new, how many are cached
     layer    --hook-->  x [B, T, C], the layer's input
-    attention function  q, keys  --selector-->  index  -->  sparse attention
+    attention function  q, keys  --selector-->  index  -->  sparse attention, or the selector's own
 
     load        the engine of `--engine transformers`: what the scripts ask of model.Llama
     attached    a context manager: `generate` of a model that you loaded yourself goes through
@@ -52,18 +52,19 @@ if CACHE not in inspect.signature(transformers.LlamaForCausalLM.forward).paramet
 # ---------------------------------------------------------------------------- attention
 
 
-def attention(module, q, k, v, attention_mask, select=None, **rules):
+def attention(module, q, k, v, attention_mask, attend=None, **rules):
     """What attention modules call: q [B, H, T, D], k and v [B, G, S, D] -> [B, T, H, D], None.
-    select(q, keys) -> index or None comes from `hooked`; a part that reads images has none."""
-    if select is not None:
+    attend(q, k, v) -> [B, H, T, D], or None for dense attention, comes from `hooked`; a part that
+    reads images has none."""
+    if attend is not None:
         for name in ("softcap", "s_aux", "position_bias"):
             if rules.get(name) is not None:
                 raise UserError(f"its attention has soft caps, sinks or biases of its own ({name})")
         D = q.shape[-1]
         scaled = q * ((rules.get("scaling") or D**-0.5) * D**0.5)  # ours divides by sqrt(D)
-        index = select(scaled, k)
-        if index is not None:
-            return sparse_attention(scaled, k, v, index).transpose(1, 2).contiguous(), None
+        out = attend(scaled, k, v)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     return transformers.AttentionInterface()["sdpa"](module, q, k, v, attention_mask, **rules)
 
 
@@ -72,15 +73,15 @@ transformers.AttentionMaskInterface.register(NAME, transformers.AttentionMaskInt
 
 
 @contextmanager
-def hooked(model, select):
-    """Within it, layer i of the decoder calls select(i, x, q, keys) -> index or None."""
+def hooked(model, attend):
+    """Within it, layer i of the decoder calls attend(i, x, q, k, v), see `attention`."""
     before = model.config._attn_implementation
     if before == NAME:
         raise UserError("this model is attached already")
 
     def pass_on(i, layer, args, kwargs):  # layers hand such arguments on to the function above
         x = args[0] if args else kwargs["hidden_states"]
-        return args, kwargs | {"select": partial(select, i, x)}
+        return args, kwargs | {"attend": partial(attend, i, x)}
 
     model.set_attn_implementation(NAME)
     hooks = [layer.register_forward_pre_hook(partial(pass_on, i), with_kwargs=True)
@@ -127,8 +128,8 @@ def keys_of_a_text(model, start: int) -> dict:
     """{layer: keys [1, G, 8, D] of eight tokens at positions `start` and behind}"""
     found = {}
 
-    def keep(i, x, q, keys):
-        found[i] = keys.float().cpu()
+    def keep(i, x, q, k, v):
+        found[i] = k.float().cpu()
 
     tokens = torch.arange(7, 63, 7, device=model.device)[None]
     positions = torch.arange(start, start + 8, device=model.device)[None]
@@ -249,11 +250,12 @@ class Engine(nn.Module):
         if positions is None:
             positions = torch.arange(cache.size, end, device=tokens.device)
 
-        def select(i, x, q, keys):
+        def attend(i, x, q, k, v):
             if i in self.numbers:
-                return selector(self.numbers[i], x, q, keys, positions)
+                index = selector(self.numbers[i], x, q, k, positions)
+                return None if index is None else sparse_attention(q, k, v, index)
 
-        with hooked(self.model, select):
+        with hooked(self.model, attend):
             return self.model(input_ids=tokens, position_ids=positions.expand(B, -1),
                               use_cache=True, logits_to_keep=int(last),
                               **{CACHE: cache.theirs}).logits
@@ -360,7 +362,8 @@ class Attachment:
         if position_ids is not None and (position_ids != self.positions).any():
             raise UserError("position_ids must count the tokens one by one, from 0")
 
-    def select(self, i, x, q, keys):
+    def attend(self, i, x, q, k, v):
+        """See `attention`."""
         if threading.get_ident() != self.thread:
             raise UserError("two threads run the attached model at a time: take turns")
         number = self.numbers.get(i)
@@ -369,11 +372,16 @@ class Attachment:
         if number == len(self.numbers) - 1:
             # Beam search moves the cache's rows, unseen by a selector. This key tells: it depends
             # on the whole text.
-            at = keys.shape[2] - len(self.positions) - 1
-            if self.last_key is not None and not torch.equal(keys[:, :, at], self.last_key):
+            at = k.shape[2] - len(self.positions) - 1
+            if self.last_key is not None and not torch.equal(k[:, :, at], self.last_key):
                 raise UserError("the cache's rows have moved, as in beam search: num_beams=1")
-            self.last_key = keys[:, :, -1].clone()
-        return self.ask(number, x, q, keys, self.positions)
+            self.last_key = k[:, :, -1].clone()
+        index = self.ask(number, x, q, k, self.positions)
+        if index is None:
+            return None
+        # The selector of the fast engine brings compiled loops.
+        own = getattr(self.selector, "attention", sparse_attention)
+        return own(q, k, v, index)
 
 
 class Parts:
@@ -407,7 +415,7 @@ def attached(model, make_selector, prefill_budget=None):
     before = vars(decoder).get("forward")  # packages that place layers on devices set one
     decoder.forward = attachment.forward
     try:
-        with hooked(model, attachment.select):
+        with hooked(model, attachment.attend):
             yield attachment
         attachment.finish()
     finally:

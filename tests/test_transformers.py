@@ -15,6 +15,7 @@ import transformers as hf
 from conftest import assert_close, randomise
 
 import fast
+import fast.loops
 import fast.selector
 import selection
 from butler import Butler, ButlerConfig, fingerprint
@@ -301,6 +302,25 @@ def test_the_fast_selector_attends_by_compiled_loops(dtype, models, monkeypatch)
     assert len(calls) == 11 * 3  # steps, layers with full attention above 0
     assert torch.equal(tokens, same)
     assert_close("logits", logits, expected, 1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_compiled_attention_of_one_token_is_pytorchs(dtype, atol):
+    """With empty slots, for a cropped cache, and with gradients."""
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 1, 16, generator=rng).to(dtype)
+    k, v = torch.randn(2, 2, 2, 140, 16, generator=rng).to(dtype)
+    idx = torch.rand(2, 2, 1, 130, generator=rng).topk(75).indices.int()
+    idx[..., 70:] = -1
+    idx[0, 1, 0, 3] = -1
+    idx[1, 1] = -1
+    for end in 140, 130:
+        seen = q, k[:, :, :end], v[:, :, :end], idx
+        out = fast.loops.sparse_attention(*seen)
+        assert out.dtype == dtype
+        assert_close(f"{end} tokens", out, sparse_attention(*seen), atol)
+    assert not out[1, 3:].any()  # a KV head without tokens
+    assert fast.loops.sparse_attention(q, k.requires_grad_(), v, idx).requires_grad
 
 
 def test_the_text_part_of_a_model_that_reads_images(models):

@@ -283,10 +283,9 @@ def test_prompts_that_cannot_be_read_sparsely_are_refused(models, soon_sparse):
     assert "forward" not in vars(model.model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fast_selector_attends_by_compiled_loops(dtype, models, monkeypatch):
+def test_the_fast_selector_attends_by_compiled_loops(models, monkeypatch):
     """To the tokens of its index: the same logits as with PyTorch's sparse attention."""
-    model, ids = copy.deepcopy(models("Gemma3")).to(dtype), prompt(150, batch=2)
+    model, ids = models("Gemma3"), prompt(150, batch=2)
     butler = fast.Butler(random_butler(Engine(model)).config)
     with attached(model, lambda: butler.selector(40)):
         tokens, logits = written(model, ids)
@@ -301,7 +300,7 @@ def test_the_fast_selector_attends_by_compiled_loops(dtype, models, monkeypatch)
         same, expected = written(model, ids)
     assert len(calls) == 11 * 3  # steps, layers with full attention above 0
     assert torch.equal(tokens, same)
-    assert_close("logits", logits, expected, 1e-4 if dtype == torch.float32 else 0.1)
+    assert_close("logits", logits, expected, 1e-3)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 import cli
+import kernel
 
 os.environ.setdefault("NUMBA_OPT", "1")  # compiles a quarter faster, and the loops are as fast
 try:
@@ -525,6 +526,43 @@ def attend(q, k, v, idx, size, out):
         attend_piece(q[g], k[g], v[g], idx[g], start, stop, sums[g, piece], tops[g, piece],
                      totals[g, piece])
     merge_pieces(sums, tops, totals, out)
+
+
+@partial(compiled, parallel=True)
+def selected_rows(k, v, idx, out):
+    """Copies selected rows of bfloat16 keys and values, which Numba does not know: their bits
+    [G, S, D] uint16, idx [G, K] -> out [2, G, K, D] uint32, the same numbers' bits in float32"""
+    _, G, K, D = out.shape
+    for row in prange(G * K):
+        g = row // K
+        i = row % K
+        token = max(idx[g, i], 0)  # -1 = empty: any row, its weight is 0
+        for d in range(D):
+            out[0, g, i, d] = np.uint32(k[g, token, d]) << np.uint32(16)
+            out[1, g, i, d] = np.uint32(v[g, token, d]) << np.uint32(16)
+
+
+def sparse_attention(q, k, v, idx):
+    """kernel.sparse_attention, compiled for one token on a CPU."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    needs_gradient = q.requires_grad or k.requires_grad or v.requires_grad
+    if (numba is None or T > 1 or not k.is_cpu or needs_gradient
+            or k.dtype not in (torch.float32, torch.bfloat16)):
+        return kernel.sparse_attention(q, k, v, idx)
+    queries = q.float().reshape(B * G, H // G, D)
+    idx = idx.reshape(B * G, -1).contiguous()  # [B*G, K]
+    k, v = (x.flatten(0, 1).contiguous() for x in (k, v))  # [B*G, S, D]
+    if k.dtype == torch.bfloat16:
+        K = idx.shape[1]
+        selected = torch.empty(2, B * G, K, D)
+        bits = (x.view(torch.uint16).numpy() for x in (k, v))
+        run(selected_rows, *bits, idx.numpy(), selected.view(torch.uint32).numpy())
+        k, v = selected
+        idx = torch.arange(K, dtype=torch.int32).where(idx >= 0, -1)
+    out = torch.empty_like(queries)
+    run(attend, *(x.numpy() for x in (queries, k, v, idx)), S, out.numpy())
+    return out.view(B, H, 1, D).to(q.dtype)
 
 
 if __name__ == "__main__":

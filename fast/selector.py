@@ -101,6 +101,14 @@ class ImportanceKeys:
             self.project(some, keys[:, :, :, at : at + CAPACITY], at)
         self.known[some] = [S] * len(keys)
 
+    @torch.inference_mode()
+    def append(self, keys, position: int) -> None:
+        """Projects the keys [L-1, B, G, 1, D] of one token, in all layers."""
+        if self.capacity <= position + 1:
+            self.grow(position + 1, keys.shape[1:3])
+        self.project(slice(None), keys, position)
+        self.count(position + 1)
+
     def project(self, some: slice, keys, start: int) -> None:
         """keys [R, B, G, T, D] of the tokens from `start` on"""
         b = self.butler
@@ -217,7 +225,10 @@ class ButlerSelector(Selector):
         self.table = None
         self.ahead = False  # does the present call choose ahead?
         self.end = 0  # tokens cached after the latest call
+        self.new_keys = []  # of the present step's token, [B, G, 1, D] of each layer so far
         self.prefetch = None  # see prefetch_with
+
+    attention = staticmethod(loops.sparse_attention)  # for engines that attend by PyTorch
 
     def bytes_per_token(self, head_dim):
         return self.butler.config.size + 4  # 8 bits a number, and a scale
@@ -238,7 +249,7 @@ class ButlerSelector(Selector):
     def watch(self, layer, x, q, keys, positions):
         """Prefill: project the keys of the prompt while it is read."""
         if layer == 0:
-            self.end = keys.shape[2]
+            self.end = int(positions[-1]) + 1
             self.ahead = False
             self.refresh.forget()
         else:
@@ -246,8 +257,9 @@ class ButlerSelector(Selector):
 
     def __call__(self, layer, x, q, keys, positions):
         if layer == 0:
-            B, G, S, _ = keys.shape
+            B, G = keys.shape[:2]
             T = x.shape[1]
+            S = int(positions[-1]) + 1  # layer 0 may have a sliding window, and fewer keys
             # After a prompt that was read without `watch`, the keys of a layer become known when
             # the layer is reached, and the layer chooses then.
             self.ahead = T == 1 and min(self.keys.known) >= S - 1
@@ -256,7 +268,14 @@ class ButlerSelector(Selector):
             else:
                 self.end = S
                 self.refresh.forget()
-        return super().__call__(layer, x, q, keys, positions)
+        if layer == 0 or not self.ahead:
+            return super().__call__(layer, x, q, keys, positions)
+        self.look_ahead(layer, x, positions)
+        self.new_keys.append(keys[:, :, -1:])
+        if layer == len(self.keys.known):  # one call for all layers takes less time
+            self.keys.append(torch.stack(self.new_keys), self.end - 1)
+        self.index[layer] = self.table[layer - 1, :, :, None]
+        return self.index[layer]
 
     @torch.inference_mode()
     def look_ahead(self, layer, x, positions):
@@ -265,12 +284,6 @@ class ButlerSelector(Selector):
         self.queries |= new
         if new and self.ahead:
             self.choose_ahead(layer, torch.stack(list(new.values()))[:, :, :, 0])
-
-    def choose(self, layer, q, keys, positions):
-        if not self.ahead:
-            return self.budget.topk(self.scores(layer, q, keys, positions), positions)
-        self.keys.update(slice(layer - 1, layer), keys[None], 1)
-        return self.chosen[layer - 1, :, :, None]
 
     def scores(self, layer, q, keys, positions):
         self.keys.update(slice(layer - 1, layer), keys[None], len(positions))
@@ -292,6 +305,7 @@ class ButlerSelector(Selector):
         """Makes the table of a step whose token is the last of S."""
         follows = S - self.end in (0, 1)  # or is the latest token once more
         self.end = S
+        self.new_keys = []
         own = torch.tensor([S - 1], device=self.keys.scales.device)
         always = self.budget.sinks_and_window(own)
         fixed = always.shape[1]

@@ -16,10 +16,14 @@ import transformers as hf
 from conftest import assert_close, randomise
 
 import fast
+import fast.loops
+import fast.selector
+import selection
 from butler import Butler, ButlerConfig, fingerprint
 from cli import UserError, plug_in
+from kernel import sparse_attention
 from model import Llama, apply_rope, rope_cos_sin
-from selection import Oracle, Recency, make_selector
+from selection import Oracle, Recency, make_selector, prefill
 from tokenizer import load as load_tokenizer
 from train import record
 from workshop.transformers import CACHE, Engine, attached, butler_for, load, read_model
@@ -207,6 +211,118 @@ def test_generate_does_what_our_llama_does(twins):
         assert not torch.equal(dense, tokens)
 
 
+@pytest.fixture
+def soon_sparse(monkeypatch):
+    """Of prompts of 250 tokens, three blocks are read sparsely."""
+    monkeypatch.setattr(selection, "DENSE_START", 40)
+    monkeypatch.setattr(selection, "DENSE_END", 10)
+    monkeypatch.setattr(selection, "DENSE_LAYERS", 2)
+    monkeypatch.setattr(selection, "PREFILL_CHUNK", 128)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_prompts_are_read_as_selection_prefill_reads_them(family, models, soon_sparse):
+    """The same tokens, and the same choices in the last step."""
+    model, ids = models(family), prompt(250, batch=2)
+    engine = Engine(model)
+    plain = random_butler(engine)
+    quick = fast.Butler(plain.config)
+    quick.load_state_dict(plain.state_dict())
+    whole, _ = written(model, ids)
+    for make in lambda: plain.selector(0.2), lambda: quick.selector(0.2), lambda: Oracle(20):
+        with attached(model, make, prefill_budget=150) as attachment:
+            tokens, logits = written(model, ids)
+        cache, select = engine.new_cache(2, 262), make()
+        steps = [prefill(engine, ids, cache, select, 150)]
+        for t in range(11):
+            steps.append(engine.decode(tokens[:, t : t + 1], cache, select))
+        assert_close("logits", logits, torch.cat(steps, dim=1), 1e-4)
+        for layer, index in select.index.items():
+            theirs = attachment.selector.index[layer]
+            assert torch.equal(theirs.sort().values, index.sort().values)
+        with attached(model, make):
+            _, densely = written(model, ids, 2)
+        assert (logits[:, :1] - densely[:, :1]).abs().max() > 0.01  # the budget matters
+    assert torch.equal(written(model, ids)[0], whole)  # the model is as before
+
+
+def test_a_prompt_in_parts_has_all_its_logits(models, soon_sparse):
+    """Also from embeddings; and with the whole budget they are dense."""
+    model, ids = models("Llama"), prompt(250)
+    dense = model(ids).logits
+    embeds = model.get_input_embeddings()(ids)
+    for budget, least, most in (1.0, 0, 1e-4), (150, 0.01, 100):
+        with attached(model, lambda: Oracle(20), budget):
+            logits = model(ids, **{CACHE: hf.DynamicCache()}).logits
+            same = model(inputs_embeds=embeds, **{CACHE: hf.DynamicCache()}).logits
+        assert_close("embeddings", same, logits, 1e-5)
+        assert least <= (logits - dense).abs().max() <= most
+        assert_close("first part", logits[:, :40], dense[:, :40], 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:several tokens at a time")
+def test_short_prompts_and_no_selector_are_dense_to_the_bit(models, soon_sparse):
+    model, ids = models("Qwen3"), prompt(250)
+    for text, make in (ids[:, :113], lambda: Oracle(20)), (ids, lambda: None):
+        dense = model(text).logits
+        with attached(model, make, 150):
+            cache = hf.DynamicCache()
+            assert torch.equal(model(text, **{CACHE: cache}).logits, dense)
+            written(model, text, 2)  # or users are told that nothing was selected for
+
+
+def test_prompts_that_cannot_be_read_sparsely_are_refused(models, soon_sparse):
+    model, ids = models("Llama"), prompt(250)
+    mask = torch.ones(250, 250, dtype=torch.bool).tril()[None, None]
+    for message, budget, rules in (
+            ("budget 1.5", 1.5, {}),
+            ("nothing to choose", 132, {}),
+            ("has no hidden_states", 150, {"output_hidden_states": True}),
+            ("masks of its own", 150, {"attention_mask": mask})):
+        with pytest.raises(UserError, match=message), attached(model, lambda: Oracle(9), budget):
+            model(ids, **{CACHE: hf.DynamicCache()}, **rules)
+    assert "forward" not in vars(model.model)
+
+
+def test_the_fast_selector_attends_by_compiled_loops(models, monkeypatch):
+    """To the tokens of its index: the same logits as with PyTorch's sparse attention."""
+    model, ids = models("Gemma3"), prompt(150, batch=2)
+    butler = fast.Butler(random_butler(Engine(model)).config)
+    with attached(model, lambda: butler.selector(40)):
+        tokens, logits = written(model, ids)
+    calls = []
+
+    def by_pytorch(self, *seen):
+        calls.append(seen)
+        return sparse_attention(*seen)
+
+    monkeypatch.setattr(fast.selector.ButlerSelector, "attention", by_pytorch)
+    with attached(model, lambda: butler.selector(40)):
+        same, expected = written(model, ids)
+    assert len(calls) == 11 * 3  # steps, layers with full attention above 0
+    assert torch.equal(tokens, same)
+    assert_close("logits", logits, expected, 1e-3)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_compiled_attention_of_one_token_is_pytorchs(dtype, atol):
+    """With empty slots, for a cropped cache, and with gradients."""
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 1, 16, generator=rng).to(dtype)
+    k, v = torch.randn(2, 2, 2, 140, 16, generator=rng).to(dtype)
+    idx = torch.rand(2, 2, 1, 130, generator=rng).topk(75).indices.int()
+    idx[..., 70:] = -1
+    idx[0, 1, 0, 3] = -1
+    idx[1, 1] = -1
+    for end in 140, 130:
+        seen = q, k[:, :, :end], v[:, :, :end], idx
+        out = fast.loops.sparse_attention(*seen)
+        assert out.dtype == dtype
+        assert_close(f"{end} tokens", out, sparse_attention(*seen), atol)
+    assert not out[1, 3:].any()  # a KV head without tokens
+    assert fast.loops.sparse_attention(q, k.requires_grad_(), v, idx).requires_grad
+
+
 def test_the_text_part_of_a_model_that_reads_images(models):
     """Which brings masks of its own."""
     text = models("Gemma3")
@@ -226,6 +342,9 @@ def test_the_text_part_of_a_model_that_reads_images(models):
     assert_close("engine", Engine(model)(ids), Engine(text)(ids), 1e-3)
     with attached(model, lambda: Oracle(20)), pytest.raises(UserError, match="unequal lengths"):
         model.generate(ids, attention_mask=torch.arange(40)[None] > 4, max_new_tokens=2)
+    with (attached(model, lambda: Oracle(20), 150),
+          pytest.raises(UserError, match="leave prefill_budget out")):
+        model.generate(ids, max_new_tokens=2)
 
 
 def test_detaching_restores_the_model(models):
@@ -475,9 +594,10 @@ def test_a_missing_package_is_one_line(monkeypatch):
     assert import_module("workshop.transformers").load is load
 
 
-def test_scripts_run_a_model_that_ours_does_not_read(folder, main, tmp_path):
+def test_scripts_run_a_model_that_ours_does_not_read(folder, main, tmp_path, monkeypatch):
     own = tmp_path / "qwen3"
-    built("Qwen3", vocab_size=512, num_hidden_layers=3).save_pretrained(own)
+    built("Qwen3", vocab_size=512, num_hidden_layers=3,
+          max_position_embeddings=2048).save_pretrained(own)
     (own / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     text, file = tmp_path / "t.txt", tmp_path / "butler.safetensors"
     text.write_text("One cup of tea, two cups of tea, and a spoon for every cup. " * 400)
@@ -496,6 +616,13 @@ def test_scripts_run_a_model_that_ours_does_not_read(folder, main, tmp_path):
     report = main("sample.py", *flags, "--prompt", "Tea is " * 30, "--max-new-tokens", 4,
                   "--temperature", 0)
     assert report["attended_per_step"] < report["cached_tokens"]
+    # a long prompt, read through the selector
+    monkeypatch.setattr(selection, "DENSE_START", 128)
+    flags += "--prefill", "sparse", "--prefill-budget", 150
+    report = main("sample.py", *flags, "--prompt", "Tea is " * 130, "--max-new-tokens", 4)
+    assert report["new_tokens"] == 4 and report["prompt_tokens"] > 128 + 256 + 64
+    report = main("synth_task.py", *flags, "--context", 500, "--n", 1)
+    assert report["results"]["coreference"]["butler"]["0.1"]["n"] == 1
     # what was trained serves generate, also in half precision
     model = hf.AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16)
     for cls in Butler, fast.Butler:

@@ -2,11 +2,12 @@
 
     decoder  --hook-->  how many tokens are new, how many are cached
     layer    --hook-->  x [B, T, C], the layer's input
-    attention function  q, keys  --selector-->  index  -->  sparse attention
+    attention function  q, keys  --selector-->  index  -->  sparse attention, or the selector's own
 
     load        the engine of `--engine transformers`: what the scripts ask of model.Llama
     attached    a context manager: `generate` of a model that you loaded yourself goes through
-                selectors. Prompts are read densely and watched, single tokens are selected for
+                selectors. Single tokens are selected for. A prompt is read densely and watched, or
+                with a `prefill_budget` sparsely
 
 Selectors are asked in layers with full attention. A layer with a sliding window stays as it is. So
 a selector's layer 0 is the decoder's layer 0, always dense, and its layers 1, 2, ... are those
@@ -35,6 +36,7 @@ from butler import Butler, find_butler, load_for
 from cli import UserError, check_device, one_line
 from kernel import sparse_attention
 from model import Config, Llama, apply_rope, check_weights, dense, rope_cos_sin
+from selection import Budget, prefill
 
 try:
     import transformers
@@ -50,18 +52,19 @@ if CACHE not in inspect.signature(transformers.LlamaForCausalLM.forward).paramet
 # ---------------------------------------------------------------------------- attention
 
 
-def attention(module, q, k, v, attention_mask, select=None, **rules):
+def attention(module, q, k, v, attention_mask, attend=None, **rules):
     """What attention modules call: q [B, H, T, D], k and v [B, G, S, D] -> [B, T, H, D], None.
-    select(q, keys) -> index or None comes from `hooked`; a part that reads images has none."""
-    if select is not None:
+    attend(q, k, v) -> [B, H, T, D], or None for dense attention, comes from `hooked`; a part that
+    reads images has none."""
+    if attend is not None:
         for name in ("softcap", "s_aux", "position_bias"):
             if rules.get(name) is not None:
                 raise UserError(f"its attention has soft caps, sinks or biases of its own ({name})")
         D = q.shape[-1]
         scaled = q * ((rules.get("scaling") or D**-0.5) * D**0.5)  # ours divides by sqrt(D)
-        index = select(scaled, k)
-        if index is not None:
-            return sparse_attention(scaled, k, v, index).transpose(1, 2).contiguous(), None
+        out = attend(scaled, k, v)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     return transformers.AttentionInterface()["sdpa"](module, q, k, v, attention_mask, **rules)
 
 
@@ -70,15 +73,15 @@ transformers.AttentionMaskInterface.register(NAME, transformers.AttentionMaskInt
 
 
 @contextmanager
-def hooked(model, select):
-    """Within it, layer i of the decoder calls select(i, x, q, keys) -> index or None."""
+def hooked(model, attend):
+    """Within it, layer i of the decoder calls attend(i, x, q, k, v), see `attention`."""
     before = model.config._attn_implementation
     if before == NAME:
         raise UserError("this model is attached already")
 
     def pass_on(i, layer, args, kwargs):  # layers hand such arguments on to the function above
         x = args[0] if args else kwargs["hidden_states"]
-        return args, kwargs | {"select": partial(select, i, x)}
+        return args, kwargs | {"attend": partial(attend, i, x)}
 
     model.set_attn_implementation(NAME)
     hooks = [layer.register_forward_pre_hook(partial(pass_on, i), with_kwargs=True)
@@ -125,8 +128,8 @@ def keys_of_a_text(model, start: int) -> dict:
     """{layer: keys [1, G, 8, D] of eight tokens at positions `start` and behind}"""
     found = {}
 
-    def keep(i, x, q, keys):
-        found[i] = keys.float().cpu()
+    def keep(i, x, q, k, v):
+        found[i] = k.float().cpu()
 
     tokens = torch.arange(7, 63, 7, device=model.device)[None]
     positions = torch.arange(start, start + 8, device=model.device)[None]
@@ -247,11 +250,12 @@ class Engine(nn.Module):
         if positions is None:
             positions = torch.arange(cache.size, end, device=tokens.device)
 
-        def select(i, x, q, keys):
+        def attend(i, x, q, k, v):
             if i in self.numbers:
-                return selector(self.numbers[i], x, q, keys, positions)
+                index = selector(self.numbers[i], x, q, k, positions)
+                return None if index is None else sparse_attention(q, k, v, index)
 
-        with hooked(self.model, select):
+        with hooked(self.model, attend):
             return self.model(input_ids=tokens, position_ids=positions.expand(B, -1),
                               use_cache=True, logits_to_keep=int(last),
                               **{CACHE: cache.theirs}).logits
@@ -263,11 +267,14 @@ class Engine(nn.Module):
 class Attachment:
     """See `attached`. `selector` serves the text at hand."""
 
-    def __init__(self, engine: Engine, make_selector):
+    def __init__(self, engine: Engine, make_selector, prefill_budget: float | None):
         self.numbers = engine.numbers
         self.make_selector = make_selector
+        self.prefill_budget = prefill_budget
+        self.decoder = engine.model.get_decoder()
+        self.decoder_forward = self.decoder.forward
         self.selector = None
-        self.ask = None  # what layers call in this forward: selector, selector.watch or None
+        self.ask = None  # what layers call in this forward: a selector, its `watch` or None
         self.positions = None  # of the new tokens, [T]
         self.cache = None  # weak reference to the cache of the text at hand
         self.end = 0  # how many tokens it holds after this forward
@@ -276,18 +283,17 @@ class Attachment:
         self.selected = False  # has a token of the text at hand gone through the selector?
         self.warned = False
 
-    def begin(self, decoder, args, kwargs) -> None:
-        """The decoder's hook, before a forward of T tokens. Another cache is another text."""
-        if decoder.config._attn_implementation != NAME:
+    def forward(self, input_ids=None, *args, **kwargs):
+        """Stands in for the decoder's forward of T tokens. Another cache is another text."""
+        if self.decoder.config._attn_implementation != NAME:
             raise UserError("another attention implementation was set within `attached`: set it "
                             "before")
-        self.thread = threading.get_ident()
-        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        tokens = next(x for x in given if x is not None)
+        embeds = kwargs.get("inputs_embeds")
+        tokens = input_ids if embeds is None else embeds
         T = tokens.shape[1]
         cache = kwargs.get(CACHE)
         start = 0 if cache is None else int(cache.get_seq_length())
-        self.positions = torch.arange(start, start + T, device=tokens.device)
+        self.expect(start, tokens)
         self.check(cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         same_text = start > 0 and self.cache is not None and self.cache() is cache
         if not same_text:
@@ -302,9 +308,33 @@ class Attachment:
         if T == 1:
             self.selected = True
         elif self.selector:
+            if self.prefill_budget is not None and cache is not None and start == 0:
+                return self.read(tokens, cache, kwargs)
             self.ask = self.selector.watch
             if start > 0:
                 self.warn()
+        return self.decoder_forward(input_ids, *args, **kwargs)
+
+    def expect(self, start: int, tokens) -> None:
+        """The decoder runs next, behind `start` cached tokens."""
+        self.thread = threading.get_ident()
+        self.positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+
+    def read(self, tokens, cache, kwargs):
+        """A prompt, [B, T] or its embeddings [B, T, C], goes through the decoder in the parts that
+        selection.prefill gives -> the decoder's output for the whole prompt."""
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict) or (mask is not None and mask.dim() == 4):
+            raise UserError("masks of its own, as models that read images make them, need a prompt "
+                            "that is read densely: leave prefill_budget out")
+        parts = Parts(self, kwargs)
+        prefill(parts, tokens, cache, self.selector, self.prefill_budget)
+        self.selected = len(parts.outputs) > 1
+        whole = parts.outputs[-1]
+        if more := whole.keys() - {"last_hidden_state", CACHE}:
+            raise UserError(f"a prompt that is read with a prefill_budget has no {min(more)}")
+        whole.last_hidden_state = torch.cat([part.last_hidden_state for part in parts.outputs], 1)
+        return whole
 
     def finish(self) -> None:
         """The text at hand has ended. Did nothing of it go through its selector?"""
@@ -332,7 +362,8 @@ class Attachment:
         if position_ids is not None and (position_ids != self.positions).any():
             raise UserError("position_ids must count the tokens one by one, from 0")
 
-    def select(self, i, x, q, keys):
+    def attend(self, i, x, q, k, v):
+        """See `attention`."""
         if threading.get_ident() != self.thread:
             raise UserError("two threads run the attached model at a time: take turns")
         number = self.numbers.get(i)
@@ -341,26 +372,56 @@ class Attachment:
         if number == len(self.numbers) - 1:
             # Beam search moves the cache's rows, unseen by a selector. This key tells: it depends
             # on the whole text.
-            at = keys.shape[2] - len(self.positions) - 1
-            if self.last_key is not None and not torch.equal(keys[:, :, at], self.last_key):
+            at = k.shape[2] - len(self.positions) - 1
+            if self.last_key is not None and not torch.equal(k[:, :, at], self.last_key):
                 raise UserError("the cache's rows have moved, as in beam search: num_beams=1")
-            self.last_key = keys[:, :, -1].clone()
-        return self.ask(number, x, q, keys, self.positions)
+            self.last_key = k[:, :, -1].clone()
+        index = self.ask(number, x, q, k, self.positions)
+        if index is None:
+            return None
+        # The selector of the fast engine brings compiled loops.
+        own = getattr(self.selector, "attention", sparse_attention)
+        return own(q, k, v, index)
+
+
+class Parts:
+    """The decoder as selection.prefill wants a model. It keeps the output of each part."""
+
+    def __init__(self, attachment: Attachment, kwargs: dict):
+        self.attachment = attachment
+        # Positions and masks are made by the decoder: the cache tells it where a part begins.
+        whole = "input_ids", "inputs_embeds", "position_ids", "cache_position", "attention_mask"
+        self.rest = {name: value for name, value in kwargs.items() if name not in whole}
+        self.outputs = []
+
+    def prefill(self, tokens, cache, ask) -> None:
+        attachment = self.attachment
+        attachment.ask = ask
+        attachment.expect(cache.get_seq_length(), tokens)
+        name = "input_ids" if tokens.dim() == 2 else "inputs_embeds"
+        self.outputs.append(attachment.decoder_forward(**{name: tokens}, **self.rest))
 
 
 @contextmanager
-def attached(model, make_selector):
+def attached(model, make_selector, prefill_budget=None):
     """Within it, a model of transformers decodes through selectors: make_selector() -> a fresh one
-    for each text, or None for dense attention. Yields what is attached: its `selector` is that of
+    for each text, or None for dense attention. With a prefill_budget the prompt is read through the
+    selector too, as selection.prefill does. Yields what is attached: its `selector` is that of
     the latest text. Raises UserError, one line, for a model that selectors cannot follow."""
-    attachment = Attachment(Engine(model), make_selector)
-    begin = model.get_decoder().register_forward_pre_hook(attachment.begin, with_kwargs=True)
+    if prefill_budget is not None:
+        Budget(prefill_budget)  # checks it
+    attachment = Attachment(Engine(model), make_selector, prefill_budget)
+    decoder = attachment.decoder
+    before = vars(decoder).get("forward")  # packages that place layers on devices set one
+    decoder.forward = attachment.forward
     try:
-        with hooked(model, attachment.select):
+        with hooked(model, attachment.attend):
             yield attachment
         attachment.finish()
     finally:
-        begin.remove()
+        del decoder.forward
+        if before:
+            decoder.forward = before
 
 
 def butler_for(model, path=None, cls=Butler) -> Butler:

@@ -5,13 +5,13 @@ values of all earlier tokens from memory. This store is called the KV cache. In 
 reading takes much of the time of a step. Is all of it needed?
 
 The attention weights of a query add up to 1. If a few tokens hold nearly all of the weight, the
-other tokens hardly change the result. The model could leave them unread. So the first question
-is: how is the weight distributed over the tokens?
+other tokens hardly change the result, and the model could leave them unread. So how is the weight
+distributed over the tokens?
 
 The experiment reads 1,024 tokens of English with a real model, SmolLM2-135M. It has 30 layers
 with 3 KV heads each. The experiment measures the last 64 queries, as if these tokens were written
 one by one. For each query, layer and KV head it finds the 10 % of the tokens with the largest
-weights. We call them the top set. All columns are means over queries and KV heads:
+weights: the top set. All columns are means over queries and KV heads:
 
 - top 10 %: the share of the attention that the top set holds
 - first token: the share that the first token of the text holds

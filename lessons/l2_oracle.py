@@ -22,15 +22,16 @@ step that must write the first token of the name. They show, for each token of t
 the name, how many of the 87 KV heads above layer 0 attend to it.
 
 What the table shows: with the oracle, 17 to 26 % of the heads attend to each token of the name,
-and every answer is right. So a few heads are enough to read the name. All other selectors fail in
-every text. Recency and SnapKV have nothing of the name left. With H2O 1 to 3 % of the heads still
-hold it. The others deleted it, because other tokens had received more attention. Quest deletes
-nothing, but it ranks other pages higher: 13 % of the heads select the page of the name.
+and every answer is right. So a few heads are enough to read the name. Quest answers one text of
+ten, the others none. Recency and SnapKV have nothing of the name left. With H2O 1 to 3 % of the
+heads still hold each token of it. The other heads deleted it, because other tokens had received
+more attention. Quest deletes nothing, but it ranks other pages higher: 13 % of the heads select
+the page of the name.
 
 What to conclude: a tenth is enough if we know which tenth. Rules that look at the past cannot
 know what a later question will need. We need a selector that keeps everything, looks at the
-present step, and is much cheaper than the oracle. Six texts say little about how good a method
-is; results/README.md has the same task with more texts and more budgets.
+present step, and is much cheaper than the oracle. Ten texts say little about how good a method
+is. results/README.md has the same task with more texts and more budgets.
 
 Exercise 2.1, a selector of your own. Add `stride` to selection.py, which selects tokens at even
 distances between sinks and window. Start at `Recency`.
@@ -38,7 +39,7 @@ distances between sinks and window. Start at `Recency`.
 Exercise 2.2, maximum over heads. Add `widest`, an oracle that ranks by the largest attention of
 the query heads that share a KV head, instead of their mean.
 
-    python -m lessons.l2_oracle --n 10 --figure oracle.svg
+    python -m lessons.l2_oracle --budget 0.5 --figure oracle.svg
 """
 
 import sys

@@ -22,9 +22,15 @@ There are two remedies, and the experiment tries both:
 The experiment takes the first 6 of the model's 30 layers. It trains four butlers for 60 steps on
 texts of 512 tokens: both kinds of keys, with and without gaps. Then it measures them at
 the end of a longer text, which no butler has seen: which share of the attention do the selected
-10 % of the tokens hold? This is the mean over layers 1 to 5.
+10 % of the tokens hold? The table has the mean over layers 1 to 5.
 
-What the table shows: WRITE
+What the table shows: with rotated keys at positions 0 to 511, the butler keeps 0.80 at 512
+tokens, near the oracle's 0.85. At 8,000 tokens it keeps 0.39, and the oracle keeps 0.97. Each
+remedy alone helps at 8,000 tokens, to 0.64 and 0.76. Keys rotated back are not enough, because
+the butler's own rotary embedding has not seen long distances in training. Gaps are not enough
+either. One matrix must then fit all rotations at once, and at 512 tokens the butler keeps less
+than before, 0.75. Both remedies together keep 0.82, 0.84 and 0.91. After only 60 steps this is
+below the oracle, but it does not fall in longer texts. train.py uses both.
 
 What to conclude: a selector must be measured in texts as long as those it will meet. A good
 number at the training length says nothing about longer texts.

@@ -1,39 +1,42 @@
 """Lesson 7. What is lost?
 
 A sparse step leaves tokens out, so it is never quite equal to the dense step. How do we see what
-is lost? A text that the sparse model writes may look good and still be wrong. A mean over many
-tokens may look good, although the few tokens that matter are wrong.
+is lost? A mean over many tokens may look good, although the few tokens that matter are wrong.
 
-The experiment compares sparse and dense steps at the end of 1,000-token texts. The text is given,
-so all selectors see the same tokens. There are two kinds of texts. Prose can often be guessed
-from the last words. The copy is a list such as "the lazy cherry, the kind badge", which comes at
-the start of the text and again at its end. Nobody can guess the second list. The model must find
-the right place in the first one and move on with it, token by token.
+The experiment compares sparse and dense steps at the end of four texts of about 1,000 tokens. The
+texts are given, so all selectors see the same tokens. Two texts, called prose, are from Python's
+documentation and code. Much of them can be guessed from the last words. The other two are copies:
+a list such as "the lazy cherry, the kind badge" comes at the start and again at the end. Nobody
+can guess it. The model must find its place in the first list and move on with it, token by token.
 
 The butler selects 10 % of the tokens. It can use one choice for several steps, which saves time:
 with interval 4 it chooses at every fourth position only. The columns:
 
 - same: how often the likeliest token is that of the dense model
-- KL: the KL divergence from the dense prediction to the sparse one, in nats. It is 0 for equal
-  predictions, and it also sees changes below the likeliest token.
+- KL: the KL divergence from the dense prediction to the sparse one, in nats; 0 if they are equal
 - right: how often the likeliest token is the next token of the text
 
-What the table shows: WRITE
+What the table shows: a new choice at every step loses little. The likeliest token is the same in
+0.90 of the prose steps and 0.91 of the copy steps. An older choice costs little in prose: with
+interval 4 it is the same in 0.86. But this interval destroys the copies: 0.44. With interval 8
+the butler copies no better than recency, which selects nothing of the first list.
 
-The next lines look for the cause. They group the steps of the copies by the age of the choice.
-WRITE
+The second table looks for the cause. It groups the steps of the copies by the age of the choice.
+Just after a choice the KL is 0.68, and 7 steps later it is 4.87. Each step of a copy needs the
+next token of the first list, and an old choice may lack it. Each number is a mean of only 10
+steps, so they do not rise evenly.
 
 What to conclude, if you look for failures of your own method: compare with the dense model token
 by token. Use texts that cannot be guessed. Group the errors by what you suspect. Read the worst
-steps, not only the mean. And include a trivial rule such as recency: a measure on which it does
-well measures little.
+steps, not only the mean. Include a trivial rule such as recency: a measure on which it does well
+measures little.
 
 Exercise 7.1, neighbours to the right. With `follow=2`, a chosen token brings the two that follow
 it, within the same budget: `Budget.topk` in selection.py. Does it help the copies at interval 4?
 
 Exercise 7.2, rank of the dense choice. Add the function `ranks(dense, sparse)` to this file. It
 gets logits [..., V] of both and returns the rank of the dense model's likeliest token among the
-sparse logits: 0 if it is the likeliest there too.
+sparse logits, 0 for the first.
 
     python -m lessons.l7_loss --budget 0.2 --figure loss.svg
 """

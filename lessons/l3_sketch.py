@@ -139,7 +139,7 @@ def draw(path: str, rows: list[dict]) -> None:
         axis.set_xticks(numbers, [str(number) for number in numbers])
         axis.set(title="small keys, the layer's own query", xlabel="numbers per key",
                  ylabel="kept, of oracle (from 0.7)", ylim=(0.7, 1.02))
-        axis.legend(loc="lower right")
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 @dataclass

@@ -97,12 +97,12 @@ def break_even(rows: list[dict]) -> int | None:
 
 
 def print_table(rows: list[dict]) -> None:
-    print("engine  tokens dense MB  butler    ratio  dense ms   butler    ratio")
+    print("engine  tokens dense MB   butler    ratio dense ms   butler    ratio")
     for row in rows:
         print(f"{row['engine']:6s} {row['tokens']:7,}", end="")
         for unit in ("MB", "ms"):
             dense, butler = row[f"dense {unit}"], row[f"butler {unit}"]
-            print(f"{dense:9.1f}{butler:9.1f}{dense / butler:9.2f}", end=" ")
+            print(f"{dense:9.1f}{butler:9.1f}{dense / butler:9.2f}", end="")
         print()
 
 

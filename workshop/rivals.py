@@ -132,10 +132,11 @@ class Sketch(Selector):
 
     The directions are the principal ones of the keys of the text at hand: the eigenvectors of their
     second moments, for each layer and KV head. Loki takes them from a calibration text. Those of
-    the text itself lose less of its keys, so the sketch is compared in its stronger form. They are
-    computed at the first choice from the keys cached before, and then kept. A text without a prompt
-    takes them from all keys of the first call, also from later ones, which favours the sketch; if
-    that call has few tokens, its directions are of little use.
+    the text itself lose less of its keys. They are computed at the first choice from the keys
+    cached before, and then kept. A text without a prompt takes them from all keys of the first
+    call, also from later ones, which favours the sketch; if that call has few tokens, its
+    directions are of little use. Directions that also weigh how queries point can do better:
+    exercise 3.2 of lessons/.
 
     A stored sketch would have 8 bits a number, as the fast engine's butler has. That changes the
     attention kept by less than 0.001 (tests/test_rivals.py), so it stays in float32 here.

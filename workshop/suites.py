@@ -11,8 +11,8 @@
                  model may be of another family
     prefill      prompts read densely and through each selector: the perplexity of the 512 tokens
                  behind them, which attend to all tokens, and the seconds that reading took
-    agreement    a context read densely but for its last 128 tokens, which go through each selector:
-                 the share of them behind which the likeliest next token is the dense model's, and
+    agreement    a context read densely but for its last 128 tokens, which go through each selector
+                 one by one: the share of them behind which the likeliest next token is the dense model's, and
                  KL(dense || sparse) in nats. Then the model writes: how many tokens until its
                  greedy text differs from the dense model's, 64 if it never does
 
@@ -37,7 +37,7 @@ from tqdm import tqdm
 import cli
 import sample
 import synth_task
-from bench import BLOCK, Probe, excess, exponential, speed, synchronize, watched_by
+from bench import Probe, excess, exponential, speed, synchronize, watched_by
 from cli import UserError, numbers
 from data import evenly_spaced, text_to_measure_on
 from kernel import index_to_mask, true_attention
@@ -233,7 +233,7 @@ def tradeoff(llama, tok, butler, windows, tasks: dict, makers: dict, config) -> 
     contexts = numbers(config.contexts, int, "--contexts")
     results = {task: evaluate(llama, tok, documents, makers, stepwise=stepwise, title=task)
                for task, documents in tasks.items()}
-    results |= agreement(llama, windows, contexts, makers, stepwise)["results"]
+    results |= agreement(llama, windows, contexts, makers)["results"]
     return {"results": results,
             "rows": speed(llama, butler, windows[:1], contexts, makers, config)}
 
@@ -311,11 +311,10 @@ def check_agreement(llama, contexts, behind: int) -> None:
                         f"model's context of {llama.config.context:,}")
 
 
-def force(llama, cache, block, selector, stepwise: bool):
-    """Next-token logits [FORCED, V] behind each token of a block [FORCED]. stepwise: one token a
-    call, for selectors that reuse a choice from step to step."""
-    parts = block[None].split(1 if stepwise else BLOCK, dim=1)
-    return torch.cat([llama(part, cache, selector) for part in parts], dim=1)[0].float()
+def force(llama, cache, block, selector):
+    """Next-token logits [T, V] behind each token of a block [T], which go through decode steps."""
+    steps = [llama.decode(token, cache, selector) for token in block[None].split(1, dim=1)]
+    return torch.cat(steps, dim=1)[0].float()
 
 
 def write(llama, cache, logits) -> list[int]:
@@ -341,7 +340,7 @@ def equal_tokens(llama, cache, logits, selector, text: list[int]) -> int:
 
 
 @torch.inference_mode()
-def agreement_behind(llama, window, makers: dict, stepwise: bool) -> dict:
+def agreement_behind(llama, window, makers: dict) -> dict:
     """window [T] -> {(selector, budget): (share of the last tokens behind which the likeliest token
     is the dense model's, mean KL in nats, tokens of equal text)}, without dense itself"""
     start = len(window) - FORCED
@@ -349,13 +348,13 @@ def agreement_behind(llama, window, makers: dict, stepwise: bool) -> dict:
     selectors = {key: make() for key, make in makers.items() if key[0] != "dense"}
     llama.prefill(window[None, :start], cache, watched_by(selectors.values()))
     block = window[start:]
-    dense = force(llama, cache, block, None, stepwise)
+    dense = force(llama, cache, block, None)
     text = write(llama, cache, dense[-1])
     p = dense.log_softmax(-1)
     found = {}
     for key, selector in selectors.items():
         cache.truncate(start)
-        logits = force(llama, cache, block, selector, stepwise)
+        logits = force(llama, cache, block, selector)
         same = (likeliest(logits) == likeliest(dense)).double().mean().item()
         kl = F.kl_div(logits.log_softmax(-1), p, reduction="none", log_target=True).sum(-1)
         found[key] = (same, kl.mean().item(),
@@ -363,12 +362,12 @@ def agreement_behind(llama, window, makers: dict, stepwise: bool) -> dict:
     return found
 
 
-def agreement(llama, windows, contexts, makers: dict, stepwise=False) -> dict:
+def agreement(llama, windows, contexts, makers: dict) -> dict:
     """windows [n, longest context] -> {"results": same token, KL and equal text by context}"""
     seen = {}  # {(what, selector, budget): values of the windows}
     for context in sorted(contexts, reverse=True):
         for window in tqdm(windows, f"{context} tokens", file=sys.stderr):
-            found = agreement_behind(llama, window[:context], makers, stepwise)
+            found = agreement_behind(llama, window[:context], makers)
             for (name, budget), values in found.items():
                 for what, value in zip(("same token", "KL", "equal text"), values, strict=True):
                     seen.setdefault((f"{what} @{context}", name, budget), []).append(value)
@@ -410,7 +409,7 @@ def measure(config) -> dict:
         elif config.suite == "agreement":
             check_agreement(llama, contexts, WRITTEN)
             windows = evenly_spaced(tok, text, config.n, length).to(llama.device)
-            report = agreement(llama, windows, contexts, makers, bool(rules_of(config)))
+            report = agreement(llama, windows, contexts, makers)
         elif config.suite == "generation":
             if length <= PROMPT + 8:
                 raise UserError(f"--contexts: a text has more than {PROMPT + 8} tokens")

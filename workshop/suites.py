@@ -12,9 +12,9 @@
     prefill      prompts read densely and through each selector: the perplexity of the 512 tokens
                  behind them, which attend to all tokens, and the seconds that reading took
     agreement    a context read densely but for its last 128 tokens, which go through each selector
-                 one by one: the share of them behind which the likeliest next token is the dense model's, and
-                 KL(dense || sparse) in nats. Then the model writes: how many tokens until its
-                 greedy text differs from the dense model's, 64 if it never does
+                 one by one: the share of them behind which the likeliest next token is the dense
+                 model's, and KL(dense || sparse) in nats. Then the model writes: how many tokens
+                 until its greedy text differs from the dense model's, 64 if it never does
 
     python bench.py --suite recall --selectors oracle,butler,recency
     python bench.py --suite generation --engine fast --contexts 2048 --selectors dense,butler

@@ -85,7 +85,7 @@ def theirs(path, budget: float, dtype, stack):
     model = attach.read_model(path, dtype)
     second = deepcopy(model, {id(p): p for p in model.parameters()})
     butler = attach.butler_for(second, cls=plug_in("fast").Butler)
-    stack.enter_context(attach.attached(second, partial(butler.selector, budget)))
+    stack.enter_context(attach.attached(second, partial(butler.selector, budget), PREFILL_BUDGET))
 
     @torch.inference_mode()
     def read(ids, capacity):
@@ -96,7 +96,8 @@ def theirs(path, budget: float, dtype, stack):
             lambda: model(ids, past_key_values=growing, logits_to_keep=1))}
         for i, layer in enumerate(growing.layers):
             static.update(layer.keys, layer.values, i)
-        second(ids, past_key_values=selected, logits_to_keep=1)
+        seconds[f"{name}, our butler"] = seconds_of(
+            lambda: second(ids, past_key_values=selected, logits_to_keep=1))
 
         @torch.inference_mode()
         def step(turn, model, cache):

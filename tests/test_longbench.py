@@ -140,6 +140,7 @@ class Spy:
         self.new_tokens = 8
         self.finished = document.finished
         self.score = lambda text: seen.append(text) or 0.0
+        self.asked = (self,)
 
     def grade(self, *arguments):
         return Written.grade(self, *arguments)

@@ -307,9 +307,9 @@ def test_several_questions_score_as_several_documents(tiny, tiny_butler, monkeyp
     alone = [Surprise(context, question, "yes")
              for question in (" Is it so?", " Really and truly?", " Is it not?", " No?")]
     together = SeveralSurprises(context, alone[0].question, "yes", tuple(alone[1:]))
-    evict = ("h2o", "snapkv")
-    makers = [partial(make_selector, name, 20, tiny_butler) for name in NAMES
-              if prefill_budget is None or name not in evict]
+    cannot_read = ("h2o", "snapkv", "topp")
+    makers = [partial(make_selector, name, 20, tiny_butler, tiny) for name in NAMES
+              if prefill_budget is None or name not in cannot_read]
     makers.append(partial(make_selector, "butler", 20, tiny_butler, interval=3))
     scores = [answers(tiny, Bytes(), one, makers, "sparse", stepwise, prefill_budget)
               for one in alone]

@@ -293,8 +293,8 @@ class Attachment:
         T = tokens.shape[1]
         cache = kwargs.get(CACHE)
         start = 0 if cache is None else int(cache.get_seq_length())
-        self.expect(start, tokens)
-        self.check(cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        positions = torch.arange(start, start + T, device=tokens.device)
+        self.check(positions, cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         same_text = start > 0 and self.cache is not None and self.cache() is cache
         if not same_text:
             self.finish()
@@ -304,21 +304,24 @@ class Attachment:
         if not same_text or start != self.end:
             self.last_key = None
         self.end = start + T
-        self.ask = self.selector
+        ask = self.selector
         if T == 1:
             self.selected = True
         elif self.selector:
             if self.prefill_budget is not None and cache is not None and start == 0:
                 return self.read(tokens, cache, kwargs)
-            self.ask = self.selector.watch
+            ask = self.selector.watch
             if start > 0:
                 self.warn()
-        return self.decoder_forward(input_ids, *args, **kwargs)
+        return self.expect(start, tokens, ask)(input_ids, *args, **kwargs)
 
-    def expect(self, start: int, tokens) -> None:
-        """The decoder runs next, behind `start` cached tokens."""
+    def expect(self, start: int, tokens, ask):
+        """-> the decoder's forward, to be called for these tokens behind `start` cached ones. Its
+        layers ask `ask`."""
         self.thread = threading.get_ident()
         self.positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        self.ask = ask
+        return self.decoder_forward
 
     def read(self, tokens, cache, kwargs):
         """A prompt, [B, T] or its embeddings [B, T, C], goes through the decoder in the parts that
@@ -333,8 +336,8 @@ class Attachment:
         whole = parts.outputs[-1]
         if more := whole.keys() - {"last_hidden_state", CACHE}:
             raise UserError(f"a prompt that is read with a prefill_budget has no {min(more)}")
-        whole.last_hidden_state = torch.cat([part.last_hidden_state for part in parts.outputs], 1)
-        return whole
+        hidden = [part.last_hidden_state for part in parts.outputs]
+        return type(whole)(**whole | {"last_hidden_state": torch.cat(hidden, 1)})
 
     def finish(self) -> None:
         """The text at hand has ended. Did nothing of it go through its selector?"""
@@ -348,8 +351,9 @@ class Attachment:
             warnings.warn("several tokens at a time attend to all tokens, as in a prompt: only "
                           "single ones are selected for", stacklevel=3)
 
-    def check(self, cache, mask, position_ids) -> None:
-        """For a selector, token s of every row stands at position s of the text and the cache."""
+    def check(self, positions, cache, mask, position_ids) -> None:
+        """For a selector, token s of every row stands at position s of the text and the cache.
+        positions [T]: of the new tokens."""
         if getattr(cache, "is_compileable", False):
             raise UserError("a static cache has room behind the text: use a DynamicCache")
         if isinstance(mask, dict):  # models that read images have made their masks, [B, 1, T, S]
@@ -359,7 +363,7 @@ class Attachment:
         if mask is not None and not mask.all():
             raise UserError("rows of unequal lengths, which padding makes equal, cannot go through "
                             "a selector: give them one by one")
-        if position_ids is not None and (position_ids != self.positions).any():
+        if position_ids is not None and (position_ids != positions).any():
             raise UserError("position_ids must count the tokens one by one, from 0")
 
     def attend(self, i, x, q, k, v):
@@ -395,11 +399,9 @@ class Parts:
         self.outputs = []
 
     def prefill(self, tokens, cache, ask) -> None:
-        attachment = self.attachment
-        attachment.ask = ask
-        attachment.expect(cache.get_seq_length(), tokens)
         name = "input_ids" if tokens.dim() == 2 else "inputs_embeds"
-        self.outputs.append(attachment.decoder_forward(**{name: tokens}, **self.rest))
+        forward = self.attachment.expect(cache.get_seq_length(), tokens, ask)
+        self.outputs.append(forward(**{name: tokens}, **self.rest))
 
 
 @contextmanager

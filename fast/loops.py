@@ -129,7 +129,8 @@ def compiled(function, parallel=False, fastmath=("contract",), inline="never"):
 
 @cache
 def say_that_it_compiles() -> None:
-    print("fast: compiling loops for this processor, once", file=sys.stderr)
+    print("fast: compiling loops for this processor, once (some 15 to 30 seconds)",
+          file=sys.stderr)
 
 
 called = set()  # compiled functions

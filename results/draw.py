@@ -74,7 +74,7 @@ def length() -> tuple[str, list[dict]]:
     lines = {}
     for task, name, _, m in measures(load("length")["results"]):
         what, context = task.split(" @")
-        if what == "kept" and name != "dense":
+        if what == "kept" and name in ("oracle", "butler", "sketch", "ahead5", "recency"):
             lines.setdefault(name, []).append([int(context), *interval(m)])
     return ("With a tenth of the tokens, the butler stays close to the oracle at every length",
             [{"title": "", "x": "tokens of the text", "y": "share of the attention kept",

@@ -29,6 +29,7 @@ from cli import UserError, flag, known
 TEXT = "out/prose.txt"
 NEAR = "--selectors dense,oracle,butler"
 RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
+UNTRAINED = "dense,oracle,butler,sketch,sketch16,sketch8,ahead1,ahead5,quest,spread,topp,recency"
 NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
 
 STEPS = {
@@ -38,9 +39,10 @@ STEPS = {
              "--documents 100 --out out/shipped.safetensors",
     "coreference": f"synth_task.py {NEAR} --budgets 0.07,0.1 --n 200",
     "budgets": f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1,0.25,0.5 --n 60",
-    "referents_2": f"synth_task.py --referents 2 {NEAR} --n 100",
     "length": f"bench.py --suite length --text {TEXT} --contexts 512,1024,2048,4096,8000 "
-              "--selectors dense,oracle,butler,recency --n 20",
+              f"--engine fast --selectors {UNTRAINED} --n 20",
+    "agreement_4096": f"bench.py --suite agreement --engine fast --text {TEXT} --contexts 4096 "
+                      "--selectors butler --budgets 0.05,0.1,0.25 --n 20",
     "perplexity": f"bench.py --suite perplexity --text {TEXT} --contexts 512 "
                   "--budgets 0.1,0.25,0.5 --selectors dense,oracle,butler,quest,recency --n 24",
     "ruler": f"synth_task.py --task {NEEDLES},copy --context 1024,2048 {NEAR} "
@@ -53,8 +55,11 @@ STEPS = {
                     "--selectors dense,oracle,butler,recency --n 20",
     "prefill_7168": f"bench.py --suite prefill --engine fast --text {TEXT} --contexts 7168 "
                     "--selectors dense,butler --n 20",
-    "ruler_prefill": "synth_task.py --engine fast --task needle_prose --context 4096 --selectors "
-                     "dense,butler --prefill sparse --n 40",
+    "ruler_prefill_4096": "synth_task.py --engine fast --task needle_noise,needle_prose,"
+                          "needle_uuid --context 4096 --selectors dense,butler --prefill sparse "
+                          "--n 40",
+    "ruler_prefill_8000": "synth_task.py --engine fast --task needle_prose --context 8000 "
+                          "--selectors dense,butler --prefill sparse --n 40",
     "drift": "bench.py --suite drift --engine fast --drift 0.25 --task needle_prose,copy "
              "--contexts 1024,4096 --selectors dense,butler --n 20",
     "drift_coreference": "bench.py --suite drift --engine fast --drift 0.25 --task coreference "
@@ -65,9 +70,6 @@ TIMED = {  # their files have the kind of processor behind the name
              "--selectors dense,butler --budgets 0.05 --n 31",
     "speed_llama-3.2-1b": "bench.py --suite speed --engine fast --shape llama-3.2-1b --contexts "
                           "512,2048,8192,32768 --selectors dense,butler --budgets 0.05 --n 15",
-    "attention_smollm2-135m": "bench.py --suite attention --engine fast --shape smollm2-135m "
-                              "--contexts 1024,2048,8192,32768 --selectors dense,butler "
-                              "--budgets 256 --n 9",
     "compare": "results/compare.py",
     "offload_llama-3.2-1b": "bench.py --suite offload --engine fast --shape llama-3.2-1b "
                             "--contexts 262144 --budgets 1024 --memory 0.17 --drift 0.25 --n 6",

@@ -201,6 +201,22 @@ def ruler() -> str:
                         *(origin(load(file)) for file in RULER)])
 
 
+def sketch() -> str:
+    """Selectors down: the bytes that each reads to choose, and the share of the oracle's attention
+    that it keeps at several lengths."""
+    report = load("length")
+    of_oracle = {task: by for task, by in report["results"].items()
+                 if task.startswith("kept of oracle @")}
+    cells = {}
+    for task, by_name in reversed(of_oracle.items()):  # the shortest text first
+        for name, by in by_name.items():
+            m = by["0.1"]
+            if name != "topp":  # an oracle, too
+                cells[name, "bytes"] = f"{report['bytes'][name]:g}"
+                cells[name, f"{int(task.split('@')[1]):,} tokens"] = number(m["mean"])
+    return "\n\n".join([markdown("kept, of oracle", cells), f"n = {m['n']}; {origin(report)}"])
+
+
 def untrained() -> list[tuple]:
     """The paper table's row about selections without training, once they have been measured: the
     same bytes per token, and the layer's own query of the step from layers below."""
@@ -260,7 +276,7 @@ def paper() -> str:
                               zip(("the paper", "here, SmolLM2-135M"), row[1:], strict=True)})
 
 
-SUMMARIES = {"paper": paper, "ruler": ruler, "wait": wait}
+SUMMARIES = {"paper": paper, "ruler": ruler, "sketch": sketch, "wait": wait}
 
 # ---------------------------------------------------------------------------- files
 

@@ -56,10 +56,9 @@ STEPS = {
     "prefill_7168": f"bench.py --suite prefill --engine fast --text {TEXT} --contexts 7168 "
                     "--selectors dense,butler --n 20",
     "ruler_prefill_4096": "synth_task.py --engine fast --task needle_noise,needle_prose,"
-                          "needle_uuid --context 4096 --selectors dense,butler --prefill sparse "
-                          "--n 40",
+                          "needle_uuid --context 4096 --selectors butler --prefill sparse --n 40",
     "ruler_prefill_8000": "synth_task.py --engine fast --task needle_prose --context 8000 "
-                          "--selectors dense,butler --prefill sparse --n 40",
+                          "--selectors butler --prefill sparse --n 40",
     "drift": "bench.py --suite drift --engine fast --drift 0.25 --task needle_prose,copy "
              "--contexts 1024,4096 --selectors dense,butler --n 20",
     "drift_coreference": "bench.py --suite drift --engine fast --drift 0.25 --task coreference "

@@ -24,7 +24,7 @@ divided by what the oracle keeps in the same layers. One column is one distance.
 - own query, 32 numbers: the sketch of lesson 3. It does not look ahead.
 - early query, 64 numbers: the layer's query weights, applied to the earlier input
 - butler, 60 steps: trained in this lesson; its keys have 32 numbers
-- butler, shipped: of the same size, after 320 steps, which also used longer texts
+- butler, shipped: of the same size, after 1,600 steps, which also used longer texts
 
 What to conclude: the early query loses more with every layer that it looks ahead, although it
 reads all 64 numbers of a key. The butler predicts five layers ahead about as well as one layer

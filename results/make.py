@@ -41,8 +41,8 @@ STEPS = {
     "budgets": f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1,0.25,0.5 --n 60",
     "length": f"bench.py --suite length --text {TEXT} --contexts 512,1024,2048,4096,8000 "
               f"--engine fast --selectors {UNTRAINED} --n 20",
-    "agreement_4096": f"bench.py --suite agreement --engine fast --text {TEXT} --contexts 4096 "
-                      "--selectors butler --budgets 0.05,0.1,0.25 --n 20",
+    "foresight": f"bench.py --suite recall --text {TEXT} --contexts 512 --selectors "
+                 "oracle,butler,sketch,ahead5 --n 20",
     "perplexity": f"bench.py --suite perplexity --text {TEXT} --contexts 512 "
                   "--budgets 0.1,0.25,0.5 --selectors dense,oracle,butler,quest,recency --n 24",
     "ruler": f"synth_task.py --task {NEEDLES},copy --context 1024,2048 {NEAR} "
@@ -55,10 +55,8 @@ STEPS = {
                     "--selectors dense,oracle,butler,recency --n 20",
     "prefill_7168": f"bench.py --suite prefill --engine fast --text {TEXT} --contexts 7168 "
                     "--selectors dense,butler --n 20",
-    "ruler_prefill_4096": "synth_task.py --engine fast --task needle_noise,needle_prose,"
-                          "needle_uuid --context 4096 --selectors butler --prefill sparse --n 40",
-    "ruler_prefill_8000": "synth_task.py --engine fast --task needle_prose --context 8000 "
-                          "--selectors butler --prefill sparse --n 40",
+    "ruler_prefill": "synth_task.py --engine fast --task needle_prose --context 4096 --selectors "
+                     "dense,butler --prefill sparse --n 40",
     "drift": "bench.py --suite drift --engine fast --drift 0.25 --task needle_prose,copy "
              "--contexts 1024,4096 --selectors dense,butler --n 20",
     "drift_coreference": "bench.py --suite drift --engine fast --drift 0.25 --task coreference "

@@ -27,7 +27,6 @@ import train
 from cli import UserError
 
 RULER = ("ruler", "ruler_4096", "ruler_8000")  # files of the same tasks
-READ_SPARSELY = ("ruler_prefill_4096", "ruler_prefill_8000")  # the same documents
 
 MARKER = re.compile(r"<!-- results(?:/(\S+)\.json)?(?:: (.*?))? -->\n.*?<!-- end -->", re.S)
 
@@ -180,10 +179,10 @@ def wait() -> str:
     return "\n\n".join([table, *map(origin, files.values())])
 
 
-def ruler_scores(files=RULER) -> dict:
+def ruler_scores() -> dict:
     """-> {(task, context): {selector: {budget: mean and interval}}}"""
     scores = {}
-    for file in files:
+    for file in RULER:
         report = load(file)
         for key, by_name in report["results"].items():
             task, _, context = key.partition("@")
@@ -200,20 +199,6 @@ def ruler() -> str:
     n = {m["n"] for by in ruler_scores().values() for *_, m in measures({"": by})}
     return "\n\n".join([markdown("butler, 10 %, of dense", cells) + f"\n\nn = {min(n)}",
                         *(origin(load(file)) for file in RULER)])
-
-
-def ruler_prefill() -> str:
-    """Tasks down: scores of the same documents where all is dense, where question and answer see a
-    tenth of the tokens, and where the prompt is read so, too."""
-    cells = {}
-    for (task, context), by in ruler_scores(READ_SPARSELY).items():
-        usual = ruler_scores()[task, context]
-        for column, m in (("all dense", usual["dense"]["1.0"]),
-                          ("prompt dense, steps sparse", usual["butler"]["0.1"]),
-                          ("prompt and steps sparse", by["butler"]["0.1"])):
-            cells[f"{task}, {context:,} tokens", column] = cell(m)
-    return "\n\n".join([markdown("butler, 10 %", cells) + f"\n\nn = {m['n']}",
-                        *(origin(load(file)) for file in READ_SPARSELY)])
 
 
 def sketch() -> str:
@@ -291,8 +276,7 @@ def paper() -> str:
                               zip(("the paper", "here, SmolLM2-135M"), row[1:], strict=True)})
 
 
-SUMMARIES = {"paper": paper, "ruler": ruler, "ruler_prefill": ruler_prefill, "sketch": sketch,
-              "wait": wait}
+SUMMARIES = {"paper": paper, "ruler": ruler, "sketch": sketch, "wait": wait}
 
 # ---------------------------------------------------------------------------- files
 

@@ -57,7 +57,7 @@ def watched_by(selectors):
 
 
 class Probe:
-    """A selector that selects what another one does, and measures it.
+    """A selector that selects what another one does (None: all tokens), and measures it.
 
     kept[layer]: the share of the true attention that falls on the selected tokens, averaged over
     queries and heads.
@@ -68,14 +68,15 @@ class Probe:
         self.kept = {}
 
     def __call__(self, layer, x, q, keys, positions):
-        index = self.selector(layer, x, q, keys, positions)
+        index = self.selector(layer, x, q, keys, positions) if self.selector else None
         if index is not None:
             selected = index_to_mask(index, keys.shape[2])[:, :, None]  # [B, G, 1, T, S]
             self.kept[layer] = (true_attention(q, keys) * selected).sum(-1).mean().item()
         return index
 
     def mean(self) -> float:
-        return sum(self.kept.values()) / len(self.kept)
+        """Over the layers that were selected for; 1 if there were none."""
+        return sum(self.kept.values()) / len(self.kept) if self.kept else 1.0
 
 
 # ---------------------------------------------------------------------------- quality
@@ -114,8 +115,8 @@ def excess(m: dict) -> dict:
 @torch.inference_mode()
 def kept_at_lengths(llama, window, contexts, makers):
     """Reads a window [T] densely, once. Then the last 32 tokens before each of `contexts` go
-    through every selector -> yields (context, (selector, budget), attention kept, mean nats of
-    those tokens). The longest context comes first, so that no run reads what a selection wrote."""
+    through every selector -> yields (context, (selector, budget), Probe, mean nats of those
+    tokens). The longest context comes first, so that no run reads what a selection wrote."""
     contexts = sorted(contexts, reverse=True)
     cache = llama.new_cache(1, contexts[0])
     llama.prefill(window[None, : contexts[0]], cache)
@@ -123,21 +124,22 @@ def kept_at_lengths(llama, window, contexts, makers):
         block = window[context - BLOCK : context]
         for key, make in makers.items():
             cache.truncate(context - BLOCK)
-            selector = make()
-            probe = Probe(selector) if selector else None
+            probe = Probe(make())
             logits = llama(block[None], cache, probe)[0, :-1].float()
             nats = F.cross_entropy(logits, block[1:]).item()
-            yield context, key, probe.mean() if probe else 1.0, nats
+            yield context, key, probe, nats
 
 
 def length(llama, windows, contexts, makers) -> dict:
-    """Attention kept and perplexity at several lengths, also as a share of the oracle's."""
-    kept, nats = {}, {}
+    """-> {"results": attention kept and perplexity at several lengths, also as a share of the
+    oracle's, "layers": attention kept, means over the windows, a list from layer 1 on}"""
+    kept, nats, by_layer = {}, {}, {}
     for window in tqdm(windows, "windows", file=sys.stderr):
-        for context, key, share, loss in kept_at_lengths(llama, window, contexts, makers):
-            kept.setdefault((context, *key), []).append(share)
+        for context, key, probe, loss in kept_at_lengths(llama, window, contexts, makers):
+            kept.setdefault((context, *key), []).append(probe.mean())
             nats.setdefault((context, *key), []).append(loss)
-    results = {}
+            by_layer.setdefault((context, *key), []).append(list(probe.kept.values()))
+    results, layers = {}, {}
 
     def add(what, context, name, budget, m):
         results.setdefault(f"{what} @{context}", {}).setdefault(name, {})[budget] = m
@@ -152,7 +154,10 @@ def length(llama, windows, contexts, makers) -> dict:
             add("kept of oracle", context, name, budget, confidence_interval(of_oracle))
             more = [a - b for a, b in zip(losses, nats[oracle], strict=True)]
             add("over oracle", context, name, budget, excess(confidence_interval(more)))
-    return results
+        means = [statistics.mean(layer) for layer in zip(*by_layer[context, name, budget],
+                                                         strict=True)]
+        layers.setdefault(f"kept @{context}", {}).setdefault(name, {})[budget] = means
+    return {"results": results, "layers": layers}
 
 
 # ---------------------------------------------------------------------------- speed
@@ -307,11 +312,11 @@ def measure(config: Config) -> dict:
         print_rows(rows)
         return {"rows": rows}
     if config.suite == "perplexity":
-        results = perplexity(llama, windows, makers)
+        report = {"results": perplexity(llama, windows, makers)}
     else:
-        results = length(llama, windows, contexts, makers)
-    print_results(results)
-    return {"results": results, "bytes": print_bytes(makers, llama.config.head_dim)}
+        report = length(llama, windows, contexts, makers)
+    print_results(report["results"])
+    return report | {"bytes": print_bytes(makers, llama.config.head_dim)}
 
 
 def main(config: Config) -> dict:

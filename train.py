@@ -340,8 +340,8 @@ def final_table(llama, tok, butler, windows, documents) -> dict:
     kept = {("dense", context): [1.0] * len(windows) for context in contexts}
     selecting = {key: make for key, make in makers.items() if key[0] != "dense"}
     for window in tqdm(windows, "attention kept", file=sys.stderr):
-        for context, (name, _), share, _ in kept_at_lengths(llama, window, contexts, selecting):
-            kept.setdefault((name, context), []).append(share)
+        for context, (name, _), probe, _ in kept_at_lengths(llama, window, contexts, selecting):
+            kept.setdefault((name, context), []).append(probe.mean())
     table = {}
     for name, budget in makers:
         table[name] = {"coreference": right[name][budget],

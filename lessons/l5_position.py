@@ -151,8 +151,8 @@ def main(config: Config) -> dict:
             makers[keys, positions] = partial(butler.selector, 0.1)
     found = {key: {context: [] for context in contexts} for key in makers}
     for window in evenly_spaced(tok, text_to_measure_on(), config.n, contexts[-1]):
-        for context, key, share, _ in kept_at_lengths(llama, window, contexts, makers):
-            found[key][context].append(share)
+        for context, key, probe, _ in kept_at_lengths(llama, window, contexts, makers):
+            found[key][context].append(probe.mean())
     kept = {key: {context: sum(shares) / len(shares) for context, shares in by.items()}
             for key, by in found.items()}
     print_table(kept, contexts)

@@ -84,7 +84,15 @@ def test_perplexity_is_that_of_the_text_decoded_token_by_token(tiny, tiny_butler
 
 
 def test_length_measures_what_decoding_the_end_of_a_text_gives(tiny, tiny_butler, windows, makers):
-    results = bench.length(tiny, windows, [100, 150], makers)
+    report = bench.length(tiny, windows, [100, 150], makers)
+    results = report["results"]
+    for task, by_name in report["layers"].items():  # the mean of the layers is what is reported
+        for name, by_budget in by_name.items():
+            for budget, layers in by_budget.items():
+                if name != "dense":
+                    assert len(layers) == tiny.config.layers - 1
+                    mean = sum(layers) / len(layers)
+                    assert results[task][name][budget]["mean"] == pytest.approx(mean, rel=1e-6)
     for context in (100, 150):
         found = {}
         for name in NAMES:

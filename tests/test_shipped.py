@@ -39,8 +39,8 @@ def test_near_the_oracle_at_512_and_4096_tokens_of_unseen_prose(llama, tok, butl
     makers = every_maker(("oracle", "butler", "recency"), ("0.1",), butler)
     shares = {}
     for window in windows:
-        for context, (name, _), kept, _ in kept_at_lengths(llama, window, [512, 4096], makers):
-            shares.setdefault((name, context), []).append(kept)
+        for context, (name, _), probe, _ in kept_at_lengths(llama, window, [512, 4096], makers):
+            shares.setdefault((name, context), []).append(probe.mean())
     mean = {key: sum(values) / n for key, values in shares.items()}
     print(mean)
     for context in (512, 4096):

@@ -8,14 +8,16 @@ The attention weights of a query add up to 1. If a few tokens hold nearly all of
 other tokens hardly change the result, and the model could leave them unread. So how is the weight
 distributed over the tokens?
 
-The experiment reads 1,024 tokens of English with a real model, SmolLM2-135M. It has 30 layers
-with 3 KV heads each. The experiment measures the last 64 queries, as if these tokens were written
-one by one. For each query, layer and KV head it finds the 10 % of the tokens with the largest
-weights: the top set. All columns are means over queries and KV heads:
+The experiment reads 1,024 tokens of Python's reference manual with a real model, SmolLM2-135M. It
+has 30 layers with 3 KV heads each. The experiment measures the last 64 queries, as if these tokens
+were written one by one. For each query, layer and KV head it finds the 10 % of the tokens with the
+largest weights: the top set. All columns are means over KV heads, all but the last also over
+queries:
 
 - top 10 %: the share of the attention that the top set holds
 - first token: the share that the first token of the text holds
-- recent 10 %: the share that the first 4 tokens and the latest tokens hold, together 10 %
+- recent 10 %: the share that the first 4 tokens and the latest tokens hold. Together these are
+  10 % of all tokens
 - new a step: the share of the top set that was not in the top set one step before
 - used in 64: the share of all tokens that were in the top set at least once in 64 steps
 
@@ -23,8 +25,8 @@ What the table shows:
 
 1. From layer 1 on, a tenth of the tokens holds 94 % of the attention. So sparse attention is
    possible. In layer 0 it holds less than half, and all selectors here leave layer 0 dense.
-2. The first token alone holds 30 %. A head that finds nothing to read in the text puts its weight
-   there. Such a token is called an attention sink.
+2. The first token alone holds 30 %. Heads are thought to put weight there that they need nowhere
+   else. Such a token is called an attention sink.
 3. The recent tokens hold 76 %, less than the top set. What they lack lies further back.
 4. The top set moves. At each step a quarter of it is new. After 64 steps, 42 % of the tokens have
    been in it.
@@ -38,7 +40,8 @@ gets weights [..., S] and returns, for each row, the smallest number of tokens t
 share. How many tokens hold 90 % in layer 0, and in layer 12?
 
 Exercise 1.2, budgets per layer. Add `adaptive` to selection.py: an oracle that gives more tokens
-to layers with wide attention, with the same total. It keeps more attention than the oracle.
+to layers with wide attention, with the same total over all layers. It may learn from earlier steps
+which layers these are. It keeps more attention than the oracle.
 
     python -m lessons.l1_attention --figure attention.svg
 """

@@ -12,10 +12,11 @@ it. The model reads the text densely. Question and answer go through a selector,
 
 - oracle: computes the true attention of all tokens and takes the largest. It is no use in
   practice, because it reads all keys first. It shows what is possible.
-- recency: the first 4 tokens and the latest ones.
-- H2O: deletes the tokens that received the least attention so far. They never come back.
-- SnapKV: deletes once, after the text: what the last 32 queries of the text do not look at.
-- Quest: keeps all tokens, in pages of 16. It selects pages by a bound on their attention.
+- recency: the first 4 tokens and the latest ones, 10 % in all.
+- H2O: deletes the tokens that received the least attention so far, but none of the latest 5 %.
+  A deleted token never comes back.
+- SnapKV: deletes once, after the text, the tokens that the last 32 queries attend to the least.
+- Quest: keeps all tokens, in pages of 16. It selects pages by an upper bound of query times key.
 
 The first column of the table counts right answers. The other columns look at one text, at the
 step that must write the first token of the name. They show, for each token of the sentence with
@@ -28,8 +29,9 @@ heads still hold each token of it. The other heads deleted it, because other tok
 more attention. Quest deletes nothing, but it ranks other pages higher: 13 % of the heads select
 the page of the name.
 
-What to conclude: a tenth is enough if we know which tenth. Rules that look at the past cannot
-know what a later question will need. We need a selector that keeps everything, looks at the
+What to conclude: a tenth is enough if we know which tenth. H2O and SnapKV delete before the
+question comes, so they cannot know what it needs. Quest sees the question, but its pages are too
+coarse for this budget. We need a selector that keeps everything, looks at the
 present step, and is much cheaper than the oracle. Ten texts say little about how good a method
 is. results/README.md has the same task with more texts and more budgets.
 

@@ -8,8 +8,8 @@ A key of our model has 64 numbers. Does a score need all of them? A key is a poi
 dimensions. If the keys of a text lie close to a subspace with fewer dimensions, a few coordinates
 describe each key well. These coordinates are called a sketch of the key.
 
-Linear algebra finds this subspace. The principal directions of a set of keys are the directions in
-which these keys are longest. They are the eigenvectors of the matrix K^T K with the largest
+Linear algebra finds this subspace. The principal directions of a set of keys hold the most of the
+keys' squared length. They are the eigenvectors of the matrix K^T K with the largest
 eigenvalues. The rows of K are the keys that are already in the cache. Each layer and KV head has
 its own directions. Nothing is trained.
 
@@ -27,8 +27,8 @@ The columns of the table:
 The first row uses all 64 numbers, so it is the oracle. The last row reads no keys at all.
 
 What to conclude: with 32 numbers on principal directions the selection is close to the oracle's.
-With 8 numbers it is clearly worse. The same number of random directions keeps less. So small keys
-are possible without any training.
+With 8 numbers it is clearly worse. Random directions keep much less: 32 of them keep about as
+much as 8 principal ones. So small keys are possible without any training.
 
 But one problem is left. The score uses the layer's own query, and the model knows this query only
 when it reaches the layer. Can we know the query earlier? That is lesson 4.

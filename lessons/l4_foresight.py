@@ -16,13 +16,15 @@ layers. The lesson trains a butler for 60 steps on short texts. The model does n
 attention is what the butler learns to predict.
 
 The experiment compares both ways at equal distance. The queries of layers 1, 6, 11 and so on are
-made one layer earlier, those of layers 2, 7, 12 and so on two layers earlier, up to five. Each
-selector chooses 10 % of the tokens. The table shows the share of the attention that it keeps,
-divided by what the oracle keeps in the same layers. One column is one distance. The rows:
+made one layer earlier, those of layers 2, 7, 12 and so on two layers earlier, up to five. So each
+column has other layers. Each selector chooses 10 % of the tokens. The tables show the share of the
+attention that it keeps, divided by what the oracle keeps in the same layers. Layers 1 to 5 have a
+table of their own, because their queries are made from the input of layer 0: the embeddings, in
+which no token has seen another one. The rows:
 
 - own query, 64 numbers: the oracle, so it is 1 everywhere. It does not look ahead.
 - own query, 32 numbers: the sketch of lesson 3. It does not look ahead.
-- early query, 64 numbers: the layer's query weights, applied to the earlier input
+- early query, 32 numbers: the same sketch, with the layer's query weights on the earlier input
 - butler, 60 steps: trained in this lesson; its keys have 32 numbers
 - butler, shipped: of the same size, after 1,600 steps, which also used longer texts
 
@@ -57,22 +59,22 @@ import train
 from butler import Butler, ButlerConfig, load
 from cli import flag
 from data import Mixture, default_texts, evenly_spaced, hold_out, text_to_measure_on
-from kernel import true_attention
 from lessons.figure import figure, looks
 from lessons.l3_sketch import BUDGET, Sketch, kept_by_layer
 from model import apply_rope, rope_cos_sin
-from selection import Oracle, Selector
+from selection import Oracle
 from synth_task import pools
 
 AHEAD = 5  # layers that one producer serves
-LOOKS = {"own query, 32 numbers": "sketch", "early query, 64 numbers": "ahead5"}
+LOOKS = {"own query, 32 numbers": "sketch", "early query, 32 numbers": "ahead5"}
+GROUPS = {"layers 1 to 5": range(1, 6), "layers 6 to 29": range(6, 30)}
 
 
-class EarlyQuery(Selector):
-    """Scores with queries that are computed up to five layers too early, without training."""
+class EarlyQuery(Sketch):
+    """The sketch of lesson 3, but its queries are computed up to five layers too early."""
 
     def __init__(self, budget, llama):
-        super().__init__(budget)
+        super().__init__(budget, 32)
         self.llama = llama
         self.queries = {}  # {layer: [B, H, T, D]}
 
@@ -87,7 +89,7 @@ class EarlyQuery(Selector):
             self.queries[later] = apply_rope(q, *rope_cos_sin(positions, self.llama.frequencies))
 
     def scores(self, layer, q, keys, positions):
-        return true_attention(self.queries[layer], keys).mean(2)  # the oracle, but with early q
+        return super().scores(layer, self.queries[layer], keys, positions)
 
 
 def trained(llama, tok, steps: int) -> Butler:
@@ -104,34 +106,37 @@ def trained(llama, tok, steps: int) -> Butler:
     return butler.eval().requires_grad_(False)
 
 
-def by_distance(kept: list[dict], oracle: list[dict]) -> list[float]:
+def by_distance(kept: list[dict], oracle: list[dict], layers) -> list[float]:
     """{layer: attention kept} of each text, of a selector and of the oracle -> the ratio of both
-    for layers that look 1, 2 ... 5 layers ahead"""
+    for those of these layers that look 1, 2 ... 5 layers ahead"""
     sums = [[0.0, 0.0] for _ in range(AHEAD)]
     for own, best in zip(kept, oracle, strict=True):
-        for layer in own:
+        for layer in layers:
             sums[(layer - 1) % AHEAD][0] += own[layer]
             sums[(layer - 1) % AHEAD][1] += best[layer]
     return [own / best for own, best in sums]
 
 
-def print_table(rows: dict) -> None:
-    print(f"{'layers ahead':26s}" + "".join(f"{d:7d}" for d in range(1, AHEAD + 1)) + "   mean")
-    for name, ratios in rows.items():
-        mean = sum(ratios) / AHEAD
-        print(f"{name:26s}" + "".join(f"{ratio:7.3f}" for ratio in ratios) + f"{mean:7.3f}")
+def print_table(tables: dict) -> None:
+    for title, rows in tables.items():
+        print(f"\n{f'{title}; layers ahead':30s}"
+              + "".join(f"{distance:7d}" for distance in range(1, AHEAD + 1)) + "   mean")
+        for name, ratios in rows.items():
+            mean = sum(ratios) / AHEAD
+            print(f"{name:30s}" + "".join(f"{ratio:7.3f}" for ratio in ratios) + f"{mean:7.3f}")
 
 
-def draw(path: str, rows: dict) -> None:
-    with figure(path) as (axis,):
-        for name, ratios in list(rows.items())[1:]:
-            style = "-" if name in LOOKS or "shipped" in name else ":"
-            axis.plot(range(1, AHEAD + 1), ratios, label=name, linestyle=style,
-                      **looks(LOOKS.get(name, "butler")))
-        axis.set(title="the price of looking ahead", xlabel="layers ahead",
-                 ylabel="kept, of oracle (from 0.75)", ylim=(0.75, 1.01),
-                 xticks=range(1, AHEAD + 1))
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+def draw(path: str, tables: dict) -> None:
+    with figure(path, len(tables), (9.2, 3.6)) as axes:
+        for axis, (title, rows) in zip(axes, tables.items(), strict=True):
+            for name, ratios in list(rows.items())[1:]:
+                style = "-" if name in LOOKS or "shipped" in name else ":"
+                axis.plot(range(1, AHEAD + 1), ratios, label=name, linestyle=style,
+                          **looks(LOOKS.get(name, "butler")))
+            axis.set(title=title, xlabel="layers ahead", ylim=(0, 1.03),
+                     xticks=range(1, AHEAD + 1))
+        axes[0].set_ylabel("kept, of what the oracle keeps")
+        axes[-1].legend(loc="lower left")
 
 
 @dataclass
@@ -152,18 +157,19 @@ def main(config: Config) -> dict:
         selectors = {
             "own query, 64 numbers": Oracle(BUDGET),
             "own query, 32 numbers": Sketch(BUDGET, 32),
-            "early query, 64 numbers": EarlyQuery(BUDGET, llama),
+            "early query, 32 numbers": EarlyQuery(BUDGET, llama),
             f"butler, {config.steps} steps": butler.selector(BUDGET),
             "butler, shipped": shipped.selector(BUDGET),
         }
         for name, shares in kept_by_layer(llama, window, selectors):
             kept.setdefault(name, []).append(shares)
     oracle = kept["own query, 64 numbers"]
-    rows = {name: by_distance(shares, oracle) for name, shares in kept.items()}
-    print_table(rows)
+    tables = {title: {name: by_distance(shares, oracle, layers) for name, shares in kept.items()}
+              for title, layers in GROUPS.items()}
+    print_table(tables)
     if config.figure:
-        draw(config.figure, rows)
-    return {"of oracle": rows}
+        draw(config.figure, tables)
+    return {"of oracle": tables}
 
 
 if __name__ == "__main__":

@@ -112,11 +112,11 @@ def print_table(kept: dict, contexts: list[int]) -> None:
 
 
 def draw(path: str, kept: dict, contexts: list[int]) -> None:
-    lines = iter(("-", ":", "--", "-.", "-"))
+    lines = iter(("-", "-", ":", "--", "-.", "-"))
     with figure(path) as (axis,):
         for key, shares in kept.items():
             values = [shares[context] for context in contexts]
-            name = key[0] if key[0] == "oracle" else "butler"
+            name = "butler" if key[1] else key[0]
             axis.plot(contexts, values, next(lines), **looks(name))
             axis.annotate(", ".join(filter(None, key)), (contexts[-1], values[-1]),
                           xytext=(8, -3), textcoords="offset points", color=looks(name)["color"])
@@ -145,7 +145,7 @@ def main(config: Config) -> dict:
     llama = first_layers(llama, LAYERS)
     texts = [hold_out(source)[0] for source in default_texts()]
     mixture = Mixture(tok, texts, pools("train"))
-    makers = {("oracle", ""): partial(make_selector, "oracle", 0.1)}
+    makers = {(name, ""): partial(make_selector, name, 0.1) for name in ("oracle", "recency")}
     for gaps, positions in enumerate((f"0 to {config.length - 1}", "with gaps")):
         for keys, butler in trained(llama, mixture, bool(gaps), config).items():
             makers[keys, positions] = partial(butler.selector, 0.1)

@@ -1,7 +1,7 @@
 """Lesson 6. When does it pay?
 
 A selection saves reading. For each new token, the processor must read all weights of the model and
-the whole KV cache. With a budget of 10 % it reads about a tenth of the cache. But choosing costs
+the whole KV cache. With a budget of 10 % it reads a small part of the cache. But choosing costs
 time, too. So when is a step with selection faster?
 
 First we count bytes. A dense step reads
@@ -17,7 +17,7 @@ Then we measure two engines. The cache is filled with random numbers.
 
 - plain: the files of this course. It finds the best scores with `torch.topk`. It copies the
   selected rows of keys and values, then it attends to the copies (gather). All numbers have 32
-  bits, but importance keys are counted with 8.
+  bits. The count takes 8 bits for importance keys, so it is a little too small here.
 - fast: the step is one compiled call. It reads the selected rows without a copy. Most weights have
   4 bits, so the cache is a larger part of all bytes. Importance keys have 8 bits.
 
@@ -31,7 +31,8 @@ kernel splits the selected tokens into chunks, so that many processors can work 
 definition, `masked_attention`.
 
 A prompt can be read through the butler, too: each block of 64 queries shares one choice. The last
-lines measure this for 512 tokens. Only attention gets cheaper; the products with the weights stay.
+lines measure this for 512 tokens. Only attention gets cheaper. The products
+with the weights cost the same.
 
 What to conclude: first count bytes, because this shows how much there is to save. Then measure,
 because choosing and copying take time that the count does not show. The answer depends on the

@@ -29,7 +29,6 @@ from cli import UserError, flag, known
 TEXT = "out/prose.txt"
 NEAR = "--selectors dense,oracle,butler"
 RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
-UNTRAINED = "dense,oracle,butler,sketch,sketch16,sketch8,ahead1,ahead5,quest,spread,topp,recency"
 NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
 
 STEPS = {
@@ -40,9 +39,9 @@ STEPS = {
     "coreference": f"synth_task.py {NEAR} --budgets 0.07,0.1 --n 200",
     "budgets": f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1,0.25,0.5 --n 60",
     "length": f"bench.py --suite length --text {TEXT} --contexts 512,1024,2048,4096,8000 "
-              f"--engine fast --selectors {UNTRAINED} --n 20",
-    "foresight": f"bench.py --suite recall --text {TEXT} --contexts 512 --selectors "
-                 "oracle,butler,sketch,ahead5 --n 20",
+              "--selectors dense,oracle,butler,recency --n 20",
+    "foresight": f"bench.py --suite length --engine fast --text {TEXT} --contexts 512,2048 "
+                 "--selectors oracle,butler,sketch,ahead1,ahead5 --n 20",
     "perplexity": f"bench.py --suite perplexity --text {TEXT} --contexts 512 "
                   "--budgets 0.1,0.25,0.5 --selectors dense,oracle,butler,quest,recency --n 24",
     "ruler": f"synth_task.py --task {NEEDLES},copy --context 1024,2048 {NEAR} "

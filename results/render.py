@@ -201,31 +201,34 @@ def ruler() -> str:
                         *(origin(load(file)) for file in RULER)])
 
 
-def sketch() -> str:
-    """Selectors down: the bytes that each reads to choose, and the share of the oracle's attention
-    that it keeps at several lengths."""
-    report = load("length")
-    of_oracle = {task: by for task, by in report["results"].items()
-                 if task.startswith("kept of oracle @")}
+def foresight() -> str:
+    """Selectors down: bytes per token and KV head that each reads to choose, and the share of the
+    oracle's attention that it keeps, in all layers and in two groups of them."""
+    report = load("foresight")
     cells = {}
-    for task, by_name in reversed(of_oracle.items()):  # the shortest text first
-        for name, by in by_name.items():
-            m = by["0.1"]
-            if name != "topp":  # an oracle, too
-                cells[name, "bytes"] = f"{report['bytes'][name]:g}"
-                cells[name, f"{int(task.split('@')[1]):,} tokens"] = number(m["mean"])
-    return "\n\n".join([markdown("kept, of oracle", cells), f"n = {m['n']}; {origin(report)}"])
+    for context in report["config"]["contexts"]:
+        by_layer = {name: by["0.1"] for name, by in report["layers"][f"kept @{context}"].items()}
+        for name, own in by_layer.items():
+            cells[name, "bytes"] = f"{report['bytes'][name]:g}"
+            m = report["results"].get(f"kept of oracle @{context}", {}).get(name)
+            at = f"{int(context):,} tokens"
+            cells[name, at] = cell(m["0.1"]) if m else "1"
+            for title, part in ("layers 1 to 5", slice(0, 5)), ("layers 6 to 29", slice(5, None)):
+                kept = sum(own[part]) / sum(by_layer["oracle"][part])
+                cells[name, f"{at}, {title}"] = number(kept)
+    n = report["config"]["n"]
+    return "\n\n".join([markdown("kept, of oracle", cells), f"n = {n}; {origin(report)}"])
 
 
 def untrained() -> list[tuple]:
-    """The paper table's row about selections without training, once they have been measured: the
-    same bytes per token, and the layer's own query of the step from layers below."""
-    kept = load("length")["results"]["kept of oracle @8000"]
-    words = {"sketch": "the layer's own query on arrival", "ahead1": "from one layer below",
-             "ahead5": "from five layers below"}
-    found = [f"{what} {kept[name]['0.1']['mean']:.1%}" for name, what in words.items()
-             if name in kept]
-    return [("the same without training", "not reported", "; ".join(found))] if found else []
+    """The paper table's row about selections without training: the same bytes per token, and the
+    layer's own query, or queries from the layers below."""
+    kept = load("foresight")["results"]["kept of oracle @2048"]
+    words = {"butler": "butler", "sketch": "untrained, the layer's own query on arrival",
+             "ahead1": "untrained, from one layer below",
+             "ahead5": "untrained, from one to five layers below"}
+    return [("attention kept at 2,048 tokens, of the oracle's", "not reported",
+             "; ".join(f"{what} {kept[name]['0.1']['mean']:.1%}" for name, what in words.items()))]
 
 
 def paper() -> str:
@@ -263,20 +266,21 @@ def paper() -> str:
         ("attention kept at 8,000 tokens", "not reported",
          f"{kept['mean']:.1%} of what the oracle keeps (n = {kept['n']})"),
         *untrained(),
-        ("RULER", "competitive with dense", f"{sum(of_dense) / len(of_dense):.0%} of dense, mean "
-         f"of {len(solved)} RULER-style tasks that dense solves (n = {solved[0]['dense']['n']})"),
+        ("RULER", "competitive with dense",
+         f"{sum(of_dense) / len(of_dense):.0%} of dense, mean of {len(solved)} cells (RULER-style "
+         f"task and length) that dense solves (n = {solved[0]['dense']['n']})"),
         ("one choice serves several steps", "within 1.1 points",
-         f"{stale['steps']:.1f} steps: {points:+.0f} points on co-reference (n = {stale['n']}), "
-         f"{lost:+.0f} on copies (n = {copies['dense']['n']})"),
+         f"with `--drift 0.25` {stale['steps']:.1f} steps: {points:+.0f} points on co-reference "
+         f"(n = {stale['n']}), {lost:+.0f} on copies (n = {copies['dense']['n']})"),
         ("speed on a GPU", "1.6 times dense", "not measured"),
         ("keys and values offloaded", "7.6 times dense at 1M tokens (A6000, host memory)",
-         f"{offloaded['speedup']:.1f} times dense at {offloaded['context']:,} tokens (2 CPU cores, "
-         f"file, shape of Llama-3.2-1B)")]
+         f"{offloaded['speedup']:.1f} times dense at {offloaded['context']:,} tokens, 1,024 of "
+         "them attended (2 CPU cores, file, random weights in the shape of Llama-3.2-1B)")]
     return markdown("claim", {(row[0], column): text for row in rows for column, text in
                               zip(("the paper", "here, SmolLM2-135M"), row[1:], strict=True)})
 
 
-SUMMARIES = {"paper": paper, "ruler": ruler, "sketch": sketch, "wait": wait}
+SUMMARIES = {"paper": paper, "ruler": ruler, "foresight": foresight, "wait": wait}
 
 # ---------------------------------------------------------------------------- files
 

@@ -248,13 +248,24 @@ def test_the_paper_beside_the_repository():
     assert len(table) in (9, 10) and all(len(row) == 2 for row in table.values())
 
 
-def test_selections_without_training_have_a_row_once_they_are_measured(monkeypatch):
-    kept = {"butler": {"0.1": m(0.97)}}
-    monkeypatch.setattr(render, "load", lambda name: {"results": {"kept of oracle @8000": kept}})
-    assert render.untrained() == []
-    kept["sketch"], kept["ahead5"] = {"0.1": m(0.95)}, {"0.1": m(0.8)}
+def test_selections_without_training_have_a_row():
+    kept = render.load("foresight")["results"]["kept of oracle @2048"]
     ((_, _, text),) = render.untrained()
-    assert text == "the layer's own query on arrival 95.0%; from five layers below 80.0%"
+    for name in ("butler", "sketch", "ahead1", "ahead5"):
+        assert f"{kept[name]['0.1']['mean']:.1%}" in text
+
+
+def test_foresight_by_groups_of_layers(monkeypatch):
+    """Ratios of sums over layers 1 to 5 and over those above."""
+    layers = {"oracle": {"0.1": [0.8] * 7}, "ahead5": {"0.1": [0.4] * 5 + [0.6, 0.8]}}
+    report = {"config": {"contexts": ["512"], "n": 2}, "layers": {"kept @512": layers},
+              "results": {"kept of oracle @512": {"ahead5": {"0.1": m(0.6)}}},
+              "bytes": {"oracle": 128, "ahead5": 36}, "hardware": "h", "commit": "c",
+              "command": "x"}
+    monkeypatch.setattr(render, "load", lambda name: report)
+    table = {line[0]: line[1:] for line in lines_of(render.foresight())}
+    assert table["oracle"] == ["128", "1", "1.000", "1.000"]
+    assert table["ahead5"][0] == "36" and table["ahead5"][2:] == ["0.500", "0.875"]
 
 
 def test_the_wait_is_a_prompt_and_100_steps_of_the_fastest_form(tmp_path, monkeypatch):

@@ -31,9 +31,9 @@ What the table shows:
 4. The top set moves. At each step a quarter of it is new. After 64 steps, 42 % of the tokens have
    been in it.
 
-What to conclude: a step needs few tokens, but every step needs others. A method that deletes
-tokens must guess what all later steps will need. The other way is to keep the whole cache and to
-select again at every step. The following lessons ask how.
+What to conclude: a step needs few tokens, and in the course of a text these change. A method that
+deletes tokens must guess what all later steps will need. The other way is to keep the whole cache
+and to select again at every step. The following lessons ask how.
 
 Exercise 1.1, tokens for a share. Add the function `tokens_for(share, attention)` to this file. It
 gets weights [..., S] and returns, for each row, the smallest number of tokens that hold this

@@ -23,7 +23,7 @@ step that must write the first token of the name. They show, for each token of t
 the name, how many of the 87 KV heads above layer 0 attend to it.
 
 What the table shows: with the oracle, 17 to 26 % of the heads attend to each token of the name,
-and every answer is right. So a few heads are enough to read the name. Quest answers one text of
+and every answer is right. Few heads seem to be enough to read the name. Quest answers one text of
 ten, the others none. Recency and SnapKV have nothing of the name left. With H2O 1 to 3 % of the
 heads still hold each token of it. The other heads deleted it, because other tokens had received
 more attention. Quest deletes nothing, but it ranks other pages higher: 13 % of the heads select

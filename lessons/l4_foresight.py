@@ -28,11 +28,12 @@ which no token has seen another one. The rows:
 - butler, 60 steps: trained in this lesson; its keys have 32 numbers
 - butler, shipped: of the same size, after 1,600 steps, which also used longer texts
 
-What to conclude: the early query loses more with every layer that it looks ahead, although it
-reads all 64 numbers of a key. The butler predicts five layers ahead about as well as one layer
-ahead. After 60 steps it already beats the early query at five layers. The shipped butler keeps
-about as much as the sketch, which has the layer's own query. So in this experiment training buys
-foresight. It is not needed for small keys: the sketch has them without training.
+What to conclude: where the early query looks from the embeddings, it fails. In layers 1 to 5 it
+keeps 0.43 on average, and the trained butler 0.98. In the layers above, the early query is good
+without any training: 0.97 one layer ahead, 0.93 five layers ahead. There the butler of 60 steps is
+not better on average. The shipped butler is: it keeps 0.98 at every distance, as the sketch with
+the layer's own query does. So training buys foresight, most of it in the first layers. It is not
+needed for small keys.
 
 Exercise 4.1, the query before. There is another early query: that of the token before. Add the
 selector `before` to selection.py. It scores as the oracle does, but with the query of the step

@@ -23,7 +23,7 @@ from cli import UserError, flag
 from lessons.figure import ROOT
 
 README = ROOT / "lessons" / "README.md"
-PRINTED = "What it prints:\n"
+PRINTED = "What it prints without flags:\n"
 MARKER = re.compile(r"<!-- (l\d_\w+) -->\n(.*?)<!-- end -->", re.S)
 
 

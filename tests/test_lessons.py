@@ -82,7 +82,8 @@ def test_the_readme_tells_what_a_lesson_says(name, block):
     """What was printed is not compared, because other processors round differently."""
     assert block.startswith(lesson(name)), "run python lessons/write.py"
     printed = block.removeprefix(lesson(name))
-    assert re.fullmatch(rf"\nWhat it prints:\n\n```\n.*\n```\n\n!\[.*\]\({name}\.svg\)\n\n"
+    assert re.fullmatch(rf"\nWhat it prints without flags:\n\n```\n.*\n```\n\n"
+                        rf"!\[.*\]\({name}\.svg\)\n\n"
                         rf".*; commit [0-9a-f]+: `python -m lessons.{name}`\n", printed, re.S)
     assert (ROOT / "lessons" / f"{name}.svg").read_text("utf-8").startswith("<?xml")
 

@@ -52,14 +52,10 @@ def test_the_whole_lesson_runs_as_a_file_and_as_a_module(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_is_short_and_ends_with_two_exercises(name):
-    source = (ROOT / "lessons" / f"{name}.py").read_text("utf-8")
+def test_a_lesson_ends_with_two_exercises(name):
     text = docstring(name)
     number = name[1]
     assert text.startswith(f"Lesson {number}. ")
-    assert 300 <= len(text.split()) <= 520
-    code = [line for line in source.split('"""', 2)[2].splitlines() if line.strip()]
-    assert len(code) <= 125
     titles = re.findall(rf"^Exercise ({number}\.\d, [^.]+)\.", text, re.M)
     assert len(titles) == 2
     for title in titles:

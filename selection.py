@@ -131,6 +131,12 @@ class Selector:
         scores = self.scores(layer, q, keys, positions).float()
         return scores.unflatten(2, (-1, QUERY_BLOCK)).mean(3)
 
+    def choose_for_blocks(self, budget, layer, q, keys, positions):
+        """For blocks of 64 queries of a prompt: the tokens chosen within `budget` between sinks and
+        window of each block, [B, G, T/64, number of them], -1 = empty."""
+        last = positions[QUERY_BLOCK - 1 :: QUERY_BLOCK]  # places of the blocks' last queries
+        return budget.topk(self.block_scores(layer, q, keys, positions), last)
+
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
         """What the model calls -> index [B, G, T, K], or None in layer 0."""
@@ -196,9 +202,8 @@ class SparsePrefill:
         self.selector.look_ahead(layer, x, positions)
         if layer < DENSE_LAYERS:
             return None
-        last = positions[QUERY_BLOCK - 1 :: QUERY_BLOCK]  # places of the blocks' last queries
-        scores = self.selector.block_scores(layer, q, keys, positions)
-        chosen = self.budget.topk(scores, last)
+        chosen = self.selector.choose_for_blocks(self.budget, layer, q, keys, positions)
+        last = positions[QUERY_BLOCK - 1 :: QUERY_BLOCK]
         always = self.budget.sinks_and_window(last).expand(*chosen.shape[:2], -1, -1)
         return torch.cat([always, chosen], dim=-1).int()
 

@@ -51,8 +51,8 @@ class Page:
     def look_ahead(self, *seen) -> None:
         self.selector.look_ahead(*seen)
 
-    def block_scores(self, *seen):
-        return self.selector.block_scores(*seen)
+    def choose_for_blocks(self, *seen):
+        return self.selector.choose_for_blocks(*seen)
 
     def __call__(self, layer, x, q, keys, positions):
         index = self.selector(layer, x, q, keys, positions) if self.selector else None

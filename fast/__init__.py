@@ -2,7 +2,7 @@
 
     llama.py      the Llama of model.py with a compiled decode step
     selector.py   the butler with 8-bit importance keys, which chooses ahead of the layers
-    prompt.py     prompts in bfloat16, on processors that multiply it
+    prompt.py     prompts, without masks
     step.py       a whole decode step in one compiled call
     packed.py     weights in 4, 8 or 16 bits, and their product with one token
     pairs.py      the processor's instruction for products of small integers

@@ -5,9 +5,9 @@
                      the cache's table [2, L, 1, G, capacity, D], float32
 
 A step of one token of one text runs compiled on packed weights, with no selector or with the
-selector of fast/selector.py. Several tokens in one call of a bfloat16 model run as in
-fast/prompt.py. Everything else runs as in model.py: steps of batches, other selectors, other
-caches, weights that have no packed form. A step over a cache in a file attends to
+selector of fast/selector.py. Several tokens in one call run as in fast/prompt.py. Everything else
+runs as in model.py: steps of batches, other selectors, other caches, weights that have no packed
+form. A step over a cache in a file attends to
 the rows that this cache holds in memory, see fast/offload.py.
 
     python -m fast.llama        milliseconds of a step, plain and compiled
@@ -87,8 +87,7 @@ class Llama(model.Llama):
             return self.step(tokens, cache, selector)
         if tokens.shape[1] == 1 and isinstance(cache, DiskCache) and isinstance(selector, Selector):
             selector = cache.through_held_rows(selector)
-        half = self.embed_tokens.weight.dtype == torch.bfloat16
-        if half and tokens.shape[1] > 1 and positions is None and isinstance(cache, Cache):
+        if tokens.shape[1] > 1 and positions is None and isinstance(cache, Cache):
             return prompt.read(self, tokens, cache, selector, last)
         return super().forward(tokens, cache, selector, positions, last)
 

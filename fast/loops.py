@@ -128,7 +128,7 @@ def compiled(function, parallel=False, fastmath=("contract",), inline="never"):
 
 @cache
 def say_that_it_compiles() -> None:
-    print("fast: compiling loops for this processor, once", file=sys.stderr)
+    print("fast: compiling loops for this processor, once, about 15 s", file=sys.stderr)
 
 
 called = set()  # compiled functions

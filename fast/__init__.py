@@ -2,8 +2,8 @@
 
     llama.py      the Llama of model.py with a compiled decode step
     selector.py   the butler with 8-bit importance keys, which chooses ahead of the layers
+    prompt.py     prompts, without masks
     step.py       a whole decode step in one compiled call
-    prompt.py     prompts in bfloat16, attention without masks
     packed.py     weights in 4, 8 or 16 bits, and their product with one token
     pairs.py      the processor's instruction for products of small integers
     loops.py      attention, choosing and prediction as compiled loops

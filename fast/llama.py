@@ -5,16 +5,16 @@
                      the cache's table [2, L, 1, G, capacity, D], float32
 
 A step of one token of one text runs compiled on packed weights, with no selector or with the
-selector of fast/selector.py. Prompts of a bfloat16 model go through fast/prompt.py. Everything else
-runs as in model.py: batches, other selectors, other caches, weights that have no packed form. A
-step over a cache in a file attends to the rows that this cache holds in memory, see
+selector of fast/selector.py. Several tokens in one call run as in fast/prompt.py. Everything else
+runs as in model.py: steps of batches, other selectors, other caches, weights that have no packed
+form. A step over a cache in a file attends to the rows that this cache holds in memory, see
 fast/offload.py.
 
     python -m fast.llama        milliseconds of a step, plain and compiled
 """
 
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -87,8 +87,7 @@ class Llama(model.Llama):
             return self.step(tokens, cache, selector)
         if tokens.shape[1] == 1 and isinstance(cache, DiskCache) and isinstance(selector, Selector):
             selector = cache.through_held_rows(selector)
-        half = self.embed_tokens.weight.dtype == torch.bfloat16
-        if half and tokens.shape[1] > 1 and positions is None and isinstance(cache, Cache):
+        if tokens.shape[1] > 1 and positions is None and isinstance(cache, Cache):
             return prompt.read(self, tokens, cache, selector, last)
         return super().forward(tokens, cache, selector, positions, last)
 
@@ -131,6 +130,7 @@ if __name__ == "__main__":
         llama = cls.from_pretrained(resolve())
         cache = llama.new_cache(1, 600)
         llama.prefill(torch.arange(512)[None], cache)
-        step = lambda: llama.decode(torch.tensor([[512]]), cache)  # noqa: E731, B023
-        print(f"{cls.__module__}: {1e3 * median(repeat(step, number=1, repeat=30)):.2f} ms a step, "
+        decode = partial(llama.decode, torch.tensor([[512]]), cache)
+        ms = 1e3 * median(repeat(decode, number=1, repeat=30))
+        print(f"{cls.__module__}: {ms:.2f} ms a step, "
               f"512 cached tokens, {llama.weight_bytes() / 1e6:.0f} MB of weights")

@@ -52,6 +52,10 @@ ROWS = 64  # keys and values attended to at a time
 MAX_HALF = np.float32(65504)  # the largest number of fp16
 LOG2E = math.log2(math.e)
 MAX_AGE = 16  # steps that one choice serves at most
+# For Numba: cores share the loops that are written with prange, and no others. To look for others
+# takes a sixth of the time of compiling.
+PRANGE_ONLY = dict.fromkeys(["comprehension", "reduction", "inplace_binop", "setitem", "numpy",
+                             "stencil", "fusion"], False)
 
 
 # ---------------------------------------------------------------------------- compiling
@@ -120,6 +124,7 @@ def compiled(function, parallel=False, fastmath=("contract",), inline="never"):
     """Numba's version of a function, compiled at its first call; without Numba the function."""
     if numba is None:
         return function
+    parallel = dict(PRANGE_ONLY) if parallel else False  # a copy: Numba empties it
     made = numba.njit(function, parallel=parallel, inline=inline, fastmath=set(fastmath),
                       error_model="numpy", no_cfunc_wrapper=True)
     if "<" not in function.__qualname__:  # the name of a lambda does not tell which one it is

@@ -24,10 +24,10 @@ import cli
 import fast
 import model
 from cli import UserError
-from fast import loops, packed, pairs
+from fast import loops, packed, pairs, prompt
 from fast.selector import ImportanceKeys, Refresh, choose, ordered_codes, quantise
-from kernel import masked_attention
-from selection import Selector, make_selector
+from kernel import block_attention, masked_attention
+from selection import Budget, Selector, make_selector
 
 numba = pytest.importorskip("numba")
 
@@ -395,6 +395,86 @@ def test_a_full_budget_is_dense(fast_llama, fast_butler, ids):
                                  for t in ids[:, 50:54].split(1, 1)]))
     assert_close("all tokens chosen", logits[1], logits[0], 1e-3)
     assert_close("more than all", logits[2], logits[0], 1e-3)
+
+
+# ---------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("B,S,T", [(1, 70, 70), (2, 300, 128), (1, 97, 2)])
+def test_attention_of_a_prompt(B, S, T, dtype, limit):
+    """NaN where the cache has no tokens yet; then an index with a choice for each query."""
+    rng = torch.Generator().manual_seed(S)
+    q = torch.randn(B, 6, T, 64, generator=rng).bfloat16().float()
+    k, v = torch.randn(2, B, 2, S + 3, 64, generator=rng).bfloat16().float()
+    k[:, :, S:] = v[:, :, S:] = torch.nan
+    k, v = k[:, :, :S], v[:, :, :S]
+    expected = model.attention(q, k, v, None)
+    assert_close("attention", prompt.attention(q, k, v, None, dtype), expected, limit)
+    index = torch.arange(S, dtype=torch.int32).expand(B, 2, T, S)  # a choice for each query
+    index = torch.where(index <= torch.arange(S - T, S)[:, None], index, -1)
+    assert_close("selected", prompt.attention(q, k, v, index, dtype), expected, 1e-5)
+
+
+@pytest.mark.parametrize("B,unlike", [(1, None), (2, None), (1, "counts"), (1, "own")])
+def test_blocks_of_a_prompt(B, unlike):
+    """Also where KV heads name different numbers of tokens, or not all of their own block."""
+    rng = torch.Generator().manual_seed(B)
+    q = torch.randn(B, 6, 192, 64, generator=rng).bfloat16().float()
+    k, v = torch.randn(2, B, 2, 500, 64, generator=rng).bfloat16().float()
+    last = torch.tensor([371, 435, 499])
+    budget = Budget(0.5, window=128)
+    chosen = budget.topk(torch.rand(B, 2, 3, 500, generator=rng), last)
+    index = torch.cat([budget.sinks_and_window(last).expand(B, 2, -1, -1), chosen], dim=-1)
+    if unlike == "counts":
+        index[0, 1, 0, -70:] = -1
+    if unlike == "own":
+        index[0, :, 1, 10] = -1
+    found = prompt.attention(q, k, v, index.int())
+    assert_close("attention", found, block_attention(q, k, v, index.int()), 1e-5)
+
+
+def test_blocks_choose_as_the_course_does(fast_llama, fast_butler, ids):
+    """The same sets of tokens from the same scores, in any order."""
+    cache, selector = fast_llama.new_cache(1, 800), fast_butler.selector(0.1)
+    fast_llama.prefill(ids[:, :512], cache, selector.watch)
+    compared = 0
+
+    def compare(layer, x, q, keys, positions):
+        nonlocal compared
+        selector.watch(layer, x, q, keys, positions)
+        selector.look_ahead(layer, x, positions)
+        for total in (0.4, 132, 140, 10_000) if layer else ():
+            arguments = Budget(total, window=128), layer, q, keys, positions
+            found = selector.choose_for_blocks(*arguments)
+            expected = Selector.choose_for_blocks(selector, *arguments)
+            assert found.dtype == torch.int32 and found.shape[2] == 3
+            found, expected = (x.sort(-1).values for x in (found, expected))
+            assert torch.equal(found, expected)
+            compared += int((found >= 0).sum())
+
+    fast_llama.prefill(ids[:, 512:704], cache, compare)
+    assert compared > 10_000
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_a_bfloat16_model_reads_as_the_plain_one(tiles, model_path, llama, ids, monkeypatch):
+    """Whole prompts and chunks: about as near to float32 as the plain model in bfloat16."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    quick = fast.Llama.from_pretrained(model_path, torch.bfloat16)
+    plain = model.Llama.from_pretrained(model_path, torch.bfloat16)
+    exact = llama(ids[:, :600]).log_softmax(-1)
+
+    def divergence(logits):
+        return float((exact.exp() * (exact - logits.float().log_softmax(-1))).sum(-1).mean())
+
+    limit = divergence(plain(ids[:, :600])) * 1.2
+    for split in [600], [256, 256, 88]:
+        cache = quick.new_cache(1, 600)
+        logits = torch.cat([quick(part, cache) for part in ids[:, :600].split(split, dim=1)], 1)
+        assert divergence(logits) < limit
+        assert cache.size == 600 and cache.k[0].dtype == torch.float32
+    assert_close("last", quick.prefill(ids[:, :600], quick.new_cache(1, 600)), logits[:, -1:], 0.5)
 
 
 # ---------------------------------------------------------------------------- near the course

@@ -226,7 +226,9 @@ def draw(message: str, panels: list[dict], path) -> None:
     size = 7.4 if len(panels) == 1 else 9.2, 1.3 + 0.24 * rows if rows else 3.3  # inches
     metadata = {"Title": message,
                 "Description": f"drawn from numbers with SHA-256 {digest(message, panels)}"}
-    with page(path, len(panels), size, metadata, sharey="dots" in panels[0]) as (figure, axes):
+    rows_of = [list(panel.get("dots", "")) for panel in panels]
+    same_rows = bool(rows) and all(names == rows_of[0] for names in rows_of)
+    with page(path, len(panels), size, metadata, sharey=same_rows) as (figure, axes):
         for axis, panel in zip(axes, panels, strict=True):
             (dots if "dots" in panel else lines)(axis, panel)
         figure.suptitle(message, x=0.01, ha="left", fontsize=11, fontweight="bold")

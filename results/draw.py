@@ -5,6 +5,7 @@
     accuracy     co-reference answers right, with a tenth of the tokens          budgets.json
     perplexity   perplexity above the oracle's, against the budget               perplexity.json
     ruler        RULER-style tasks, against the length of the text               ruler*.json
+    agreement    steps whose likeliest token is the dense model's                agreement.json
     drift        answers right where one choice serves several steps             drift*.json
     prefill      perplexity of what follows a prompt that was read sparsely      prefill_*.json
     speed        milliseconds of a decode step, against cached tokens            speed_*.json
@@ -110,15 +111,24 @@ def ruler() -> tuple[str, list[dict]]:
               "y": f"answers right, mean of {len(tasks)} tasks"}])
 
 
+def agreement() -> tuple[str, list[dict]]:
+    lines = {}
+    for task, name, budget, m in measures(load("agreement")["results"]):
+        if task.startswith("same token"):
+            lines.setdefault(name, []).append([100 * float(budget), *interval(m)])
+    return ("With the butler, the likeliest token is nearly always the dense model's",
+            [{"title": "", "x": "tokens attended, %", "y": "share of steps with the same token",
+              "log_x": False, "lines": lines}])
+
+
 def drift() -> tuple[str, list[dict]]:
-    panels = []
-    for title, file, task in (("co-reference", "drift_coreference", "coreference"),
-                              ("needle in 4,096 tokens", "drift", "needle_prose@4096"),
-                              ("copy from 4,096 tokens", "drift", "copy@4096")):
-        dots = {name: interval(m) for at, name, _, m in measures(load(file)["results"])
-                if at == task and name in ("dense", "butler, drift 0", "butler, drift 0.25")}
-        panels.append({"title": title, "x": "share right", "dots": dots})
-    return "One choice for about four steps still finds facts, but copies worse", panels
+    tasks = {"coreference": "places", "coreference_people": "people",
+             "coreference_ships": "ships", "copy": "copies"}
+    scores = load("drift_coreference")["results"] | load("drift")["results"]
+    panels = [{"title": title, "x": "share right",
+               "dots": {name: interval(*by.values()) for name, by in scores[task].items()}}
+              for task, title in tasks.items()]
+    return "Where one choice serves several steps", panels
 
 
 def prefill() -> tuple[str, list[dict]]:
@@ -172,7 +182,8 @@ def offload() -> tuple[str, list[dict]]:
 
 
 FIGURES = {"length": length, "accuracy": accuracy, "perplexity": perplexity, "ruler": ruler,
-           "drift": drift, "prefill": prefill, "speed": speed, "wait": wait, "offload": offload}
+           "agreement": agreement, "drift": drift, "prefill": prefill, "speed": speed,
+           "wait": wait, "offload": offload}
 
 
 def digest(*numbers) -> str:

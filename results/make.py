@@ -27,39 +27,43 @@ import cli
 from cli import UserError, flag, known
 
 TEXT = "out/prose.txt"
-NEAR = "--selectors dense,oracle,butler"
-RIVALS = "dense,oracle,butler,quest,h2o,snapkv,recency,random,keynorm"
-NEEDLES = "needle_noise,needle_prose,needle_uuid,multikey"
+NEAR = "dense,oracle,butler"
+RIVALS = "dense,oracle,butler,sketch,ahead5,quest,h2o,snapkv,recency"
+NEEDLES = "needle_noise,needle_prose"
 
 STEPS = {
     "step": "results/step.py",
     "train_default": "train.py",
     "train": "train.py --steps 1600 --long 6144 --span 0 --reuse 12 --longest 6144 "
              "--documents 100 --out out/shipped.safetensors",
-    "coreference": f"synth_task.py {NEAR} --budgets 0.07,0.1 --n 200",
+    "coreference": f"synth_task.py --selectors {NEAR} --budgets 0.07,0.1 --n 200",
     "budgets": f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1,0.25,0.5 --n 60",
-    "length": f"bench.py --suite length --text {TEXT} --contexts 512,1024,2048,4096,8000 "
-              "--selectors dense,oracle,butler,recency --n 20",
-    "foresight": f"bench.py --suite length --engine fast --text {TEXT} --contexts 512,2048 "
-                 "--selectors oracle,butler,sketch,ahead1,ahead5 --n 20",
+    "length": f"bench.py --suite length --engine fast --text {TEXT} --contexts "
+              "512,1024,2048,4096,8000 --selectors oracle,butler,sketch,ahead1,ahead5,recency "
+              "--n 20",
     "perplexity": f"bench.py --suite perplexity --text {TEXT} --contexts 512 "
                   "--budgets 0.1,0.25,0.5 --selectors dense,oracle,butler,quest,recency --n 24",
-    "ruler": f"synth_task.py --task {NEEDLES},copy --context 1024,2048 {NEAR} "
-             "--budgets 0.05,0.1 --n 40",
-    "ruler_4096": f"synth_task.py --task {NEEDLES} --context 4096 {NEAR} --budgets 0.05,0.1 "
-                  "--n 40",
-    "ruler_8000": f"synth_task.py --task needle_noise,needle_prose,multikey --context 8000 {NEAR} "
-                  "--budgets 0.05,0.1 --n 40",
+    "agreement": f"bench.py --suite agreement --engine fast --text {TEXT} --contexts 4096 "
+                 "--selectors dense,butler --budgets 0.05,0.1,0.25 --n 20",
+    "ruler": f"synth_task.py --task {NEEDLES},needle_uuid,multikey,copy --context 1024,2048 "
+             f"--selectors {NEAR} --budgets 0.05,0.1 --n 40",
+    "ruler_4096": f"synth_task.py --task {NEEDLES},needle_uuid,multikey --context 4096 "
+                  f"--selectors {NEAR} --budgets 0.05,0.1 --n 40",
+    "ruler_8000": f"synth_task.py --engine fast --task {NEEDLES} --context 8000 "
+                  f"--selectors {NEAR},sketch --budgets 0.05,0.1 --n 40",
+    "ruler_8000_multikey": "synth_task.py --engine fast --task multikey --context 8000 "
+                           f"--selectors {NEAR},sketch --budgets 0.05,0.1 --n 20",
     "prefill_4096": f"bench.py --suite prefill --engine fast --text {TEXT} --contexts 4096 "
                     "--selectors dense,oracle,butler,recency --n 20",
     "prefill_7168": f"bench.py --suite prefill --engine fast --text {TEXT} --contexts 7168 "
                     "--selectors dense,butler --n 20",
-    "ruler_prefill": "synth_task.py --engine fast --task needle_prose --context 4096 --selectors "
-                     "dense,butler --prefill sparse --n 40",
+    "ruler_prefill": f"synth_task.py --engine fast --task {NEEDLES} --context 4096,8000 "
+                     "--selectors butler --prefill sparse --n 40",
     "drift": "bench.py --suite drift --engine fast --drift 0.25 --task needle_prose,copy "
-             "--contexts 1024,4096 --selectors dense,butler --n 20",
-    "drift_coreference": "bench.py --suite drift --engine fast --drift 0.25 --task coreference "
-                         "--contexts 361 --selectors dense,butler --n 100",
+             "--contexts 1024 --selectors dense,butler --n 40",
+    "drift_coreference": "bench.py --suite drift --engine fast --drift 0.25 --task "
+                         "coreference,coreference_people,coreference_ships --contexts 361 "
+                         "--selectors dense,butler --n 100",
 }
 TIMED = {  # their files have the kind of processor behind the name
     "speed": "bench.py --suite speed --engine fast --contexts 512,1024,2048,4096,7900 "

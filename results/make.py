@@ -37,7 +37,7 @@ STEPS = {
     "train": "train.py --steps 1600 --long 6144 --span 0 --reuse 12 --longest 6144 "
              "--documents 100 --out out/shipped.safetensors",
     "coreference": f"synth_task.py --selectors {NEAR} --budgets 0.07,0.1 --n 200",
-    "budgets": f"synth_task.py --selectors {RIVALS} --budgets 0.07,0.1,0.25,0.5 --n 60",
+    "budgets": f"synth_task.py --engine fast --selectors {RIVALS} --budgets 0.1,0.25,0.5 --n 60",
     "length": f"bench.py --suite length --engine fast --text {TEXT} --contexts "
               "512,1024,2048,4096,8000 --selectors oracle,butler,sketch,ahead1,ahead5,recency "
               "--n 20",

@@ -15,7 +15,7 @@ import draw  # noqa: E402
 def looks(name: str) -> dict:
     """Colour and marker of a selector, the same in every figure of the repository."""
     (colour, _), marker = draw.LOOKS[name]
-    return {"color": colour, "marker": marker, "markersize": 4}
+    return {"color": colour, "marker": marker, "markersize": 5}
 
 
 @contextmanager
@@ -27,3 +27,16 @@ def figure(path: str, panels=1, size=(7.5, 3.4)):
             yield axes
     except ImportError:
         raise UserError("--figure needs matplotlib: pip install matplotlib") from None
+    print(f"the figure is in {path}", file=sys.stderr)
+
+
+def label_ends(axis) -> None:
+    """Writes the label of each line at its end, in the colour of the line. Call it last, because
+    it needs the limits of the axes."""
+    at = (axis.transScale + axis.transLimits).transform  # numbers -> shares of the panel
+    labelled = [line for line in axis.lines if not line.get_label().startswith("_")]
+    ends = {line: at(line.get_xydata()[-1]) for line in labelled}
+    heights = draw.apart({line: end[1] for line, end in ends.items()})
+    for line in labelled:
+        axis.annotate(line.get_label(), (ends[line][0] + 0.03, heights[line]), va="center",
+                      xycoords="axes fraction", color=line.get_color(), fontsize=draw.SMALL)

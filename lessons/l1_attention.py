@@ -1,47 +1,44 @@
 """Lesson 1. Where does attention go?
 
 A language model writes one token at a time. For each new token, every layer reads the keys and
-values of all earlier tokens from memory. This store is called the KV cache. In a long text the
-reading takes much of the time of a step. Is all of it needed?
+values of all earlier tokens from memory, the KV cache. In a long text this takes much of the time.
+Is all of it needed?
 
 The attention weights of a query add up to 1. If a few tokens hold nearly all of the weight, the
-other tokens hardly change the result, and the model could leave them unread. So how is the weight
-distributed over the tokens?
+model could leave the other tokens unread. So how is the weight distributed?
 
-The experiment reads 1,024 tokens of Python's reference manual with a real model, SmolLM2-135M. It
-has 30 layers with 3 KV heads each. The experiment measures the last 64 queries, as if these tokens
-were written one by one. For each query, layer and KV head it finds the 10 % of the tokens with the
-largest weights: the top set. All columns are means over KV heads, all but the last also over
-queries:
+The experiment reads 1,024 tokens of Python's reference manual with a real model, SmolLM2-135M,
+which has 30 layers with 3 KV heads each. For each of the last 64 queries, in each layer and KV
+head, it finds the 10 % of the tokens with the largest weights: the top set. The table shows means:
 
 - top 10 %: the share of the attention that the top set holds
-- first token: the share that the first token of the text holds
-- recent 10 %: the share that the first 4 tokens and the latest tokens hold. Together these are
-  10 % of all tokens
-- new a step: the share of the top set that was not in the top set one step before
+- first token: the share of the first token of the text
+- recent 10 %: the share of the first 4 tokens and the latest tokens, together 10 % of all
+- new a step: the share of the top set that was not in it one step before
 - used in 64: the share of all tokens that were in the top set at least once in 64 steps
 
 What the table shows:
 
-1. From layer 1 on, a tenth of the tokens holds 94 % of the attention. So sparse attention is
+1. From layer 1 on, a tenth of the tokens holds most of the attention. So sparse attention is
    possible. In layer 0 it holds less than half, and all selectors here leave layer 0 dense.
-2. The first token alone holds 30 %. Heads are thought to put weight there that they need nowhere
-   else. Such a token is called an attention sink.
-3. The recent tokens hold 76 %, less than the top set. What they lack lies further back.
-4. The top set moves. At each step a quarter of it is new. After 64 steps, 42 % of the tokens have
-   been in it.
+2. In many layers the first token alone holds much. Such a token is called an attention sink.
+3. The recent tokens hold less than the top set. The rest lies further back.
+4. The top set moves. At each step a part of it is new, and 64 steps use far more than 10 % of the
+   tokens.
 
-What to conclude: a step needs few tokens, and in the course of a text these change. A method that
-deletes tokens must guess what all later steps will need. The other way is to keep the whole cache
-and to select again at every step. The following lessons ask how.
+What to conclude: a step needs few tokens, and later steps need others. A method that deletes
+tokens must guess what all later steps will need. The other way is to keep the whole cache and to
+select again at every step.
 
-Exercise 1.1, tokens for a share. Add the function `tokens_for(share, attention)` to this file. It
-gets weights [..., S] and returns, for each row, the smallest number of tokens that hold this
-share. How many tokens hold 90 % in layer 0, and in layer 12?
+Exercise 1.1, tokens for a share. Add the function `tokens_for(share, attention)` to this file.
+Each row of `attention` [..., S] adds up to 1. The function returns, for each row, the smallest
+number of tokens that together hold at least `share`.
 
-Exercise 1.2, budgets per layer. Add `adaptive` to selection.py: an oracle that gives more tokens
-to layers with wide attention, with the same total over all layers. It may learn from earlier steps
-which layers these are. It keeps more attention than the oracle.
+Exercise 1.2, budgets per layer. Write the class `Adaptive` in selection.py and add it to
+`SELECTORS` as "adaptive". This oracle gives some layers more tokens than others. While the prompt
+is read, its `watch` sees the attention of all layers. Rank all their tokens together, and count
+how many of the best ones each layer has. All layers together must not select more tokens than with
+`Oracle`, so round down. On average it must keep more attention than `Oracle`.
 
     python -m lessons.l1_attention --figure attention.svg
 """
@@ -59,7 +56,7 @@ from butler import load
 from cli import flag
 from data import evenly_spaced, text_to_measure_on
 from kernel import index_to_mask, true_attention
-from lessons.figure import figure, looks
+from lessons.figure import figure, label_ends, looks
 
 COLUMNS = {"top": "top 10 %", "first": "first token", "recent": "recent 10 %",
            "new": "new a step", "used": "used in {queries}"}
@@ -105,17 +102,17 @@ def print_table(rows: list[dict], mean: dict, queries: int) -> None:
 
 def draw(path: str, rows: list[dict], queries: int) -> None:
     layers = range(len(rows))
-    with figure(path, 2) as (left, right):
+    with figure(path, 2, (9.2, 3.4)) as (left, right):
         left.plot(layers, [row["top"] for row in rows], label="top 10 %", **looks("oracle"))
         left.plot(layers, [row["recent"] for row in rows], label="recent 10 %", **looks("recency"))
-        left.set(title="attention held by a tenth of the tokens", xlabel="layer", ylim=(0, 1))
-        left.legend(loc="lower right")
+        left.set(title="attention held by a tenth of the tokens", xlabel="layer", ylim=(0, 1.03))
         right.plot(layers, [row["used"] for row in rows], label=f"used in {queries} steps",
                    **looks("oracle"))
         right.plot(layers, [row["new"] for row in rows], label="new at each step", linestyle=":",
                    **looks("oracle"))
-        right.set(title="how the top set moves", xlabel="layer", ylim=(0, 1))
-        right.legend(loc="lower right")
+        right.set(title="how the top set moves", xlabel="layer", ylim=(0, 1.03))
+        label_ends(left)
+        label_ends(right)
 
 
 @dataclass

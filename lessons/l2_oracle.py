@@ -1,45 +1,43 @@
 """Lesson 2. What if we knew?
 
-Lesson 1 showed that a tenth of the tokens holds most of the attention. Suppose that somebody told
-us these tokens at every step. Would the model still give the same answers? And do we need to be
-told, or do simple rules find the same tokens?
+In lesson 1, a tenth of the tokens holds most of the attention. Suppose that somebody told us these
+tokens at every step. Would the model still give the same answers? And do simple rules find the
+same tokens?
 
-The text of this experiment names a place near its start: "The place is called Pellorqua." Then
-about 250 words about other things follow. At the end a question asks for the name, in other
-words than those of the start. The name is invented, so the model cannot guess it. It must read
-it. The model reads the text densely. Question and answer go through a selector, which attends to
-10 % of the tokens so far:
+The text of this experiment names a place near its start: "The place is called Pellorqua." About
+250 words about other things follow. Then a question describes the place in other words and asks
+for its name. The name is invented, so the model cannot guess it. The model reads the text densely.
+Question and answer go through a selector, which attends to 10 % of the tokens so far:
 
-- oracle: computes the true attention of all tokens and takes the largest. It is no use in
-  practice, because it reads all keys first. It shows what is possible.
+- oracle: computes the true attention of all tokens and takes the largest. It reads all keys, so it
+  saves nothing.
 - recency: the first 4 tokens and the latest ones, 10 % in all.
-- H2O: deletes the tokens that received the least attention so far, but none of the latest 5 %.
-  A deleted token never comes back.
+- H2O: deletes the tokens that received the least attention so far, but none of the latest 5 %. A
+  deleted token never comes back.
 - SnapKV: deletes once, after the text, the tokens that the last 32 queries attend to the least.
 - Quest: keeps all tokens, in pages of 16. It selects pages by an upper bound of query times key.
 
-The first column of the table counts right answers. The other columns look at one text, at the
-step that must write the first token of the name. They show, for each token of the sentence with
-the name, how many of the 87 KV heads above layer 0 attend to it.
+The first column of the table counts right answers. The other columns look at one text, at the step
+that must write the first token of the name. They show, for each token of the sentence with the
+name, how many of the 87 KV heads above layer 0 attend to it.
 
-What the table shows: with the oracle, 17 to 26 % of the heads attend to each token of the name,
-and every answer is right. Few heads seem to be enough to read the name. Quest answers one text of
-ten, the others none. Recency and SnapKV have nothing of the name left. With H2O 1 to 3 % of the
-heads still hold each token of it. The other heads deleted it, because other tokens had received
-more attention. Quest deletes nothing, but it ranks other pages higher: 13 % of the heads select
-the page of the name.
+What the table shows: with the oracle, every answer is right, although only a part of the heads
+attends to the name. The other selectors are nearly always wrong. Recency and SnapKV have nothing
+of the name left. With H2O most heads deleted it, because other tokens had received more attention.
+Quest deletes nothing, but most heads rank other pages higher.
 
 What to conclude: a tenth is enough if we know which tenth. H2O and SnapKV delete before the
 question comes, so they cannot know what it needs. Quest sees the question, but its pages are too
-coarse for this budget. We need a selector that keeps everything, looks at the
-present step, and is much cheaper than the oracle. Ten texts say little about how good a method
-is. results/README.md has the same task with more texts and more budgets.
+coarse for this budget. We need a selector that keeps everything, looks at the present step, and is
+much cheaper than the oracle. Ten texts say little: results/README.md has more.
 
-Exercise 2.1, a selector of your own. Add `stride` to selection.py, which selects tokens at even
-distances between sinks and window. Start at `Recency`.
+Exercise 2.1, a selector of your own. Write the class `Stride` in selection.py and add it to
+`SELECTORS` as "stride". It fills the budget with tokens at even distances, from the sinks to the
+window. The distances between neighbours differ by at most 1. Start at `Recency`;
+`Budget.allowance` gives the number of tokens.
 
-Exercise 2.2, maximum over heads. Add `widest`, an oracle that ranks by the largest attention of
-the query heads that share a KV head, instead of their mean.
+Exercise 2.2, maximum over heads. Add the class `Widest` in the same way, as "widest". This oracle
+ranks by the largest attention of the query heads that share a KV head, instead of their mean.
 
     python -m lessons.l2_oracle --budget 0.5 --figure oracle.svg
 """
@@ -50,6 +48,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it also runs as a file
 
@@ -57,7 +56,7 @@ import cli
 from butler import load
 from cli import UserError, flag
 from kernel import index_to_mask
-from lessons.figure import figure, looks
+from lessons.figure import figure, label_ends, looks
 from selection import make_selector
 from synth_task import CUE, answers, coreference_documents
 
@@ -93,7 +92,7 @@ def ask(llama, tok, documents, budget: float):
     selectors, which still hold what they selected."""
     scores = {name: [] for name in SELECTORS}
     used = []
-    for document in documents:
+    for document in tqdm(documents, "texts", file=sys.stderr):
         made = {name: make_selector(name, budget) for name in SELECTORS}
         makers = [partial(made.get, name) for name in SELECTORS]
         for name, score in zip(SELECTORS, answers(llama, tok, document, makers), strict=True):
@@ -102,20 +101,23 @@ def ask(llama, tok, documents, budget: float):
     return scores, used
 
 
-def draw(path: str, right: dict, pieces: list[str], attending: dict) -> None:
-    with figure(path, 2) as (left, axis):
-        for place, (name, share) in enumerate(right.items()):
+def draw(path: str, answered: dict, pieces: list[str], attending: dict) -> None:
+    with figure(path, 2, (9.2, 3.4)) as (left, right):
+        for place, (name, share) in enumerate(answered.items()):
             left.barh(place, share, color=looks(name)["color"])
             left.text(share + 0.02, place, f"{share:.0%}", va="center")
-        left.set_yticks(range(len(right)), right)
+        left.set_yticks(range(len(answered)), answered)
+        for label in left.get_yticklabels():
+            label.set_color(looks(label.get_text())["color"])
         left.invert_yaxis()
         left.set(title="answers right", xlim=(0, 1.15))
         left.set_xticks([])
         for name in SELECTORS[1:]:  # dense attends to all tokens
-            axis.plot(attending[name], label=name, **looks(name))
-        axis.set_xticks(range(len(pieces)), [piece.strip() for piece in pieces], rotation=60)
-        axis.set(title="KV heads that attend to each token", ylim=(-0.02, 0.62))
-        axis.legend(fontsize=8)
+            right.plot(attending[name], label=name, **looks(name))
+        right.set_xticks(range(len(pieces)), [piece.strip() for piece in pieces], rotation=60)
+        right.set(title="share of the KV heads that attend to each token",
+                  ylim=(-0.08, None))
+        label_ends(right)
 
 
 @dataclass

@@ -1,48 +1,47 @@
 """Lesson 3. How small can a key be?
 
 The oracle of lesson 2 selects well, but it saves no work: it reads all keys of the text. A useful
-selector must also give every token a score. So a score must be cheap: it should read only a few
-numbers per token.
+selector must also give every token a score. So a score should read only a few numbers per token.
 
-A key of our model has 64 numbers. Does a score need all of them? A key is a point in a space of 64
-dimensions. If the keys of a text lie close to a subspace with fewer dimensions, a few coordinates
-describe each key well. These coordinates are called a sketch of the key.
+A key of our model has 64 numbers, so it is a point in a space of 64 dimensions. If the keys of a
+text lie close to a subspace with fewer dimensions, a few coordinates describe each key well. These
+coordinates are called a sketch of the key.
 
-Linear algebra finds this subspace. The principal directions of a set of keys hold the most of the
-keys' squared length. They are the eigenvectors of the matrix K^T K with the largest
-eigenvalues. The rows of K are the keys that are already in the cache. Each layer and KV head has
-its own directions. Nothing is trained.
+Linear algebra finds this subspace. Let the rows of K be the keys in the cache. Their principal
+directions are the eigenvectors of the matrix K^T K with the largest eigenvalues. They hold as much
+of the keys' squared length as any directions can. Each layer and KV head has its own directions.
+Nothing is trained.
 
-The experiment projects keys and queries on 32, 16 or 8 directions, and it scores all tokens with
-these short vectors. It selects 10 % of the tokens. Then it measures how much of the true attention
-falls on the selected tokens. As a control, it does the same with random directions.
+The experiment projects keys and queries on 32, 16 or 8 directions, and scores all tokens with
+these short vectors. As a control, it does the same with random directions. Loki (arXiv 2406.02542)
+is such a sketch, with directions from other texts. The class `Sketch` below is a small form of
+`Sketch` in workshop/rivals.py.
 
 The columns of the table:
 
 - numbers: how many numbers per token and KV head a score reads
 - energy: the part of the squared length of the keys that lies in these directions
-- kept: the share of the true attention that falls on the selected tokens
+- kept: the share of the true attention that falls on the selected 10 % of the tokens
 - of oracle: `kept`, divided by what the oracle keeps with the same budget
 
 The first row uses all 64 numbers, so it is the oracle. The last row reads no keys at all.
 
 What to conclude: with 32 numbers on principal directions the selection is close to the oracle's.
-With 8 numbers it is clearly worse. Random directions keep much less: 32 of them keep about as
-much as 8 principal ones. So small keys are possible without any training.
+With 8 numbers it is clearly worse, and random directions keep much less. So small keys are
+possible without any training.
 
-But one problem is left. The score uses the layer's own query, and the model knows this query only
-when it reaches the layer. Can we know the query earlier? That is lesson 4.
+But the score uses the layer's own query, and the model knows this query only when it reaches the
+layer. Lesson 4 asks whether we can know it earlier.
 
-Loki (arXiv 2406.02542) is such a sketch. It takes the directions from other texts.
+Exercise 3.1, four bits. Give `ButlerSelector` in butler.py the argument `bits=None`. With
+`bits=4`, `self.keys[layer]` is of type torch.uint8 and has shape [B, G, S, E/2]: two channels
+share a byte. Each key also has a scale: its largest absolute value divided by 7.
+`all_importance_keys` packs the new keys and returns all keys unpacked.
 
-Exercise 3.1, four bits. The butler, too, stores small keys, in 32 bits a number. With the new
-argument `selector(budget, bits=4)`, store two channels of an importance key in a byte. Start at
-`ButlerSelector.all_importance_keys` in butler.py.
-
-Exercise 3.2, directions for queries. A direction is wasted if no query uses it, however long the
-keys are in it. Add `directions_for(keys, queries, size)` to this file. It gets keys [S, D] and
-queries [N, D] and returns two matrices A and B, both [D, size]. The scores (queries A) (keys B)^T
-shall be as close as possible to queries keys^T: the sum of the squared errors is the smallest one.
+Exercise 3.2, directions for queries. Add the function `directions_for(keys, queries, size)` to
+this file. It gets keys [S, D] and queries [N, D] and returns two matrices A and B, both [D, size].
+The scores (queries A) (keys B)^T shall be as close as possible to queries keys^T: the sum of the
+squared errors is the smallest one. Start at the singular value decomposition of queries keys^T.
 
     python -m lessons.l3_sketch --figure sketch.svg
 """
@@ -62,7 +61,7 @@ from butler import load
 from cli import flag
 from data import evenly_spaced, text_to_measure_on
 from kernel import true_attention
-from lessons.figure import figure, looks
+from lessons.figure import figure, label_ends, looks
 from selection import Oracle, Recency, Selector
 
 BUDGET = 0.1
@@ -132,14 +131,15 @@ def draw(path: str, rows: list[dict]) -> None:
             points = [row for row in rows if row["directions"] in (name, "all")]
             axis.plot([row["numbers"] for row in points], [row["of oracle"] for row in points],
                       label=f"{name} directions", **looks(looks_like))
-        axis.axhline(rows[-1]["of oracle"], label="recency", linestyle="--",
-                     color=looks("recency")["color"])
-        axis.set_xscale("log", base=2)
         numbers = [rows[0]["numbers"], *SIZES]
+        axis.plot((max(numbers), min(numbers)), 2 * [rows[-1]["of oracle"]], label="recency",
+                  linestyle="--", color=looks("recency")["color"])
+        axis.set_xscale("log", base=2)
         axis.set_xticks(numbers, [str(number) for number in numbers])
+        axis.invert_xaxis()  # the keys become smaller
         axis.set(title="small keys, the layer's own query", xlabel="numbers per key",
-                 ylabel="kept, of oracle (from 0.7)", ylim=(0.7, 1.02))
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+                 ylabel="kept, of oracle (from 0.68)", ylim=(0.68, 1.02))
+        label_ends(axis)
 
 
 @dataclass

@@ -1,47 +1,44 @@
 """Lesson 4. Can we know it earlier?
 
 In lesson 3 a layer scores the tokens with its own query. This query exists only when the layer is
-reached. Then the layer must wait for the scores and for the selected keys and values, which may be
-on a slow disk. A selector that knows the query some layers earlier can choose and fetch while the
-layers in between still compute.
+reached. The layer must then wait for the selected keys and values, which may be on a slow disk. A
+selector that knows the query some layers earlier can choose and fetch while the layers in between
+still compute. There are two ways.
 
-Why should this be possible? Each layer adds its result to its input. So the input of layer 5 is
-similar to the input of layer 6. We can apply the query weights of layer 6 to the input of layer 5
-already. This gives an early query. It is not exact, because the result of layer 5 is missing.
-InfiniGen (arXiv 2406.19707) uses this idea, one layer ahead.
+Early query: each layer adds its result to its input. So the inputs of layers 5 and 6 are similar.
+We apply the query weights of layer 6 to the input of layer 5. This query is not exact: the result
+of layer 5 is missing. InfiniGen (arXiv 2406.19707) uses this idea, one layer ahead. The class
+`EarlyQuery` below is a small form of `Ahead` in workshop/rivals.py.
 
-The other way is to train. The butler has small networks, the producers, at layers 0, 5, 10 and so
-on. A producer reads the input of its layer and predicts the importance queries of the next five
-layers. The lesson trains a butler for 60 steps on short texts. The model does not change. Its
-attention is what the butler learns to predict.
+Training: the butler has small networks, the producers, at layers 0, 5, 10 and so on. A producer
+reads the input of its layer and predicts the importance queries of the next five layers. It learns
+from the model's attention.
 
-The experiment compares both ways at equal distance. The queries of layers 1, 6, 11 and so on are
-made one layer earlier, those of layers 2, 7, 12 and so on two layers earlier, up to five. So each
-column has other layers. Each selector chooses 10 % of the tokens. The tables show the share of the
-attention that it keeps, divided by what the oracle keeps in the same layers. Layers 1 to 5 have a
-table of their own, because their queries are made from the input of layer 0: the embeddings, in
-which no token has seen another one. The rows:
+In the experiment, the queries of layers 1, 6, 11 and so on are made one layer earlier, those of
+layers 2, 7, 12 and so on two layers earlier, up to five. So each column has other layers. The
+tables show which share of the attention the selected 10 % of the tokens keep, divided by what the
+oracle keeps. Layers 1 to 5 have a table of their own. Their queries are made from the embeddings,
+in which no token has seen another one. The rows:
 
-- own query, 64 numbers: the oracle, so it is 1 everywhere. It does not look ahead.
-- own query, 32 numbers: the sketch of lesson 3. It does not look ahead.
-- early query, 32 numbers: the same sketch, with the layer's query weights on the earlier input
-- butler, 60 steps: trained in this lesson; its keys have 32 numbers
-- butler, shipped: of the same size, after 1,600 steps, which also used longer texts
+- own query, 64 numbers: the oracle, so it is 1 everywhere
+- own query, 32 numbers: the sketch of lesson 3, which does not look ahead
+- early query, 32 numbers: the same sketch with the early query
+- butler, 60 steps: trained in this lesson on short texts; its keys have 32 numbers
+- butler, shipped: of the same size, after 1,600 steps, also on longer texts
 
-What to conclude: where the early query looks from the embeddings, it fails. In layers 1 to 5 it
-keeps 0.43 on average, and the trained butler 0.98. In the layers above, the early query is good
-without any training: 0.97 one layer ahead, 0.93 five layers ahead. There the butler of 60 steps is
-not better on average. The shipped butler is: it keeps 0.98 at every distance, as the sketch with
-the layer's own query does. So training buys foresight, most of it in the first layers. It is not
-needed for small keys.
+What to conclude: in layers 1 to 5 the early query fails, and both butlers are good. In the layers
+above, the early query is good without training, and the butler of 60 steps is not better on
+average. The shipped butler keeps about as much at every distance as the sketch with the layer's
+own query. So training buys foresight, most of it in the first layers. Training is not needed for
+small keys.
 
-Exercise 4.1, the query before. There is another early query: that of the token before. Add the
-selector `before` to selection.py. It scores as the oracle does, but with the query of the step
-before, which attends only to tokens up to its own. `watch` must remember the last query of the
-prompt.
+Exercise 4.1, the query before. Write the class `Before` in selection.py and add it to `SELECTORS`
+as "before". It scores as `Oracle` does, but each token uses the layer's query of the token before
+it. This query attends only to tokens up to its own: see `places` of `true_attention`. `watch` must
+remember the last query of the prompt.
 
-Exercise 4.2, temperature. The butler learns from its scores after a softmax. Give `distillation`
-in train.py the argument `temperature=1.0`, which divides these scores before the softmax.
+Exercise 4.2, temperature. Give `distillation` in train.py the argument `temperature=1.0`. It
+divides the butler's scores before the softmax.
 
     python -m lessons.l4_foresight --figure foresight.svg
 """
@@ -60,7 +57,7 @@ import train
 from butler import Butler, ButlerConfig, load
 from cli import flag
 from data import Mixture, default_texts, evenly_spaced, hold_out, text_to_measure_on
-from lessons.figure import figure, looks
+from lessons.figure import figure, label_ends, looks
 from lessons.l3_sketch import BUDGET, Sketch, kept_by_layer
 from model import apply_rope, rope_cos_sin
 from selection import Oracle
@@ -134,10 +131,14 @@ def draw(path: str, tables: dict) -> None:
                 style = "-" if name in LOOKS or "shipped" in name else ":"
                 axis.plot(range(1, AHEAD + 1), ratios, label=name, linestyle=style,
                           **looks(LOOKS.get(name, "butler")))
-            axis.set(title=title, xlabel="layers ahead", ylim=(0, 1.03),
+            # Where all numbers are high, only the upper part shows their differences.
+            lowest = min(min(ratios) for ratios in rows.values())
+            start = int(10 * lowest) / 10 if lowest > 0.5 else 0
+            cut = f" (from {start})" if start else ""
+            axis.set(title=title, xlabel="layers ahead", ylim=(start, 1 + 0.03 * (1 - start)),
+                     ylabel=f"kept, of what the oracle keeps{cut}",
                      xticks=range(1, AHEAD + 1))
-        axes[0].set_ylabel("kept, of what the oracle keeps")
-        axes[-1].legend(loc="lower left")
+        label_ends(axes[-1])
 
 
 @dataclass

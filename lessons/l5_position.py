@@ -5,42 +5,41 @@ query and each key by angles that grow with its position (rotary embedding, RoPE
 turn fast, by one radian per token. Others turn so slowly that 512 tokens cover only a small part
 of their circle.
 
-A butler predicts which tokens a layer will attend to. It projects each cached key to a short
-importance key with a learned matrix. The paper projects the keys as they are in the cache, which
-means rotated. The matrix fits the angles that it saw in training. What happens in a text that is
-much longer than the texts of the training?
+A butler projects each cached key to a short importance key with a learned matrix. The paper
+projects the keys as they are in the cache: rotated. The matrix fits the angles that it saw in
+training. What happens in a text that is much longer than the training texts?
 
 There are two remedies, and the experiment tries both:
 
 - Keys rotated back. The rotation is known, so it can be undone exactly. The matrix then sees what
-  a token is, wherever it stands. The butler adds the position later, with a small rotary
-  embedding of its own.
+  a token is, wherever it stands. The butler adds the position later, with a small rotary embedding
+  of its own.
 - Positions with gaps. The 512 tokens of a training text do not get the positions 0 to 511. Three
-  gaps at random places spread them over up to 8,192 positions. Long distances then occur
-  in training, and the texts stay cheap.
+  gaps at random places spread them over up to 8,192 positions. Long distances then occur in
+  training.
 
 The experiment takes the first 6 of the model's 30 layers. It trains four butlers for 60 steps on
-texts of 512 tokens: both kinds of keys, with and without gaps. Then it measures them at
-the end of a longer text, which no butler has seen: which share of the attention do the selected
-10 % of the tokens hold? The table has the mean over layers 1 to 5.
+texts of 512 tokens: both kinds of keys, with and without gaps. Then it measures them at the end of
+a longer text, which no butler has seen. The table shows the share of the attention that the
+selected 10 % of the tokens hold, as a mean over layers 1 to 5.
 
-What the table shows: with rotated keys at positions 0 to 511, the butler keeps 0.80 at 512
-tokens, near the oracle's 0.85. At 8,000 tokens it keeps 0.39, less than recency, and the oracle
-keeps 0.97. Each remedy alone helps at 8,000 tokens, to 0.64 and 0.76. Keys rotated back are not
-enough, because the butler's own rotary embedding has not seen long distances in training. Gaps are
-not enough either. One matrix must then fit many more rotations, and at 512 tokens the butler keeps
-less than before, 0.75. Both remedies together keep 0.82 at 512, 0.84 at 2,048 and 0.91 at 8,000
-tokens. `python train.py` uses both. The shipped butler was trained on longer texts instead of gaps.
+What the table shows: with rotated keys and no gaps, the butler is near the oracle at 512 tokens,
+but it keeps less than recency at 8,000. Each remedy alone helps at 8,000 tokens, but not enough.
+Keys rotated back need gaps, because the butler's own rotary embedding has not seen long distances
+in training. Rotated keys with gaps are worse at 512 tokens, because one matrix must fit many more
+rotations. Only both remedies together stay near the oracle at all lengths. `python train.py` uses
+both. The shipped butler was trained on longer texts instead of gaps.
 
-What to conclude: measure a selector in texts as long as those it will meet. A good number at the
-training length says little about longer texts. This is one text and one seed: try others.
+What to conclude: measure a selector in texts as long as those it will meet. This is one text and
+one seed: try others.
 
-Exercise 5.1, prefer recent tokens. `butler.selector(budget, fade=0.02)` lowers the score of a
-token by 0.02 for every token after it: `ButlerSelector.scores` in butler.py. What does it do to
-the attention kept at 8,000 tokens?
+Exercise 5.1, prefer recent tokens. Give `ButlerSelector` in butler.py the argument `fade=0.0`. In
+`scores`, a token that stands n places before the query's token loses n * fade. What does
+`fade=0.02` do to the attention kept at 8,000 tokens? Add it in `main` below.
 
-Exercise 5.2, moved keys. Add the function `moved(keys, by, frequencies)` to this file. It turns
-rotated keys [B, G, S, D] into what they would be `by` positions later.
+Exercise 5.2, moved keys. Add the function `moved(keys, by, frequencies)` to this file. It gets
+rotated keys [B, G, S, D] and returns what they would be `by` positions later; `by` may be
+negative. The frequencies [D/2] are those of `rope_cos_sin` in model.py.
 
     python -m lessons.l5_position --steps 120 --figure position.svg
 """
@@ -51,6 +50,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it also runs as a file
 
@@ -60,7 +60,7 @@ from bench import kept_at_lengths
 from butler import Butler, ButlerConfig, load
 from cli import flag, numbers
 from data import Mixture, default_texts, evenly_spaced, hold_out, text_to_measure_on
-from lessons.figure import figure, looks
+from lessons.figure import figure, label_ends, looks
 from model import Llama
 from selection import make_selector
 from synth_task import pools
@@ -92,7 +92,7 @@ def trained(llama, mixture, gaps: bool, config) -> dict:
         torch.manual_seed(config.seed)
         butlers[keys] = Butler(ButlerConfig.for_model(llama, rotated_keys=keys == "rotated"))
         optimizers += train.make_optimizers(butlers[keys], settings.learning_rate)
-    for step in range(config.steps):
+    for step in tqdm(range(config.steps), "steps", file=sys.stderr):
         recorder, sample = batches.of_step(step)
         for butler in butlers.values():
             train.distillation(butler, recorder, sample).mean().backward()
@@ -117,14 +117,14 @@ def draw(path: str, kept: dict, contexts: list[int]) -> None:
         for key, shares in kept.items():
             values = [shares[context] for context in contexts]
             name = "butler" if key[1] else key[0]
-            axis.plot(contexts, values, next(lines), **looks(name))
-            axis.annotate(", ".join(filter(None, key)), (contexts[-1], values[-1]),
-                          xytext=(8, -3), textcoords="offset points", color=looks(name)["color"])
+            axis.plot(contexts, values, next(lines), label=", ".join(filter(None, key)),
+                      **looks(name))
         axis.set_xscale("log")
         axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axis.minorticks_off()
         axis.set(title="attention kept by butlers that were trained on 512 tokens",
-                 xlabel="tokens of the text", ylim=(0, 1.03))
+                 xlabel="tokens of the text (log scale)", ylim=(0, 1.03))
+        label_ends(axis)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Lesson 6. When does it pay?
 
-A selection saves reading. For each new token, the processor must read all weights of the model and
-the whole KV cache. With a budget of 10 % it reads a small part of the cache. But choosing costs
-time, too. So when is a step with selection faster?
+For each new token, the processor must read all weights of the model and the whole KV cache. With a
+budget of 10 % it reads a small part of the cache. But choosing costs time. So when is a step with
+selection faster?
 
 First we count bytes. A dense step reads
 
@@ -10,41 +10,40 @@ First we count bytes. A dense step reads
 
 With the butler, layer 0 still reads all keys and values. Every other layer reads those of a tenth
 of the tokens. It also reads one importance key per token and KV head: 32 numbers of 8 bits and one
-scale of 32 bits. Both steps read all weights of the model. The butler's own weights are few and
-not counted. So the count predicts a small gain for short texts and a larger one for long texts.
+scale of 32 bits. The butler's own weights are few and not counted. So the gain should grow with
+the length of the text.
 
-Then we measure two engines. The cache is filled with random numbers.
+Then we measure two engines with a cache of random numbers:
 
-- plain: the files of this course. It finds the best scores with `torch.topk`. It copies the
-  selected rows of keys and values, then it attends to the copies (gather). All numbers have 32
-  bits. The count takes 8 bits for importance keys, so it is a little too small here.
+- plain: the files of this course. It copies the selected rows of keys and values, then it attends
+  to the copies (gather). All numbers have 32 bits, those of importance keys too.
 - fast: the step is one compiled call. It reads the selected rows without a copy. Most weights have
-  4 bits, so the cache is a larger part of all bytes. Importance keys have 8 bits.
+  4 bits, so the cache is a larger part of all bytes.
 
-The table shows millions of bytes (MB) and milliseconds (ms) of a step. `ratio` is dense divided by
-butler, so above 1 the butler wins. The lines below the table say from which measured length on the
-butler's step is shorter: the break-even.
+The table shows megabytes and milliseconds of a step. `ratio` is dense divided by butler, so above
+1 the butler wins. The lines below name the break-even: the measured length from which on the
+butler's step is shorter.
 
-On a GPU, a Triton kernel attends to the selected rows. Triton can also interpret it on a CPU. The
-kernel splits the selected tokens into chunks, so that many processors can work at once.
-`in_chunks` below does the same in PyTorch, line by line. Both results are compared with the
-definition, `masked_attention`.
+On a GPU, a Triton kernel attends to the selected rows. If Triton is installed, this lesson runs it
+on the CPU. The kernel splits the selected tokens into chunks, so that many processors can work at
+once. `in_chunks` below does the same in PyTorch. Both results are compared with the definition,
+`masked_attention`.
 
-A prompt can be read through the butler, too: each block of 64 queries shares one choice. The last
-lines measure this for 512 tokens. Only attention gets cheaper. The products
-with the weights cost the same.
+A prompt can be read through the butler: each block of 64 queries shares one choice. The last lines
+measure this for 512 tokens. Only attention gets cheaper.
 
 What to conclude: first count bytes, because this shows how much there is to save. Then measure,
-because choosing and copying take time that the count does not show. The answer depends on the
-length of the text, on the engine and on the machine.
+because the count does not show the time for choosing and copying.
 
-Exercise 6.1, pages. A disk reads 4 kB at once. With `page=4`, let `Budget.topk` choose groups of
-four tokens (0 to 3, 4 to 7 and so on) by the best score in each group.
+Exercise 6.1, pages. A disk reads neighbouring tokens together. Give `Budget` in selection.py the
+field `page=1`. With `page=4`, its `topk` chooses whole pages: tokens 0 to 3, 4 to 7 and so on. The
+best score of a page decides. Only tokens between sinks and window count, so a page at the edge may
+be smaller. Of the last page, choose as many tokens as still fit.
 
-Exercise 6.2, the length for a speedup. Add `length_for(speedup, llama, butler, kept)` to this
-file. It returns the smallest number of tokens at which the bytes of a dense step, divided by the
-bytes of the butler's step, reach `speedup`. Count with `step_bytes` of bench.py. If there is no
-such length, it returns None.
+Exercise 6.2, the length for a speedup. Add the function `length_for(speedup, llama, butler, kept)`
+to this file. It returns the smallest number of tokens at which a dense step reads at least
+`speedup` times the bytes of the butler's step, or None. `measure` below shows how to call
+`step_bytes`. The batch is 1, and the cache is `llama.new_cache(1, 1)`.
 
     python -m lessons.l6_cost --figure cost.svg
 """
@@ -64,7 +63,7 @@ import cli
 import kernel
 from bench import decode_times, step_bytes
 from cli import flag, numbers, plug_in
-from lessons.figure import figure, looks
+from lessons.figure import figure, label_ends, looks
 from selection import SparsePrefill
 
 BUDGET = 0.1
@@ -157,10 +156,11 @@ def draw(path: str, rows: list[dict]) -> None:
             for name in ("dense", "butler"):
                 axis.plot([row["tokens"] for row in own], [row[f"{name} ms"] for row in own],
                           label=f"{name}, {engine}", linestyle=style, **looks(name))
-        axis.set(xlabel="cached tokens", ylabel="milliseconds a step (log scale)", yscale="log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        contexts = sorted({row["tokens"] for row in rows})
+        axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axis.set(title="a decode step", xlabel="cached tokens", ylabel="milliseconds",
+                 ylim=(0, None))
+        label_ends(axis)
 
 
 @dataclass

@@ -1,44 +1,42 @@
 """Lesson 7. What is lost?
 
-A sparse step leaves tokens out, so it is never quite equal to the dense step. How do we see what
-is lost? A mean over many tokens may look good, although the few tokens that matter are wrong.
+A sparse step leaves tokens out, so it is never quite equal to the dense step. A mean over many
+tokens may look good, although the few tokens that matter are wrong.
 
 The experiment compares sparse and dense steps at the end of four texts of about 1,000 tokens. The
 texts are given, so all selectors see the same tokens. Two texts, called prose, are from Python's
-documentation and code. Much of them can be guessed from the last words. The other two are copies:
-a list such as "the lazy cherry, the kind badge" comes at the start and again at the end. Its commas
-are easy to guess, its words are not. The model must find its place in the first list and move on
-with it, token by token.
+documentation and code. Many of their words can be guessed from the words before. The other two are
+copies: a list such as "the lazy cherry, the kind badge" comes at the start and again at the end.
+Its words cannot be guessed. The model must find its place in the first list and go on from there.
 
-The butler selects 10 % of the tokens. It can use one choice for several steps, which saves time:
-with interval 4 it chooses at every fourth position only. The columns:
+The butler selects 10 % of the tokens. It can use one choice for several steps. The number after
+its name is this interval: "butler, 4" chooses at every fourth position only. The columns:
 
 - same: how often the likeliest token is that of the dense model
 - KL: the KL divergence from the dense prediction to the sparse one, in nats; 0 if they are equal
 - right: how often the likeliest token is the next token of the text
 
-What the table shows: a new choice at every step loses little. The likeliest token is the same in
-0.86 of the prose steps and 0.90 of the copy steps. With interval 4 it is still the same in 0.86 of
-the prose steps, although the KL has grown. But this interval destroys the copies: 0.44, no better
-than recency, which selects nothing of the first list.
+What the table shows: a new choice at every step loses little. With interval 4 the likeliest token
+of prose is still mostly that of the dense model, although the KL has grown. But interval 4
+destroys the copies: they are no better than with recency, which selects nothing of the first list.
 
 The last lines show the worst step of each text, with the age of the choice that it used. In the
-copies the dense model writes the next word of the list. The sparse one writes another word: an old
-choice may lack the next token of the first list. A worst step is an example, not a proof. If you
-group all steps by the age of the choice, be careful: an item of the list has four tokens, two of
-them easy to guess, so age and place in the item coincide. Recency has no choice and no age, and its
-errors show the same pattern.
+copies the dense model writes the next word of the list, and the sparse one does not. An old choice
+may lack the next token of the first list. But a worst step is an example, not a proof.
 
-What to conclude, if you look for failures of your own method: compare with the dense model token
-by token. Use texts that cannot be guessed. Read the worst steps, not only the mean. Include a
-trivial rule such as recency: where it scores well, the measure cannot tell methods apart.
+What to conclude: compare your own method with the dense model, token by token. Use texts that
+cannot be guessed. Read the worst steps, not only the mean. Include a trivial rule such as recency:
+where it scores well, the measure cannot tell methods apart.
 
-Exercise 7.1, neighbours to the right. With `follow=2`, a chosen token brings the two that follow
-it, within the same budget: `Budget.topk` in selection.py. Does it help the copies at interval 4?
+Exercise 7.1, neighbours to the right. Give `Budget` in selection.py the field `follow=0`. With
+`follow=2`, its `topk` chooses the token with the highest score, then the two tokens that follow
+it, then the next highest token and its two, until the budget is used up. It chooses no token twice
+and none of sinks or window. Does this help the copies at interval 4? Add `follow=2` in `main`
+below.
 
 Exercise 7.2, rank of the dense choice. Add the function `ranks(dense, sparse)` to this file. It
-gets logits [..., V] of both and returns the rank of the dense model's likeliest token among the
-sparse logits, 0 for the first.
+gets logits [..., V] of both and returns [...]: how many tokens have a higher sparse logit than the
+token that the dense model finds likeliest.
 
     python -m lessons.l7_loss --budget 0.2 --figure loss.svg
 """
@@ -55,7 +53,7 @@ import cli
 from butler import load
 from cli import flag, plug_in
 from data import evenly_spaced, text_to_measure_on
-from lessons.figure import figure, looks
+from lessons.figure import figure, label_ends, looks
 from selection import make_selector
 
 INTERVALS = (1, 2, 4, 8)
@@ -117,17 +115,19 @@ def print_worst(tok, kl, dense, sparse, ids, positions, interval: int) -> None:
 
 
 def draw(path: str, table: dict) -> None:
-    with figure(path, 2) as axes:
-        for axis, measure, title in ((axes[0], "same", "same likeliest token as dense"),
-                                     (axes[1], "KL", "KL from dense, nats")):
+    with figure(path, 2, (9.2, 3.4)) as axes:
+        for axis, measure, title, top in ((axes[0], "same", "same likeliest token as dense", 1.03),
+                                          (axes[1], "KL", "KL from dense, nats", None)):
             for kind, line in zip(KINDS, ("-", ":"), strict=True):
                 values = [table[f"butler, {interval}"][f"{measure} {kind}"]
                           for interval in INTERVALS]
                 axis.plot(range(len(values)), values, line, label=kind, **looks("butler"))
-                axis.plot(len(values), table["recency"][f"{measure} {kind}"], **looks("recency"))
+                axis.plot(len(values), table["recency"][f"{measure} {kind}"], label=kind,
+                          **looks("recency"))
             axis.set_xticks(range(len(INTERVALS) + 1), [*INTERVALS, "recency"])
-            axis.set(title=title, xlabel="steps that one choice serves", ylim=(0, None))
-        axes[0].legend(loc="lower left")
+            axis.set(title=title, xlabel="steps that one choice of the butler serves",
+                     ylim=(0, top))
+            label_ends(axis)
 
 
 @dataclass

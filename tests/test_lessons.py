@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lessons.figure import figure
+from lessons.figure import figure, label_ends
 from lessons.write import MARKER, README, lesson
 
 LESSONS = sorted((ROOT / "lessons").glob("l[0-9]_*.py"))
@@ -90,3 +90,17 @@ def test_a_figure_is_written_as_named(tmp_path):
         with figure(str(tmp_path / name)) as (axis,):
             axis.plot([1, 2])
         assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_names_stand_at_the_ends_of_lines_and_apart(tmp_path):
+    pytest.importorskip("matplotlib")
+    with figure(str(tmp_path / "a.svg")) as (axis,):
+        axis.plot([1, 2], [0.1, 0.5], label="low", color="red")
+        axis.plot([1, 2], [0.9, 0.51], label="high", color="blue")
+        axis.plot([1, 2], [0.2, 0.2])  # without a name
+        label_ends(axis)
+        names = {text.get_text(): text for text in axis.texts}
+        assert {name: text.get_color() for name, text in names.items()} == {
+            "low": "red", "high": "blue"}
+        assert all(text.xy[0] > 0.9 for text in names.values())
+        assert names["high"].xy[1] - names["low"].xy[1] > 0.05

@@ -182,19 +182,20 @@ def copy_bandwidth(device) -> float:
     return 2 * source.nbytes / statistics.median(seconds)
 
 
-def step_bytes(llama, cache, butler, name: str, kept: float, batch: int, context: int) -> int:
+def step_bytes(llama, cache, selector, batch: int, context: int) -> int:
     """What a decode step reads at least: the weights, all keys and values of layer 0 and of layers
     that selectors are not asked in (transformers' sliding windows, whose cache keeps all tokens),
-    those of the tokens kept in the other layers, and the importance keys, which are taken to be
-    8-bit."""
+    those of the selected tokens in the other layers (None: of all), and what the selector reads to
+    choose."""
     c = llama.config
     dense = len(cache.k) - (c.layers - 1)  # layers that read all tokens
     token = 2 * c.kv_heads * c.head_dim * cache.k[0].element_size()  # key and value of one layer
-    tokens = context * kept if kept <= 1 else min(kept, context)
-    read = batch * token * (dense * context + (c.layers - 1) * tokens)
-    if name == "butler":
-        read += batch * (c.layers - 1) * context * c.kv_heads * (butler.config.size + 4)
-    return int(read + llama.weight_bytes())
+    selected, choosing = context, 0
+    if selector:
+        selected = int(selector.budget.allowance(torch.tensor(context)))
+        choosing = context * c.kv_heads * selector.bytes_per_token(c.head_dim)
+    read = token * (dense * context + (c.layers - 1) * selected) + (c.layers - 1) * choosing
+    return int(batch * read + llama.weight_bytes())
 
 
 @torch.inference_mode()
@@ -228,7 +229,7 @@ def timed_rows(times: dict, reads: dict, batch: int, context: int, config, bandw
 
 
 @torch.inference_mode()
-def speed(llama, butler, windows, contexts, makers, config) -> list[dict]:
+def speed(llama, windows, contexts, makers, config) -> list[dict]:
     """Decode steps behind windows [B, T] of text -> rows, one for each candidate and context."""
     bandwidth = copy_bandwidth(llama.device)
     rows = []
@@ -239,8 +240,8 @@ def speed(llama, butler, windows, contexts, makers, config) -> list[dict]:
         llama.prefill(windows[:, : context - 1], cache, watched_by(selectors.values()))
         token = windows[:, context - 1 : context]
         times = decode_times(llama, cache, token, context, selectors, config.n)
-        reads = {(name, budget): step_bytes(llama, cache, butler, name, float(budget), batch,
-                                            context) for name, budget in makers}
+        reads = {key: step_bytes(llama, cache, selector, batch, context)
+                 for key, selector in selectors.items()}
         rows += timed_rows(times, reads, batch, context, config, bandwidth)
     return rows
 
@@ -308,7 +309,7 @@ def measure(config: Config) -> dict:
     number = config.batch if config.suite == "speed" else config.n
     windows = evenly_spaced(tok, text, number, max(contexts)).to(llama.device)
     if config.suite == "speed":
-        rows = speed(llama, butler, windows, contexts, makers, config)
+        rows = speed(llama, windows, contexts, makers, config)
         print_rows(rows)
         return {"rows": rows}
     if config.suite == "perplexity":

@@ -79,8 +79,8 @@ def measure(engine: str, llama, butler, contexts: list[int], rounds: int) -> lis
         plug_in("workshop.timing").fill(llama, cache, context - 1, selectors.values())
         ms = decode_times(llama, cache, torch.tensor([[5]]), context, selectors, rounds)
         row = {"engine": engine, "tokens": context}
-        for name, kept in (("dense", 1.0), ("butler", BUDGET)):
-            row[f"{name} MB"] = step_bytes(llama, cache, butler, name, kept, 1, context) / 1e6
+        for name, selector in selectors.items():
+            row[f"{name} MB"] = step_bytes(llama, cache, selector, 1, context) / 1e6
             row[f"{name} ms"] = ms[name]
         rows.append(row)
     return rows

@@ -114,7 +114,7 @@ def test_speed_rows_have_what_is_documented(tiny, tiny_butler, windows, monkeypa
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
     makers = every_maker(("dense", "butler", "recency"), ("0.3", "20"), tiny_butler)
     config = bench.Config(suite="speed", n=2, batch=2, device="cpu")
-    rows = bench.speed(tiny, tiny_butler, windows, [64, 100], makers, config)
+    rows = bench.speed(tiny, windows, [64, 100], makers, config)
     assert [(row["context"], row["selector"], row["kept"]) for row in rows] == [
         (context, name, kept) for context in (64, 100) for name, kept in (
             ("dense", 1.0), ("butler", 0.3), ("butler", 20), ("recency", 0.3), ("recency", 20))]
@@ -123,7 +123,7 @@ def test_speed_rows_have_what_is_documented(tiny, tiny_butler, windows, monkeypa
         assert set(row) == {
             "suite", "engine", "device", "shape", "batch", "context", "selector", "kept", "ms",
             "bandwidth_ms", "tokens_per_s", "bytes", "speedup"}
-        kept = row["kept"] if row["kept"] > 1 else row["kept"] * row["context"]
+        kept = int(row["kept"] if row["kept"] > 1 else row["kept"] * row["context"])
         token = 2 * 2 * 2 * 16 * 4  # batch, key and value, KV heads, head size, float32
         read = weights + token * (row["context"] + 4 * kept)  # layer 0 and the others
         if row["selector"] == "butler":

@@ -214,8 +214,8 @@ def test_bytes_tell_from_which_length_a_step_is_so_much_cheaper(tiny, tiny_butle
 
     def ratio(context, kept):
         cache = tiny.new_cache(1, 1)
-        dense = step_bytes(tiny, cache, None, "dense", 1.0, 1, context)
-        return dense / step_bytes(tiny, cache, tiny_butler, "butler", kept, 1, context)
+        dense = step_bytes(tiny, cache, None, 1, context)
+        return dense / step_bytes(tiny, cache, tiny_butler.selector(kept), 1, context)
 
     for speedup, kept in ((1.2, 0.1), (1.5, 0.05), (2.0, 0.1)):
         length = length_for(speedup, tiny, tiny_butler, kept)

@@ -196,7 +196,7 @@ def test_tradeoff_has_scores_agreement_times_and_bytes(folder, capsys):
     makers = every_maker(flags.selectors, flags.budgets, butler)
     windows = torch.randint(512, (1, 300), generator=torch.manual_seed(5))
     tasks = suites.task_documents(flags, tok, 8192)
-    report = suites.tradeoff(llama, tok, butler, windows, tasks, makers, flags)
+    report = suites.tradeoff(llama, tok, windows, tasks, makers, flags)
     results, rows = report["results"], report["rows"]
     assert results["coreference"] == evaluate(llama, tok, tasks["coreference"], makers)
     agreement = suites.agreement(llama, windows, [300], makers)["results"]
@@ -295,15 +295,15 @@ def test_rows_of_random_weights(monkeypatch, suite, engine):
 
 
 def test_bytes_of_attention(monkeypatch):
-    """Of layers 1 to 4, 2 KV heads of size 16: keys and values, and importance keys of 8 bits with
-    a scale."""
+    """Of layers 1 to 4, 2 KV heads of size 16: keys and values, and what is read to choose: the
+    oracle's keys in 16 bits, and importance keys of 8 bits with a scale."""
     flags = {"suite": "attention", "contexts": ("80",), "budgets": ("20",)}
     rows = bench.measure(config(monkeypatch, **flags))["rows"]
     token = 2 * 16 * torch.finfo(timing.random_model(config(monkeypatch))[0].embed_tokens.weight
                                  .dtype).bits // 8
     read = {row["selector"]: row["bytes"] for row in rows}
     assert read["dense"] == 4 * 2 * 80 * token
-    assert read["oracle"] == 4 * 2 * 20 * token
+    assert read["oracle"] == 4 * 2 * (20 * token + 80 * 2 * 16)
     assert read["butler"] == 4 * 2 * (20 * token + 80 * (32 + 4))
 
 

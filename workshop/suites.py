@@ -226,7 +226,7 @@ def drift_makers(config, butler) -> dict:
 # ---------------------------------------------------------------------------- score and time
 
 
-def tradeoff(llama, tok, butler, windows, tasks: dict, makers: dict, config) -> dict:
+def tradeoff(llama, tok, windows, tasks: dict, makers: dict, config) -> dict:
     """windows [n, longest context] -> {"results": scores of the tasks and agreement, "rows": times
     and bytes, as bench.speed has them}"""
     stepwise = bool(rules_of(config))
@@ -235,7 +235,7 @@ def tradeoff(llama, tok, butler, windows, tasks: dict, makers: dict, config) -> 
                for task, documents in tasks.items()}
     results |= agreement(llama, windows, contexts, makers)["results"]
     return {"results": results,
-            "rows": speed(llama, butler, windows[:1], contexts, makers, config)}
+            "rows": speed(llama, windows[:1], contexts, makers, config)}
 
 
 def print_tradeoff(report: dict, tasks, makers) -> None:
@@ -400,7 +400,7 @@ def measure(config) -> dict:
             check_agreement(llama, contexts, max(WRITTEN, config.n + 2))
             windows = evenly_spaced(tok, text, config.n, length).to(llama.device)
             tasks = task_documents(config, tok, llama.config.context)
-            report = tradeoff(llama, tok, butler, windows, tasks, makers, config)
+            report = tradeoff(llama, tok, windows, tasks, makers, config)
             print_tradeoff(report, tasks, makers)
             return report
         elif config.suite == "prefill":

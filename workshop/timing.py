@@ -117,8 +117,8 @@ def speed(llama, butler, context: int, config, bandwidth) -> list[dict]:
     fill(llama, cache, context - 1, selectors.values())
     token = torch.full((config.batch, 1), 5, device=llama.device)
     times = decode_times(llama, cache, token, context, selectors, config.n)
-    reads = {(name, budget): step_bytes(llama, cache, butler, name, float(budget), config.batch,
-                                        context) for name, budget in makers}
+    reads = {key: step_bytes(llama, cache, selector, config.batch, context)
+             for key, selector in selectors.items()}
     return timed_rows(times, reads, config.batch, context, config, bandwidth)
 
 
@@ -223,9 +223,8 @@ def attention(llama, butler, context: int, config, bandwidth) -> list[dict]:
     times = {("dense", "1.0"): times[fastest]} | {key: times[key] for key in selectors}
     c = llama.config
     layer_0 = config.batch * context * 2 * c.kv_heads * c.head_dim * cache.k[0].element_size()
-    reads = {(name, budget): step_bytes(llama, cache, butler, name, float(budget), config.batch,
-                                        context) - llama.weight_bytes() - layer_0
-             for name, budget in times}
+    reads = {key: step_bytes(llama, cache, selectors.get(key), config.batch, context)
+             - llama.weight_bytes() - layer_0 for key in times}
     rows = timed_rows(times, reads, config.batch, context, config, bandwidth)
     rows[0]["form"] = fastest[0]
     return rows
@@ -283,8 +282,11 @@ def offload(llama, butler, context: int, config, bandwidth, ids=None) -> list[di
                 prepare(cache, selector)
                 time_steps(("butler, in memory", budget), cache, selector)
                 time_steps(("dense, in memory", "1.0"), cache, None)
-    reads = {(name, budget): step_bytes(llama, llama.new_cache(1, 1), butler, name.split(",")[0],
-                                        float(budget), 1, context) for name, budget in times}
+    empty = llama.new_cache(1, 1)
+    reads = {}
+    for name, budget in times:
+        selector = butler.selector(float(budget)) if name.startswith("butler") else None
+        reads[name, budget] = step_bytes(llama, empty, selector, 1, context)
     rows = timed_rows(times, reads, 1, context, config, bandwidth)
     for row, read in zip(rows, from_disk.values(), strict=True):
         row |= {"disk_bytes": read, "cache_bytes": token_bytes * context,

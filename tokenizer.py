@@ -111,10 +111,15 @@ def resolve(name=None) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 
+def cache_folder() -> Path:
+    """Where the default model and converted tokenizers are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
+
+
 def default_model() -> Path:
     """Where the default model lies in the user's cache folder; downloads it there once."""
     with one_line("default model (XDG_CACHE_HOME names another folder for it)"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
+        cache = cache_folder()
         path = cache / Path(DEFAULT_FILE).name
         if path.exists():
             if sha256(path) == DEFAULT_SHA256:

@@ -242,9 +242,8 @@ class Butler(nn.Module):
         """Writes one safetensors file: the weights and, in its metadata, the configuration and
         `extra`, for example how it was trained. Raises UserError."""
         weights = {name: w.contiguous() for name, w in self.state_dict().items()}
-        entries = asdict(self.config)
-        if not self.config.selected_layers:  # such a file has the format of earlier versions
-            del entries["selected_layers"]
+        # Without selected_layers, where that is empty, as in files of earlier versions.
+        entries = {name: value for name, value in asdict(self.config).items() if value != ()}
         metadata = {"butler": json.dumps(entries), "extra": json.dumps(extra or {})}
         with replacing(path) as part:
             save_file(weights, part, metadata)

@@ -382,7 +382,8 @@ def from_gguf(path) -> Tokenizer:
     kind = get("tokenizer.ggml.pre")
     if get("tokenizer.ggml.model") != "gpt2":
         raise UserError(f"its vocabulary is of the kind {get('tokenizer.ggml.model')!r}, not "
-                        "byte-level BPE; take the model's Hugging Face folder")
+                        "byte-level BPE; take the model's Hugging Face folder, or "
+                        "--engine transformers")
     special = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True))
                if kind == TokenType.CONTROL}
     control = set(special.values())

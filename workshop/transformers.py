@@ -191,10 +191,10 @@ class Cache:
             self.theirs.crop(length - self.size)  # a negative number: so many tokens go
 
 
-def ask(selector, layer: int, asked: bool, x, q, k, positions):
-    """-> the selector's index, or None for dense attention. In a layer with a sliding window it may
-    only look ahead; functions such as a selector's `watch` do not."""
-    if asked:
+def ask(selector, layers: tuple, layer: int, x, q, k, positions):
+    """-> the selector's index, or None for dense attention. In a layer that is none of `layers` it
+    may look ahead; functions, such as its `watch`, do not."""
+    if layer in layers:
         return selector(layer, x, q, k, positions)
     if hasattr(selector, "look_ahead"):
         selector.look_ahead(layer, x, positions)
@@ -206,8 +206,8 @@ class Engine(nn.Module):
     only. Raises UserError, one line, for a model that selectors cannot follow.
 
     config           a model.Config; it counts the layers that selectors are asked in
-    asked            the numbers of these layers, 0 first
-    selected_layers  the same, or () where these are all layers
+    asked_layers     these layers, 0 first
+    selected_layers  the same, or () if these are all layers; see butler.ButlerConfig
     layers           the decoder's own
     frequencies      radians per position, [D/2], or [L-1, D/2] where layers differ
     """
@@ -230,10 +230,10 @@ class Engine(nn.Module):
             self.model = model
             self.layers = decoder.layers
             self.embed_tokens = model.get_input_embeddings()
-            self.asked = (0, *full)
-            self.selected_layers = () if len(self.asked) == len(kinds) else self.asked
+            self.asked_layers = (0, *full)
+            self.selected_layers = () if len(self.asked_layers) == len(kinds) else self.asked_layers
             self.config = Config(
-                c.vocab_size, c.hidden_size, len(self.asked), heads,
+                c.vocab_size, c.hidden_size, len(self.asked_layers), heads,
                 getattr(c, "num_key_value_heads", None) or heads, head_dim, c.intermediate_size,
                 c.max_position_embeddings,
                 tied=model.get_output_embeddings().weight is self.embed_tokens.weight)
@@ -264,7 +264,7 @@ class Engine(nn.Module):
             positions = torch.arange(cache.size, end, device=tokens.device)
 
         def attend(i, x, q, k, v):
-            index = ask(selector, i, i in self.asked, x, q, k, positions)
+            index = ask(selector, self.asked_layers, i, x, q, k, positions)
             return None if index is None else sparse_attention(q, k, v, index)
 
         with hooked(self.model, attend):
@@ -280,7 +280,7 @@ class Attachment:
     """See `attached`. `selector` serves the text at hand."""
 
     def __init__(self, engine: Engine, make_selector, prefill_budget: float | None):
-        self.asked = engine.asked
+        self.asked_layers = engine.asked_layers
         self.make_selector = make_selector
         self.prefill_budget = prefill_budget
         self.decoder = engine.model.get_decoder()
@@ -384,14 +384,14 @@ class Attachment:
             raise UserError("two threads run the attached model at a time: take turns")
         if self.ask is None:
             return None
-        if i == self.asked[-1]:
+        if i == self.asked_layers[-1]:
             # Beam search moves the cache's rows, unseen by a selector. This key tells: it depends
             # on the whole text.
             at = k.shape[2] - len(self.positions) - 1
             if self.last_key is not None and not torch.equal(k[:, :, at], self.last_key):
                 raise UserError("the cache's rows have moved, as in beam search: num_beams=1")
             self.last_key = k[:, :, -1].clone()
-        index = ask(self.ask, i, i in self.asked, x, q, k, self.positions)
+        index = ask(self.ask, self.asked_layers, i, x, q, k, self.positions)
         if index is None:
             return None
         # The selector of the fast engine brings compiled loops.

@@ -46,8 +46,8 @@ SMALL = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hid
 HEADS = {"head_dim": 16}
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]
-           + ["sliding_attention"] * 2 + ["full_attention"]}
+WINDOWS = {"sliding_window": 12,
+           "layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 2}
 FAMILIES = {
     "Llama": {},
     "Qwen3": HEADS,
@@ -163,7 +163,7 @@ def test_keys_rotated_back_are_what_the_projection_made(family, models):
     recorder = record(engine, tokens, torch.arange(40))
     butler = random_butler(engine)
     windows = "layer_types" in FAMILIES[family]
-    assert engine.asked_layers == ((0, 1, 4) if windows else (0, 1, 2, 3, 4))
+    assert engine.asked_layers == ((0, 3, 4) if windows else (0, 1, 2, 3, 4))
     assert engine.config.layers == len(recorder.keys) == len(engine.asked_layers)
     still = [i for i, row in butler.rows.items() if not butler.rope[row].any()]
     assert still == [2] * (family == "SmolLM3")
@@ -182,7 +182,7 @@ def test_a_producer_reads_a_layer_with_a_window(cls, models):
     model, tokens = models("Gemma3"), prompt(40)
     engine = Engine(model)
     butler = cls(random_butler(engine).config)
-    assert butler.served == {0: [1], 2: [4]} and list(butler.producers) == ["0", "2"]
+    assert butler.served == {1: [3], 3: [4]} and list(butler.producers) == ["1", "3"]
     inputs = {}
     hooks = [layer.register_forward_pre_hook(lambda _, x, i=i: inputs.update({i: x[0]}))
              for i, layer in enumerate(model.model.layers)]
@@ -191,23 +191,23 @@ def test_a_producer_reads_a_layer_with_a_window(cls, models):
         assert torch.equal(recorder.x[i], inputs[i])
     for hook in hooks:
         hook.remove()
-    expected = butler.importance_queries(2, inputs[2], torch.arange(40))[4]
+    expected = butler.importance_queries(1, inputs[1], torch.arange(40))[3]
     steps, cache, selector = [], engine.new_cache(1, 40), butler.selector(1.0)  # selects all
     engine.prefill(tokens[:, :30], cache, selector.watch)
     for t in range(30, 40):
         engine.decode(tokens[:, t : t + 1], cache, selector)
-        assert sorted(selector.index) == sorted(selector.queries) == [1, 4]
-        steps.append(selector.queries[4])
+        assert sorted(selector.index) == sorted(selector.queries) == [3, 4]
+        steps.append(selector.queries[3])
     assert_close("steps", torch.cat(steps, dim=2), expected[:, :, 30:], 1e-4)
     probe = Probe(butler.selector(1.0))
     engine(tokens, None, probe)
-    assert_close("block", probe.selector.queries[4], expected, 1e-4)
-    assert list(probe.kept) == [1, 4]
+    assert_close("block", probe.selector.queries[3], expected, 1e-4)
+    assert list(probe.kept) == [3, 4]
     with attached(model, lambda: butler.selector(1.0)) as attachment:
         cache = hf.DynamicCache()
         for part in tokens[:, :39], tokens[:, 39:]:
             model(part, **{CACHE: cache})
-    assert_close("attached", attachment.selector.queries[4], expected[:, :, 39:], 1e-4)
+    assert_close("attached", attachment.selector.queries[3], expected[:, :, 39:], 1e-4)
 
 
 def test_butlers_of_other_layers_are_refused(models):

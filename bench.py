@@ -67,6 +67,10 @@ class Probe:
         self.selector = selector
         self.kept = {}
 
+    def look_ahead(self, *seen) -> None:
+        if self.selector:
+            self.selector.look_ahead(*seen)
+
     def __call__(self, layer, x, q, keys, positions):
         index = self.selector(layer, x, q, keys, positions) if self.selector else None
         if index is not None:

@@ -21,7 +21,8 @@ Glossary. The last column names the idea of the paper that the symbol belongs to
 
 There is a producer at layers 0, R, 2R ... Each reads the input of its own layer p, predicts for the
 layers p+1 ... p+R, and has its own weights. So nothing is predicted for layer 0, which stays dense,
-and the importance queries of every other layer are known before that layer is reached.
+and the importance queries of every other layer are known before that layer is reached. Models with
+sliding windows (--engine transformers) are selected for in few layers; see ButlerConfig.served.
 
 Two things differ from the paper. First, there is one importance query per KV head; the paper has
 one per query head. Second, what a token is and where it stands are kept apart. The keys in a cache
@@ -39,6 +40,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -73,6 +75,7 @@ class ButlerConfig:
     hidden: int = 176  # width of a producer's hidden layer
     rotated_keys: bool = False  # as in the paper: project keys as cached, rotate nothing
     fingerprint: str = ""
+    selected_layers: tuple = ()  # of the base model, layer 0 first; (): all of its layers
 
     def __post_init__(self):
         sizes = (self.layers, self.width, self.kv_heads, self.head_dim, self.layers_per_producer,
@@ -80,13 +83,29 @@ class ButlerConfig:
         possible = all(type(size) is int and 0 < size <= 2**24 for size in sizes)
         if not possible or self.layers > 1000:  # building a million producers would take hours
             raise UserError(f"sizes {sizes} are not those of a butler")
+        if self.selected_layers and (len(set(self.selected_layers)) != self.layers
+                                     or sorted(self.selected_layers) != [*self.selected_layers]):
+            raise UserError(f"its {self.layers} layers are {self.selected_layers}")
 
     @classmethod
     def for_model(cls, model, **sizes) -> "ButlerConfig":
         c = model.config
         return cls(c.layers, c.width, c.kv_heads, c.head_dim,
                    tuple(model.frequencies.flatten().tolist()), slowest=math.pi / c.context,
-                   fingerprint=fingerprint(model), **sizes)
+                   fingerprint=fingerprint(model),
+                   selected_layers=getattr(model, "selected_layers", ()), **sizes)
+
+    def served(self) -> dict:
+        """{layer of a producer: the layers that it serves}. A producer is at most R layers below
+        these, as far as that allows, but not below a layer that another producer serves."""
+        served = {}
+        producer = None
+        for before, layer in pairwise(self.selected_layers or range(self.layers)):
+            if producer is None or layer > producer + self.layers_per_producer:
+                producer = max(before, layer - self.layers_per_producer)
+                served[producer] = []
+            served[producer].append(layer)
+        return served
 
     def base_frequencies(self):
         """Radians per token by which cached keys are rotated back, [L-1, D/2]."""
@@ -155,10 +174,11 @@ class Butler(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.producers = nn.ModuleDict()
-        for p in range(0, c.layers - 1, c.layers_per_producer):
-            remaining = c.layers - 1 - p  # above layer p
-            self.producers[str(p)] = Producer(c, min(c.layers_per_producer, remaining))
+        self.served = c.served()
+        self.producers = nn.ModuleDict({str(p): Producer(c, len(layers))
+                                        for p, layers in self.served.items()})
+        # {layer: its row in the tables of all served layers}
+        self.rows = {layer: row for row, layer in enumerate(sum(self.served.values(), []))}
         # One projection per layer and KV head. Layer 0 is never predicted.
         self.key_projection = nn.Parameter(
             torch.randn(c.layers - 1, c.kv_heads, c.head_dim, c.size) * c.head_dim**-0.5)
@@ -168,18 +188,19 @@ class Butler(nn.Module):
     def importance_queries(self, layer: int, x, positions) -> dict:
         """x [B, T, C], the input of a layer, at positions [T] -> {later layer: [B, G, T, E]}, empty
         if there is no producer at this layer."""
-        if str(layer) not in self.producers:
+        if layer not in self.served:
             return {}
         x = x.to(self.key_projection)  # the butler's dtype and device
         queries = self.producers[str(layer)](x)  # [R, B, G, T, E]
         queries = apply_rope(queries, *rope_cos_sin(positions, self.importance_rope))
-        return dict(enumerate(queries, layer + 1))
+        return dict(zip(self.served[layer], queries, strict=True))
 
     def importance_keys(self, layer: int, keys, positions):
         """Cached keys [B, G, S, D] of a layer above 0, at positions [S] -> [B, G, S, E]"""
-        cos, sin = rope_cos_sin(positions, self.rope[layer - 1])
+        row = self.rows[layer]
+        cos, sin = rope_cos_sin(positions, self.rope[row])
         keys = apply_rope(keys, cos, -sin)  # rotated back
-        projected = keys @ self.key_projection[layer - 1]  # [G, D, E]: each KV head has its own
+        projected = keys @ self.key_projection[row]  # [G, D, E]: each KV head has its own
         return apply_rope(projected, *rope_cos_sin(positions, self.importance_rope))
 
     def scores(self, importance_queries, importance_keys):
@@ -214,12 +235,16 @@ class Butler(nn.Module):
         rope = model.frequencies.flatten().cpu()
         if rope.shape != trained.shape or not rope.allclose(trained, rtol=1e-5, atol=0):
             raise UserError("this butler was trained for this model at other rotary frequencies")
+        if getattr(model, "selected_layers", ()) != self.config.selected_layers:
+            raise UserError("this butler was trained by an earlier version: train it anew")
 
     def save(self, path, extra: dict | None = None) -> None:
         """Writes one safetensors file: the weights and, in its metadata, the configuration and
         `extra`, for example how it was trained. Raises UserError."""
         weights = {name: w.contiguous() for name, w in self.state_dict().items()}
-        metadata = {"butler": json.dumps(asdict(self.config)), "extra": json.dumps(extra or {})}
+        # Without selected_layers, where that is empty, as in files of earlier versions.
+        entries = {name: value for name, value in asdict(self.config).items() if value != ()}
+        metadata = {"butler": json.dumps(entries), "extra": json.dumps(extra or {})}
         with replacing(path) as part:
             save_file(weights, part, metadata)
 
@@ -235,7 +260,9 @@ class Butler(nn.Module):
             entries = json.loads((f.metadata() or {})["butler"])
             if "stride" in entries:  # the name in files of earlier versions
                 entries["layers_per_producer"] = entries.pop("stride")
-            config = ButlerConfig(**entries | {"rope": tuple(entries["rope"])})
+            entries["rope"] = tuple(entries["rope"])
+            entries["selected_layers"] = tuple(entries.get("selected_layers", ()))
+            config = ButlerConfig(**entries)
             with torch.device("meta"):  # no memory yet: the header may claim any size
                 butler = cls(config)
             weights = {name: f.get_tensor(name).float() for name in f.keys()}

@@ -118,7 +118,8 @@ class Selector:
         returns None, and subclasses can use its keys."""
 
     def look_ahead(self, layer, x, positions) -> None:
-        """Called with the input of every layer, layer 0 included, before the layer selects."""
+        """Called with the input of every layer, before the layer selects. Layer 0 and layers that
+        are not selected for, as those with a sliding window, are included."""
 
     def scores(self, layer, q, keys, positions):
         """How important is each token of `keys` for each query? -> [B, G, T, S], arguments as in
@@ -202,11 +203,14 @@ class SparsePrefill:
                             f"even behind {length:,} tokens: sinks, a block and the 64 tokens "
                             f"before it are {always} already")
 
+    def look_ahead(self, layer, x, positions) -> None:
+        self.selector.look_ahead(layer, x, positions)
+
     @torch.inference_mode()
     def __call__(self, layer, x, q, keys, positions):
         """-> index [B, G, T/64, K], a row for each block, or None in the first layers"""
         self.selector.watch(layer, x, q, keys, positions)  # as in a dense prompt, keys are stored
-        self.selector.look_ahead(layer, x, positions)
+        self.look_ahead(layer, x, positions)
         if layer < DENSE_LAYERS:
             return None
         chosen = self.selector.choose_for_blocks(self.budget, layer, q, keys, positions)

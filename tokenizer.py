@@ -111,10 +111,15 @@ def resolve(name=None) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 
+def cache_folder() -> Path:
+    """Where the default model and converted tokenizers are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
+
+
 def default_model() -> Path:
     """Where the default model lies in the user's cache folder; downloads it there once."""
     with one_line("default model (XDG_CACHE_HOME names another folder for it)"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbutler"
+        cache = cache_folder()
         path = cache / Path(DEFAULT_FILE).name
         if path.exists():
             if sha256(path) == DEFAULT_SHA256:
@@ -377,7 +382,8 @@ def from_gguf(path) -> Tokenizer:
     kind = get("tokenizer.ggml.pre")
     if get("tokenizer.ggml.model") != "gpt2":
         raise UserError(f"its vocabulary is of the kind {get('tokenizer.ggml.model')!r}, not "
-                        "byte-level BPE; take the model's Hugging Face folder")
+                        "byte-level BPE; take the model's Hugging Face folder, or "
+                        "--engine transformers")
     special = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True))
                if kind == TokenType.CONTROL}
     control = set(special.values())

@@ -115,9 +115,12 @@ class Recorder:
         self.q = {}  # [B, H, N, D]
         self.keys = {}  # [B, G, S, D], where S = T
 
-    def __call__(self, layer, x, q, keys, positions):
-        self.positions = positions
+    def look_ahead(self, layer, x, positions):
         self.x[layer] = x[:, self.rows]
+
+    def __call__(self, layer, x, q, keys, positions):
+        self.look_ahead(layer, x, positions)
+        self.positions = positions
         self.q[layer] = q[:, :, self.rows]
         self.keys[layer] = keys
         return None
@@ -146,11 +149,11 @@ def distillation(butler, recorder, sample=slice(None), sinks=Budget.sinks,
     # -1e4, not -inf: the teacher's probability is 0 there, and 0 * -inf is NaN
     masked = torch.where(candidate, 0.0, -1e4)
     # From layer 0 upwards: a producer's queries are made before the layers that need them.
-    for layer, keys in sorted(recorder.keys.items()):
-        x = recorder.x[layer][:, sample]
-        queries |= butler.importance_queries(layer, x, recorder.positions[rows])
-        if layer == 0:
+    for layer, x in sorted(recorder.x.items()):
+        queries |= butler.importance_queries(layer, x[:, sample], recorder.positions[rows])
+        if layer == 0 or layer not in recorder.keys:
             continue
+        keys = recorder.keys[layer]
         with torch.no_grad():
             q = recorder.q[layer][:, :, sample]
             # The queries are not the last tokens, so true_attention must know their places.

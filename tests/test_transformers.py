@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -14,11 +15,14 @@ import pytest
 import torch
 import transformers as hf
 from conftest import assert_close, randomise
+from gguf import TokenType
+from test_tokenizer import write_vocabulary
 
 import fast
 import fast.loops
 import fast.selector
 import selection
+from bench import Probe
 from butler import Butler, ButlerConfig, fingerprint
 from cli import UserError, plug_in
 from kernel import sparse_attention
@@ -26,7 +30,15 @@ from model import Llama, apply_rope, rope_cos_sin
 from selection import Oracle, Recency, make_selector, prefill
 from tokenizer import load as load_tokenizer
 from train import record
-from workshop.transformers import CACHE, Engine, attached, butler_for, load, read_model
+from workshop.transformers import (
+    CACHE,
+    Engine,
+    attached,
+    butler_for,
+    load,
+    read_model,
+    read_tokenizer,
+)
 
 SMALL = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -34,8 +46,8 @@ SMALL = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hid
 HEADS = {"head_dim": 16}
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2
-           + ["full_attention"]}
+WINDOWS = {"sliding_window": 12,
+           "layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 2}
 FAMILIES = {
     "Llama": {},
     "Qwen3": HEADS,
@@ -150,18 +162,59 @@ def test_keys_rotated_back_are_what_the_projection_made(family, models):
         last.register_forward_hook(lambda module, args, out, i=i: made.update({i: out}))
     recorder = record(engine, tokens, torch.arange(40))
     butler = random_butler(engine)
-    assert list(engine.numbers.values()) == list(range(engine.config.layers))
-    assert len(engine.numbers) == (4 if "sliding_window" in FAMILIES[family]
-                                   and family != "Mistral" else 5)
-    still = [n for n, row in enumerate(butler.rope, 1) if not row.any()]
+    windows = "layer_types" in FAMILIES[family]
+    assert engine.asked_layers == ((0, 3, 4) if windows else (0, 1, 2, 3, 4))
+    assert engine.config.layers == len(recorder.keys) == len(engine.asked_layers)
+    still = [i for i, row in butler.rows.items() if not butler.rope[row].any()]
     assert still == [2] * (family == "SmolLM3")
-    for i, n in list(engine.numbers.items())[1:]:
-        cos, sin = rope_cos_sin(recorder.positions, butler.rope[n - 1])
+    for i, row in butler.rows.items():
+        cos, sin = rope_cos_sin(recorder.positions, butler.rope[row])
         expected = made[i]
         if expected.shape[1] == 40:  # Gemma 3 swaps heads and tokens before its norm
             expected = expected.view(1, 40, 2, 16).transpose(1, 2)
-        assert_close(f"layer {i}", apply_rope(recorder.keys[n], cos, -sin), expected, 1e-4)
-        assert recorder.x[n].shape == (1, 40, 64)
+        assert_close(f"layer {i}", apply_rope(recorder.keys[i], cos, -sin), expected, 1e-4)
+        assert recorder.x[i].shape == (1, 40, 64)
+
+
+@pytest.mark.parametrize("cls", [Butler, fast.Butler])
+def test_a_producer_reads_a_layer_with_a_window(cls, models):
+    """The same input in training, in single steps, in a block and in `generate`."""
+    model, tokens = models("Gemma3"), prompt(40)
+    engine = Engine(model)
+    butler = cls(random_butler(engine).config)
+    assert butler.served == {1: [3], 3: [4]} and list(butler.producers) == ["1", "3"]
+    inputs = {}
+    hooks = [layer.register_forward_pre_hook(lambda _, x, i=i: inputs.update({i: x[0]}))
+             for i, layer in enumerate(model.model.layers)]
+    recorder = record(engine, tokens, torch.arange(40))
+    for i in range(5):
+        assert torch.equal(recorder.x[i], inputs[i])
+    for hook in hooks:
+        hook.remove()
+    expected = butler.importance_queries(1, inputs[1], torch.arange(40))[3]
+    steps, cache, selector = [], engine.new_cache(1, 40), butler.selector(1.0)  # selects all
+    engine.prefill(tokens[:, :30], cache, selector.watch)
+    for t in range(30, 40):
+        engine.decode(tokens[:, t : t + 1], cache, selector)
+        assert sorted(selector.index) == sorted(selector.queries) == [3, 4]
+        steps.append(selector.queries[3])
+    assert_close("steps", torch.cat(steps, dim=2), expected[:, :, 30:], 1e-4)
+    probe = Probe(butler.selector(1.0))
+    engine(tokens, None, probe)
+    assert_close("block", probe.selector.queries[3], expected, 1e-4)
+    assert list(probe.kept) == [3, 4]
+    with attached(model, lambda: butler.selector(1.0)) as attachment:
+        cache = hf.DynamicCache()
+        for part in tokens[:, :39], tokens[:, 39:]:
+            model(part, **{CACHE: cache})
+    assert_close("attached", attachment.selector.queries[3], expected[:, :, 39:], 1e-4)
+
+
+def test_butlers_of_other_layers_are_refused(models):
+    engine = Engine(models("Gemma3"))
+    old = replace(random_butler(engine).config, selected_layers=())
+    with pytest.raises(UserError, match="earlier version: train it anew"):
+        Butler(old).check(engine)
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +352,7 @@ def test_the_fast_selector_attends_by_compiled_loops(models, monkeypatch):
     monkeypatch.setattr(fast.selector.ButlerSelector, "attention", by_pytorch)
     with attached(model, lambda: butler.selector(40)):
         same, expected = written(model, ids)
-    assert len(calls) == 11 * 3  # steps, layers with full attention above 0
+    assert len(calls) == 11 * 2  # steps, layers with full attention above 0
     assert torch.equal(tokens, same)
     assert_close("logits", logits, expected, 1e-3)
 
@@ -583,6 +636,31 @@ def test_a_vocabulary_in_another_form_is_translated(folder, tmp_path):
     (tmp_path / "vocab.json").unlink()
     with pytest.raises(UserError, match="unusable tokenizer"):
         load(tmp_path)
+
+
+def test_a_vocabulary_of_sentencepiece_is_converted_once(tmp_path, monkeypatch, capsys):
+    """As Gemma's GGUF files have it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581t", "he",
+              "\u2581the", *"\u2581thedog"]
+    types = [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * 256,
+             *[TokenType.NORMAL] * 10]
+    path = write_vocabulary(
+        tmp_path / "x.gguf", kind="default", model="llama", tokens=pieces, merges=None,
+        token_type=types, scores=[-float(i) for i in range(len(pieces))], bos_token_id=1,
+        eos_token_id=2, add_bos_token=True)
+    with pytest.raises(UserError, match="'llama', not byte-level BPE"):
+        load_tokenizer(path)
+    for told in "converting the tokenizer of x.gguf, once", "":
+        tok = read_tokenizer(path, len(pieces))
+        ids = tok.encode("the dog</s> \u00e9")
+        assert tok.decode(ids).strip() == "the dog</s> \u00e9" and 2 not in ids
+        assert pieces.index("\u2581the") in ids and tok.bos == [1] and 2 in tok.ends
+        assert capsys.readouterr().err.startswith(told)
+        monkeypatch.setattr(hf, "AutoTokenizer", None)
+    assert len(list((tmp_path / "cache" / "tokenbutler").iterdir())) == 1
+    with pytest.raises(UserError, match="beyond the model's 8 rows"):
+        read_tokenizer(path, 8)
 
 
 def test_a_missing_package_is_one_line(monkeypatch):

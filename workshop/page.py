@@ -49,7 +49,8 @@ class Page:
             self.selector.watch(layer, x, q, keys, positions)
 
     def look_ahead(self, *seen) -> None:
-        self.selector.look_ahead(*seen)
+        if self.selector:
+            self.selector.look_ahead(*seen)
 
     def choose_for_blocks(self, *seen):
         return self.selector.choose_for_blocks(*seen)

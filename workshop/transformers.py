@@ -9,9 +9,8 @@
                 selectors. Single tokens are selected for. A prompt is read densely and watched, or
                 with a `prefill_budget` sparsely
 
-Selectors are asked in layers with full attention. A layer with a sliding window stays as it is. So
-a selector's layer 0 is the decoder's layer 0, always dense, and its layers 1, 2, ... are those
-behind it that have full attention.
+Selectors are asked in layer 0, which is always dense, and in the layers with full attention. A
+layer with a sliding window stays as it is, but a butler's producer may read its input.
 
 A butler rotates cached keys back, so it must know how each layer rotates them. The model's rotary
 module tells, and a measurement checks it: the same tokens at two places must have the same keys
@@ -21,11 +20,13 @@ once these are rotated back. What a selector cannot follow is refused.
 """
 
 import inspect
+import sys
 import threading
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -190,14 +191,25 @@ class Cache:
             self.theirs.crop(length - self.size)  # a negative number: so many tokens go
 
 
+def ask(selector, layers: tuple, layer: int, x, q, k, positions):
+    """-> the selector's index, or None for dense attention. In a layer that is none of `layers` it
+    may look ahead; functions, such as its `watch`, do not."""
+    if layer in layers:
+        return selector(layer, x, q, k, positions)
+    if hasattr(selector, "look_ahead"):
+        selector.look_ahead(layer, x, positions)
+    return None
+
+
 class Engine(nn.Module):
     """model.Llama's interface around a model of transformers, which is hooked during a forward
     only. Raises UserError, one line, for a model that selectors cannot follow.
 
-    config       a model.Config; it counts the layers that selectors are asked in
-    numbers      {layer of the decoder: its number for a selector}
-    layers       the decoder's own
-    frequencies  radians per position, [D/2], or [L-1, D/2] where layers differ
+    config           a model.Config; it counts the layers that selectors are asked in
+    asked_layers     these layers, 0 first
+    selected_layers  the same, or () if these are all layers; see butler.ButlerConfig
+    layers           the decoder's own
+    frequencies      radians per position, [D/2], or [L-1, D/2] where layers differ
     """
 
     device = Llama.device
@@ -218,9 +230,10 @@ class Engine(nn.Module):
             self.model = model
             self.layers = decoder.layers
             self.embed_tokens = model.get_input_embeddings()
-            self.numbers = {layer: number for number, layer in enumerate([0, *full])}
+            self.asked_layers = (0, *full)
+            self.selected_layers = () if len(self.asked_layers) == len(kinds) else self.asked_layers
             self.config = Config(
-                c.vocab_size, c.hidden_size, len(self.numbers), heads,
+                c.vocab_size, c.hidden_size, len(self.asked_layers), heads,
                 getattr(c, "num_key_value_heads", None) or heads, head_dim, c.intermediate_size,
                 c.max_position_embeddings,
                 tied=model.get_output_embeddings().weight is self.embed_tokens.weight)
@@ -251,9 +264,8 @@ class Engine(nn.Module):
             positions = torch.arange(cache.size, end, device=tokens.device)
 
         def attend(i, x, q, k, v):
-            if i in self.numbers:
-                index = selector(self.numbers[i], x, q, k, positions)
-                return None if index is None else sparse_attention(q, k, v, index)
+            index = ask(selector, self.asked_layers, i, x, q, k, positions)
+            return None if index is None else sparse_attention(q, k, v, index)
 
         with hooked(self.model, attend):
             return self.model(input_ids=tokens, position_ids=positions.expand(B, -1),
@@ -268,7 +280,7 @@ class Attachment:
     """See `attached`. `selector` serves the text at hand."""
 
     def __init__(self, engine: Engine, make_selector, prefill_budget: float | None):
-        self.numbers = engine.numbers
+        self.asked_layers = engine.asked_layers
         self.make_selector = make_selector
         self.prefill_budget = prefill_budget
         self.decoder = engine.model.get_decoder()
@@ -370,17 +382,16 @@ class Attachment:
         """See `attention`."""
         if threading.get_ident() != self.thread:
             raise UserError("two threads run the attached model at a time: take turns")
-        number = self.numbers.get(i)
-        if number is None or self.ask is None:
+        if self.ask is None:
             return None
-        if number == len(self.numbers) - 1:
+        if i == self.asked_layers[-1]:
             # Beam search moves the cache's rows, unseen by a selector. This key tells: it depends
             # on the whole text.
             at = k.shape[2] - len(self.positions) - 1
             if self.last_key is not None and not torch.equal(k[:, :, at], self.last_key):
                 raise UserError("the cache's rows have moved, as in beam search: num_beams=1")
             self.last_key = k[:, :, -1].clone()
-        index = self.ask(number, x, q, k, self.positions)
+        index = ask(self.ask, self.asked_layers, i, x, q, k, self.positions)
         if index is None:
             return None
         # The selector of the fast engine brings compiled loops.
@@ -438,23 +449,50 @@ def butler_for(model, path=None, cls=Butler) -> Butler:
 def read_model(path, dtype=torch.float32, device="cpu"):
     """A Hugging Face folder or a GGUF file -> a frozen model of transformers. Raises UserError."""
     check_device(device)
-    folder, file = (path.parent, path.name) if path.is_file() else (path, None)
     with one_line(f"{path}: transformers cannot load it", Exception):
         model, told = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            **source(path), dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
         if missing := sorted(told["missing_keys"]):
             raise UserError(f"{len(missing)} tensors are missing, {missing[0]} first")
     return model.to(device).eval().requires_grad_(False)
 
 
+def source(path) -> dict:
+    """A Hugging Face folder or a GGUF file, as `from_pretrained` wants it."""
+    if path.is_file():
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": path}
+
+
 def read_tokenizer(path, vocab_size: int) -> tokenizer.Tokenizer:
-    """As tokenizer.load. transformers rewrites a folder that has no tokenizer.json."""
-    if path.is_file() or (path / "tokenizer.json").exists():
+    """As tokenizer.load. What that does not read is converted: a folder without tokenizer.json, and
+    a GGUF file whose vocabulary is no byte-level BPE. For the file it takes about a minute, so the
+    result is kept in the user's cache folder."""
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        with TemporaryDirectory() as folder:
+            return convert(path, folder, vocab_size)
+    with one_line(f"{path}: unusable tokenizer", Exception):
+        ours = path.is_dir() or tokenizer.open_gguf(path).value("tokenizer.ggml.model") == "gpt2"
+    if ours:
         return tokenizer.load(path, vocab_size)
-    with TemporaryDirectory() as folder, one_line(f"{path}: unusable tokenizer", Exception):
+    folder = tokenizer.cache_folder() / f"tokenizer-{tokenizer.sha256(path)[:16]}"
+    if not folder.exists():
+        print(f"converting the tokenizer of {path.name}, once: about a minute", file=sys.stderr)
+        with one_line(f"cannot write {folder}"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder.parent) as made:
+                convert(path, f"{made}/whole", vocab_size)
+                with suppress(OSError):  # another process was faster
+                    Path(made, "whole").rename(folder)
+    return tokenizer.load(folder, vocab_size)
+
+
+def convert(path, folder, vocab_size: int) -> tokenizer.Tokenizer:
+    """transformers reads the tokenizer at `path` and writes it to a folder as tokenizer.json."""
+    with one_line(f"{path}: unusable tokenizer", Exception):
         transformers.AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False).save_pretrained(folder)
+            **source(path), trust_remote_code=False).save_pretrained(folder)
         tok = tokenizer.load(folder, vocab_size)
         if not tok.encode("a"):
             raise UserError("there is no vocabulary")

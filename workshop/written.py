@@ -81,6 +81,9 @@ class NeedleProbe:
         self.attended = 0.0
         self.selected = 0.0
 
+    def look_ahead(self, *seen) -> None:
+        self.selector.look_ahead(*seen)
+
     def __call__(self, layer, x, q, keys, positions):
         index = self.selector(layer, x, q, keys, positions)
         if index is not None:

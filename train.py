@@ -372,8 +372,8 @@ def print_table(report: dict) -> None:
     minutes, in_all = report["training_s"] / 60, report["seconds"] / 60
     print(f"\nAfter {minutes:.1f} minutes of training ({in_all:.1f} in all) the butler, "
           f"{report['share']:.2%} of the model's size,\nkeeps "
-          f"{kept['butler'] / kept['oracle']:.1%} of the attention that the oracle keeps; it is in "
-          f"{report['config']['out']}.")
+          f"{kept['butler'] / kept['oracle']:.1%} of what the oracle keeps at "
+          f"{int(contexts[-1]):,} tokens; it is in {report['config']['out']}.")
 
 
 # ---------------------------------------------------------------------------- the script

@@ -68,7 +68,7 @@ STEPS = {
     "ruler_prefill": f"synth_task.py --engine fast --task {NEEDLES} --context 4096,8000 "
                      "--selectors butler --prefill sparse --n 40",
     "drift": "bench.py --suite drift --engine fast --drift 0.25 --task needle_prose,copy "
-             "--contexts 1024 --selectors dense,butler --n 40",
+             "--contexts 1024 --selectors dense,butler --n 20",
     "drift_coreference": "bench.py --suite drift --engine fast --drift 0.25 --task "
                          "coreference,coreference_people,coreference_ships --contexts 361 "
                          "--selectors dense,butler --n 100",

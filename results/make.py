@@ -49,7 +49,7 @@ STEPS = {
     "gemma_coreference": f"synth_task.py {GEMMA} --butler out/gemma.safetensors "
                          "--selectors dense,oracle,butler,recency --n 40",
     "gemma_length": f"bench.py --suite length {GEMMA} --butler out/gemma.safetensors --text {TEXT} "
-                    "--contexts 2048,4096,8000 --selectors dense,oracle,butler,recency --n 10",
+                    "--contexts 4096,8000 --selectors oracle,butler,recency --n 20",
     "perplexity": f"bench.py --suite perplexity --text {TEXT} --contexts 512 "
                   "--budgets 0.1,0.25,0.5 --selectors dense,oracle,butler,quest,recency --n 24",
     "ruler": f"synth_task.py --task {NEEDLES},copy --context 1024,2048 {NEAR} "

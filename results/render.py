@@ -246,20 +246,19 @@ def agreement() -> str:
 
 def foresight() -> str:
     """Selectors down: bytes per token and KV head that each reads to choose, and the share of the
-    oracle's attention that it keeps: at three lengths, and in two groups of layers at one."""
+    oracle's attention that it keeps at three lengths, in all layers and in two groups of them."""
     report = load("length")
-    of_oracle = {name: by["0.1"] for name, by in
-                 report["results"]["kept of oracle @2048"].items()}
-    layers = {name: by["0.1"] for name, by in report["layers"]["kept @2048"].items()}
+    groups = {"layers 1 to 5": slice(0, 5), "layers 6 to 29": slice(5, None)}
     cells = {}
-    for name in of_oracle:
-        cells[name, "bytes"] = f"{report['bytes'][name]:g}"
-        for context in "512", "2048", "8000":
-            m = report["results"][f"kept of oracle @{context}"][name]["0.1"]
-            cells[name, f"{int(context):,} tokens"] = cell(m)
-        for title, part in ("layers 1 to 5", slice(0, 5)), ("layers 6 to 29", slice(5, None)):
-            kept = sum(layers[name][part]) / sum(layers["oracle"][part])
-            cells[name, f"2,048 tokens, {title}"] = number(kept)
+    for context in "512", "2048", "8000":
+        layers = {name: by["0.1"] for name, by in report["layers"][f"kept @{context}"].items()}
+        at = f"{int(context):,} tokens"
+        for name, by in report["results"][f"kept of oracle @{context}"].items():
+            cells[name, "bytes"] = f"{report['bytes'][name]:g}"
+            cells[name, at] = cell(by["0.1"])
+            for title, part in groups.items():
+                kept = sum(layers[name][part]) / sum(layers["oracle"][part])
+                cells[name, f"{at}, {title}"] = number(kept)
     n = report["config"]["n"]
     return "\n\n".join([markdown("kept, of oracle", cells), f"n = {n}; {origin(report)}"])
 

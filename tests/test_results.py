@@ -253,13 +253,14 @@ def test_foresight_by_groups_of_layers(monkeypatch):
     layers = {"oracle": {"0.1": [0.8] * 7}, "ahead5": {"0.1": [0.4] * 5 + [0.6, 0.8]}}
     of_oracle = {f"kept of oracle @{context}": {"ahead5": {"0.1": m(mean)}}
                  for context, mean in ((512, 0.6), (2048, 0.7), (8000, 0.8))}
-    report = {"config": {"n": 2}, "layers": {"kept @2048": layers}, "results": of_oracle,
+    report = {"config": {"n": 2}, "results": of_oracle,
+              "layers": {f"kept @{context}": layers for context in (512, 2048, 8000)},
               "bytes": {"oracle": 128, "ahead5": 36}, "hardware": "h", "commit": "c",
               "command": "x"}
     monkeypatch.setattr(render, "load", lambda name: report)
     _, line = lines_of(render.foresight())
-    assert line[:2] == ["ahead5", "36"] and line[5:] == ["0.500", "0.875"]
-    assert [cell.split()[0] for cell in line[2:5]] == ["0.600", "0.700", "0.800"]
+    assert line[:2] == ["ahead5", "36"] and line[3:5] == line[6:8] == ["0.500", "0.875"]
+    assert [cell.split()[0] for cell in line[2::3]] == ["0.600", "0.700", "0.800"]
 
 
 def test_tasks_read_sparsely_stand_beside_dense(monkeypatch):

@@ -47,6 +47,7 @@ negative. The frequencies [D/2] are those of `rope_cos_sin` in model.py.
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ def print_table(kept: dict, contexts: list[int]) -> None:
 
 
 def draw(path: str, kept: dict, contexts: list[int]) -> None:
-    lines = iter(("-", "-", ":", "--", "-.", "-"))
+    lines = cycle(("-", "-", ":", "--", "-.", "-"))  # an exercise adds a row
     with figure(path) as (axis,):
         for key, shares in kept.items():
             values = [shares[context] for context in contexts]

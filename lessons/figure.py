@@ -13,8 +13,9 @@ import draw  # noqa: E402
 
 
 def looks(name: str) -> dict:
-    """Colour and marker of a selector, the same in every figure of the repository."""
-    (colour, _), marker = draw.LOOKS[name]
+    """Colour and marker of a selector, the same in every figure of the repository. An unknown
+    selector, for example of an exercise, is grey."""
+    (colour, _), marker = draw.LOOKS.get(name, draw.OTHER)
     return {"color": colour, "marker": marker, "markersize": 5}
 
 

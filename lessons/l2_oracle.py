@@ -1,40 +1,42 @@
 """Lesson 2. What if we knew?
 
-In lesson 1, a tenth of the tokens holds most of the attention. Suppose that somebody told us these
-tokens at every step. Would the model still give the same answers? And do simple rules find the
-same tokens?
+In lesson 1, a tenth of the tokens holds most of the attention. If somebody told us these tokens at
+every step, would the model still give the same answers? And do simple rules find the same tokens?
 
-The text of this experiment names a place near its start: "The place is called Pellorqua." About
-250 words about other things follow. Then a question describes the place in other words and asks
-for its name. The name is invented, so the model cannot guess it. The model reads the text densely.
-Question and answer go through a selector, which attends to 10 % of the tokens so far:
+The text names a place near its start: "The place is called Pellorqua." About 250 other words
+follow. Then a question describes the place in other words and asks for its name. The model cannot
+guess this invented name. The text before the question is read densely. Then H2O and SnapKV delete
+tokens from the cache. Question and answer go through a selector, which attends to 10 % of the
+tokens so far:
 
-- oracle: computes the true attention of all tokens and takes the largest. It reads all keys, so it
-  saves nothing.
+- oracle: computes the true attention of all tokens and takes the largest. It must read all keys,
+  so it saves only values.
 - recency: the first 4 tokens and the latest ones, 10 % in all.
-- H2O: deletes the tokens that received the least attention so far, but none of the latest 5 %. A
-  deleted token never comes back.
-- SnapKV: deletes once, after the text, the tokens that the last 32 queries attend to the least.
+- H2O: deletes the tokens that received the least attention so far, but none of the latest 5 % of
+  the text. A deleted token never comes back.
+- SnapKV: deletes once, after the text, the tokens that the last 32 queries attend to the least,
+  averaged over 7 neighbouring tokens.
 - Quest: keeps all tokens, in pages of 16. It selects pages by an upper bound of query times key.
 
-The first column of the table counts right answers. The other columns look at one text, at the step
-that must write the first token of the name. They show, for each token of the sentence with the
-name, how many of the 87 KV heads above layer 0 attend to it.
+The first column counts right answers. The other columns look at one text, at the step that must
+write the first token of the name. They show, for each token of the sentence with the name, how
+many of the 87 KV heads above layer 0 attend to it.
 
 What the table shows: with the oracle, every answer is right, although only a part of the heads
 attends to the name. The other selectors are nearly always wrong. Recency and SnapKV have nothing
-of the name left. With H2O most heads deleted it, because other tokens had received more attention.
-Quest deletes nothing, but most heads rank other pages higher.
+of the name left. With H2O most heads deleted it. Quest deletes nothing, but most heads rank other
+pages higher. "The" shares a page with the attention sink, so more heads select it.
 
 What to conclude: a tenth is enough if we know which tenth. H2O and SnapKV delete before the
-question comes, so they cannot know what it needs. Quest sees the question, but its pages are too
-coarse for this budget. We need a selector that keeps everything, looks at the present step, and is
+question comes, so they cannot know what it needs. Quest sees the question, but a bound for a page
+is not the attention. We need a selector that keeps everything, looks at the present step, and is
 much cheaper than the oracle. Ten texts say little: results/README.md has more.
 
 Exercise 2.1, a selector of your own. Write the class `Stride` in selection.py and add it to
-`SELECTORS` as "stride". It fills the budget with tokens at even distances, from the sinks to the
-window. The distances between neighbours differ by at most 1. Start at `Recency`;
-`Budget.allowance` gives the number of tokens.
+`SELECTORS` there as "stride". It fills the budget with tokens at even distances, from the sinks to
+the window. The distances between neighbours differ by at most 1. Override `choose`.
+`Budget.allowance` gives the number of tokens, sinks and window included. To see it in the table,
+also add it to `SELECTORS` in l2_oracle.py.
 
 Exercise 2.2, maximum over heads. Add the class `Widest` in the same way, as "widest". This oracle
 ranks by the largest attention of the query heads that share a KV head, instead of their mean.

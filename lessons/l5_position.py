@@ -27,18 +27,21 @@ What the table shows: with rotated keys and no gaps, the butler is near the orac
 but it keeps less than recency at 8,000. Each remedy alone helps at 8,000 tokens, but not enough.
 Keys rotated back need gaps, because the butler's own rotary embedding has not seen long distances
 in training. Rotated keys with gaps are worse at 512 tokens, because one matrix must fit many more
-rotations. Only both remedies together stay near the oracle at all lengths. `python train.py` uses
-both. The shipped butler was trained on longer texts instead of gaps.
+rotations. Only both remedies together stay near the oracle at all lengths.
+
+`python train.py` uses both. The shipped butler, which lesson 4 measures, comes from an earlier
+version: its keys are rotated back, but it saw texts of up to 6,144 tokens instead of gaps.
 
 What to conclude: measure a selector in texts as long as those it will meet. This is one text and
 one seed: try others.
 
 Exercise 5.1, prefer recent tokens. Give `ButlerSelector` in butler.py the argument `fade=0.0`. In
 `scores`, a token that stands n places before the query's token loses n * fade. What does
-`fade=0.02` do to the attention kept at 8,000 tokens? Add it in `main` below.
+`fade=0.02` do to the attention kept at 8,000 tokens? Add a row to `makers` in `main` of
+l5_position.py, and compare it with recency.
 
-Exercise 5.2, moved keys. Add the function `moved(keys, by, frequencies)` to this file. It gets
-rotated keys [B, G, S, D] and returns what they would be `by` positions later; `by` may be
+Exercise 5.2, moved keys. Add the function `moved(keys, by, frequencies)` to l5_position.py. It
+gets rotated keys [B, G, S, D] and returns what they would be `by` positions later; `by` may be
 negative. The frequencies [D/2] are those of `rope_cos_sin` in model.py.
 
     python -m lessons.l5_position --steps 120 --figure position.svg
@@ -47,6 +50,7 @@ negative. The frequencies [D/2] are those of `rope_cos_sin` in model.py.
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -112,7 +116,7 @@ def print_table(kept: dict, contexts: list[int]) -> None:
 
 
 def draw(path: str, kept: dict, contexts: list[int]) -> None:
-    lines = iter(("-", "-", ":", "--", "-.", "-"))
+    lines = cycle(("-", "-", ":", "--", "-.", "-"))  # an exercise adds a row
     with figure(path) as (axis,):
         for key, shares in kept.items():
             values = [shares[context] for context in contexts]

@@ -9,7 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lessons.figure import figure, label_ends
+from lessons import l5_position
+from lessons.figure import figure, label_ends, looks
 from lessons.write import MARKER, README, lesson
 
 LESSONS = sorted((ROOT / "lessons").glob("l[0-9]_*.py"))
@@ -90,6 +91,14 @@ def test_a_figure_is_written_as_named(tmp_path):
         with figure(str(tmp_path / name)) as (axis,):
             axis.plot([1, 2])
         assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_figures_accept_what_the_exercises_add(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert looks("stride")["color"] not in (looks("oracle")["color"], looks("butler")["color"])
+    rows = {("rotated", str(row)): {512: 0.5, 2048: 0.4} for row in range(7)}
+    l5_position.draw(str(tmp_path / "a.svg"), rows, [512, 2048])
+    assert (tmp_path / "a.svg").exists()
 
 
 def test_names_stand_at_the_ends_of_lines_and_apart(tmp_path):

@@ -3,11 +3,11 @@
 In lesson 3 a layer scores the tokens with its own query. This query exists only when the layer is
 reached. The layer must then wait for the selected keys and values, which may be on a slow disk. A
 selector that knows the query some layers earlier can choose and fetch while the layers in between
-still compute.
+still compute. There are two ways.
 
 Early query: each layer adds its result to its input. So the inputs of layers 5 and 6 are similar.
 We apply the query weights of layer 6 to the input of layer 5. This query is not exact: the result
-of layer 5 is missing. InfiniGen (arXiv 2406.19707) uses this idea, one layer ahead. The class
+of layer 5 is missing. InfiniGen (arXiv 2406.19707) does this one layer ahead. The class
 `EarlyQuery` in l4_foresight.py is a small form of `Ahead` in workshop/rivals.py.
 
 Training: the butler has small networks, the producers, at layers 0, 5, 10 and so on. A producer
@@ -31,13 +31,13 @@ better than the butler of 60 steps, except five layers ahead, where they are abo
 shipped butler keeps about as much at every distance as the sketch with the layer's own query.
 
 What to conclude: training buys foresight, most of it in layers 1 to 5. Their early queries are
-made from embeddings, in which no token has seen another one. That is likely why they fail.
-Training is not needed for small keys.
+made from embeddings, in which no token has seen another one. This is likely why they are poor
+there. Training is not needed for small keys.
 
 Exercise 4.1, the query before. Write the class `Before` in selection.py and add it to `SELECTORS`
 as "before". It scores as `Oracle` does, but for token t it uses the layer's query of token t - 1.
-The query of token t - 1 attends to tokens up to t - 1: see `places` of `true_attention`. `watch`
-must remember the last query of the prompt. Without a query before it, a token uses its own.
+That query attends to tokens up to t - 1: see `places` of `true_attention`. `watch` must remember
+the last query of the prompt. Without a query before it, a token uses its own.
 
 Exercise 4.2, temperature. Give `distillation` in train.py the argument `temperature=1.0`. It
 divides the butler's scores before the softmax.

@@ -1,7 +1,7 @@
 """Lesson 6. When does it pay?
 
-For each new token, the processor must read all weights and the whole KV cache. At 10 % it reads a
-small part of the cache. But choosing costs time. So when is the step faster?
+For each new token, the processor must read all weights and the whole KV cache. With a budget of
+10 % it reads a small part of the cache. But choosing costs time. So when is the step faster?
 
 First we count bytes. A dense step reads
 
@@ -31,9 +31,9 @@ A prompt can be read through the butler: each block of 64 queries shares one cho
 measure this for 512 tokens. Only attention gets cheaper.
 
 What the table shows: counted in bytes, the gain grows with the length. In milliseconds the fast
-engine gets most of it: 2.19 of 2.56 at 7,900 tokens. With plain the butler's step is always
-slower, and its ratio falls from 0.70 to 0.59. Choosing and copying grow, too. Prompts get faster
-in both engines.
+engine gets most of it: 2.19 of 2.56 at 7,900 tokens. With plain the butler's step is slower, and
+its ratio falls from 0.70 to 0.59. Choosing and copying grow, too. Prompts get faster in both
+engines.
 
 What to conclude: first count bytes, which shows how much there is to save. Then measure, because
 the count leaves out choosing and copying.
@@ -45,9 +45,9 @@ whole, take its best tokens.
 
 Exercise 6.2, the length for a speedup. Add the function `length_for(speedup, llama, butler, kept)`
 to l6_cost.py; `kept` is the budget. It returns the smallest number of tokens at which a dense step
-reads at least `speedup` times the bytes of the butler's step, or None if no length up to 10,000 is
-enough. Try every length: budgets are rounded down, so the ratio does not always rise. See
-`measure` for `step_bytes`; the cache is `llama.new_cache(1, 1)`.
+reads at least `speedup` times the bytes of the butler's step, or None if 10,000 are too few. Try
+every length: budgets are rounded down, so the ratio does not always rise. See `measure` for
+`step_bytes`; the cache is `llama.new_cache(1, 1)`.
 
     python -m lessons.l6_cost --figure cost.svg
 """

@@ -1,7 +1,7 @@
 """Lesson 1. Where does attention go?
 
-A language model writes one token at a time. For each new token, every layer reads the keys and
-values of all earlier tokens from memory, the KV cache. In a long text this takes much of the time.
+For each new token, every layer reads the keys and values of all earlier tokens from memory, the KV
+cache.
 
 The attention weights of a query add up to 1. If a few tokens hold nearly all of the weight, the
 model could leave the other tokens unread. Is this so?
@@ -19,11 +19,11 @@ of every third layer. Its last row, "1 on", is the mean of layers 1 to 29.
 
 What the table shows:
 
-1. From layer 1 on, a tenth of the tokens holds most of the attention. So sparse attention is
-   possible. In layer 0 it holds less than half, and all selectors here leave layer 0 dense.
+1. From layer 1 on, a tenth of the tokens holds most of the attention. In layer 0 it holds less
+   than half, and all selectors here leave layer 0 dense.
 2. In many layers the first token alone holds much: an attention sink.
 3. In layers 3 and 6 the recent tokens hold about 0.4, and the top set holds 0.93: much of the
-   attention goes further back. From layer 12 on, both are close.
+   attention goes further back.
 4. The top set moves. The 64 steps use far more than 10 % of the tokens.
 
 What to conclude: a step needs few tokens, and later steps need others. A method that deletes

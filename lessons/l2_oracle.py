@@ -4,10 +4,9 @@ In lesson 1, a tenth of the tokens holds most of the attention. If somebody told
 every step, would the model still give the same answers? And do simple rules find the same tokens?
 
 The text names a place near its start: "The place is called Pellorqua." About 250 other words
-follow. Then a question describes the place in other words and asks for its name. The model cannot
-guess this invented name. The text before the question is read densely. Then H2O and SnapKV delete
-tokens from the cache. Question and answer go through a selector, which attends to 10 % of the
-tokens so far:
+follow. Then a question describes the place in other words and asks for its name. The text before
+the question is read densely. Then H2O and SnapKV delete tokens from the cache. Question and answer
+go through a selector, which attends to 10 % of the tokens so far:
 
 - oracle: computes the true attention of all tokens and takes the largest. It must read all keys,
   so it saves only values.
@@ -25,7 +24,7 @@ many of the 87 KV heads above layer 0 attend to it.
 What the table shows: with the oracle, every answer is right, although only a part of the heads
 attends to the name. The other selectors are nearly always wrong. Recency and SnapKV have nothing
 of the name left. With H2O most heads deleted it. Quest deletes nothing, but most heads rank other
-pages higher. "The" shares a page with the attention sink, so more heads select it.
+pages higher.
 
 What to conclude: a tenth is enough if we know which tenth. H2O and SnapKV delete before the
 question comes, so they cannot know what it needs. Quest sees the question, but a bound for a page

@@ -8,8 +8,8 @@ fewer dimensions, a few coordinates describe each key well. These coordinates ar
 key.
 
 Linear algebra finds this subspace. Let the rows of K be the keys in the cache. Their principal
-directions are the eigenvectors of the matrix K^T K with the largest eigenvalues. They hold as much
-of the keys' squared length as any directions can. Each layer and KV head has its own directions.
+directions are the eigenvectors of the matrix K^T K with the largest eigenvalues. Each layer and KV
+head has its own directions.
 
 The experiment projects keys and queries on 32, 16 or 8 directions, and scores all tokens with
 these short vectors. As a control, it does the same with random directions. Loki (arXiv 2406.02542)
@@ -24,7 +24,7 @@ The numbers are means over the last 32 tokens of three texts of 1,024 tokens, an
 - kept: the share of the true attention that falls on the selected 10 % of the tokens
 - of oracle: `kept`, divided by what the oracle keeps with the same budget
 
-The first row uses all 64 numbers, so it is the oracle. The last row reads no keys.
+The first row uses all 64 numbers, so it is the oracle. 
 
 What the table shows: with 32 numbers on principal directions the selection is close to the
 oracle's. With 8 numbers it is clearly worse. Random directions need more numbers: 32 of them are

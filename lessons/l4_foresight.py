@@ -6,13 +6,12 @@ selector that knows the query some layers earlier can choose and fetch while the
 still compute. There are two ways.
 
 Early query: each layer adds its result to its input. So the inputs of layers 5 and 6 are similar.
-We apply the query weights of layer 6 to the input of layer 5. This query is not exact: the result
-of layer 5 is missing. InfiniGen (arXiv 2406.19707) does this one layer ahead. The class
-`EarlyQuery` in l4_foresight.py is a small form of `Ahead` in workshop/rivals.py.
+We apply the query weights of layer 6 to the input of layer 5. InfiniGen (arXiv 2406.19707) does
+this one layer ahead. The class `EarlyQuery` in l4_foresight.py is a small form of `Ahead` in
+workshop/rivals.py.
 
 Training: the butler has small networks, the producers, at layers 0, 5, 10 and so on. A producer
-reads the input of its layer and predicts the importance queries of the next five layers. It learns
-from the model's attention.
+reads the input of its layer and predicts the importance queries of the next five layers.
 
 In the experiment, the queries of layers 1, 6, 11 and so on are made one layer earlier, those of
 layers 2, 7, 12 and so on two layers earlier, up to five. So each column is a mean over different
@@ -31,8 +30,8 @@ better than the butler of 60 steps, except five layers ahead, where they are abo
 shipped butler keeps about as much at every distance as the sketch with the layer's own query.
 
 What to conclude: training buys foresight, most of it in layers 1 to 5. Their early queries are
-made from embeddings, in which no token has seen another one. This is likely why they are poor
-there. Training is not needed for small keys.
+made from embeddings, in which no token has seen another one. Training is not needed for small
+keys, and in long texts it is not needed above layer 5: see results/README.md.
 
 Exercise 4.1, the query before. Write the class `Before` in selection.py and add it to `SELECTORS`
 as "before". It scores as `Oracle` does, but for token t it uses the layer's query of token t - 1.

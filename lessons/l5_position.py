@@ -21,13 +21,13 @@ There are two remedies, and the experiment tries both:
 The experiment takes the first 6 of the model's 30 layers. It trains four butlers for 60 steps on
 texts of 512 tokens: both kinds of keys, with and without gaps. Then it measures them at the end of
 a longer text, which no butler has seen. The table shows the share of the attention that the
-selected 10 % of the tokens hold, as a mean over layers 1 to 5.
+selected 10 % of the tokens hold.
 
 What the table shows: with rotated keys and no gaps, the butler is near the oracle at 512 tokens,
-but it keeps less than recency at 8,000. Each remedy alone helps at 8,000 tokens, but not enough.
-Keys rotated back need gaps, because the butler's own rotary embedding has not seen long distances
-in training. Rotated keys with gaps are worse at 512 tokens, because one matrix must fit many more
-rotations. Only both remedies together stay near the oracle at all lengths.
+but it keeps less than recency at 8,000. Keys rotated back need gaps, because the butler's own
+rotary embedding has not seen long distances in training. Rotated keys with gaps are worse at 512
+tokens, because one matrix must fit many more rotations. Only both remedies together stay near the
+oracle at all lengths.
 
 `python train.py` uses both. The shipped butler, which lesson 4 measures, comes from an earlier
 version: its keys are rotated back, but it saw texts of up to 6,144 tokens instead of gaps.

@@ -3,11 +3,11 @@
 A sparse step leaves tokens out, so it is never quite equal to the dense step. A mean over many
 tokens may look good, although the few tokens that matter are wrong.
 
-The experiment compares sparse and dense steps at the end of four texts of about 1,000 tokens. The
-texts are given, so all selectors see the same tokens. Two texts, called prose, are from Python's
-documentation and code. The other two are copies: a list such as "the lazy cherry, the kind badge"
-comes at the start and again at the end. Nearly half of the tokens can be guessed, such as "the".
-The adjectives and nouns cannot. The model must find its place in the first list.
+The experiment compares sparse and dense steps at the end of four texts of about 1,000 tokens. Two
+texts, called prose, are from Python's documentation and code. The other two are copies: a list
+such as "the lazy cherry, the kind badge" comes at the start and again at the end. Nearly half of
+the tokens can be guessed, such as "the". The adjectives and nouns cannot. The model must find its
+place in the first list.
 
 The butler selects 10 % of the tokens. It can use a choice for several steps: "butler, 4" chooses
 at every fourth position only (interval 4). The columns:
@@ -26,8 +26,7 @@ Here all heads choose at the same steps. With `--drift`, each KV head chooses wh
 has turned, and a choice for about four steps loses less: see README.md.
 
 The last lines show the worst step of each text with interval 8, and the age of its choice. In the
-copies the dense model writes the next word of the list, and the sparse one does not. An old choice
-may lack the next token of the first list.
+copies the dense model writes the next word of the list, and the sparse one does not.
 
 What to conclude: compare your own method with the dense model, token by token. Use texts that
 cannot be guessed. Include a trivial rule such as recency: where it scores well, the measure cannot

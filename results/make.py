@@ -59,8 +59,6 @@ STEPS = {
                   f"--selectors {NEAR} --budgets 0.05,0.1 --n 40",
     "ruler_8000": f"synth_task.py --engine fast --task {NEEDLES} --context 8000 "
                   f"--selectors {NEAR},sketch --budgets 0.05,0.1 --n 40",
-    "ruler_8000_multikey": "synth_task.py --engine fast --task multikey --context 8000 "
-                           f"--selectors {NEAR},sketch --budgets 0.05,0.1 --n 20",
     "prefill_4096": f"bench.py --suite prefill --engine fast --text {TEXT} --contexts 4096 "
                     "--selectors dense,oracle,butler,recency --n 20",
     "prefill_7168": f"bench.py --suite prefill --engine fast --text {TEXT} --contexts 7168 "

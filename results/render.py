@@ -26,7 +26,7 @@ import cli
 import train
 from cli import UserError
 
-RULER = ("ruler", "ruler_4096", "ruler_8000", "ruler_8000_multikey")  # files of the same tasks
+RULER = ("ruler", "ruler_4096", "ruler_8000")  # files of the same tasks
 SOLVED = 0.8  # a task and length that the dense model solves: so many answers are right
 
 MARKER = re.compile(r"<!-- results(?:/(\S+)\.json)?(?:: (.*?))? -->\n.*?<!-- end -->", re.S)

@@ -313,8 +313,8 @@ def test_tasks_stand_beside_dense():
     table = lines_of(render.ruler())
     scores = render.ruler_scores()
     assert len(table) - 1 == len({task for task, _ in scores}) <= 10
-    by = scores["multikey", 8000]
-    (cell,) = [line[-1] for line in table if line[0] == "multikey"]
+    by = scores["needle_prose", 8000]
+    (cell,) = [line[-1] for line in table if line[0] == "needle_prose"]
     assert f"{by['butler']['0.1']['mean']:.2f} of {by['dense']['1.0']['mean']:.2f}" in cell
 
 

@@ -204,6 +204,7 @@ def main(config: Config) -> dict:
           f"{report['attended_per_step']} of up to {cache.size} cached tokens ({config.selector})")
     if page:
         page.write(config.html, tok, ids, config.selector, asdict(config) | report)
+        print(f"{config.html} shows every step")
     if cache.size == llama.config.context and len(new) < config.max_new_tokens:
         print(f"stopped: the model's context of {cache.size:,} tokens is full", file=sys.stderr)
     if config.engine == "plain":

@@ -107,7 +107,7 @@ def resolve(name=None) -> Path:
     except ImportError:
         raise UserError(f"no model at {name}; to fetch it from the Hub: pip install "
                         "huggingface_hub") from None
-    with one_line(f"cannot fetch {name} from the Hub", Exception):
+    with one_line(f"{name} is no folder or file here, and not fetched from the Hub", Exception):
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 

@@ -171,7 +171,7 @@ def wait() -> tuple[str, list[dict]]:
                 lines.setdefault(name, []).append([context, value])
             panels.append({"title": path.stem.removeprefix("compare_"), "x": "tokens of the prompt",
                            "y": y, "log_x": False, "lines": lines})
-    return "Behind long prompts, the butler's user waits least", panels
+    return "Behind 4,096 tokens and more, the butler's user waits least", panels
 
 
 def offload() -> tuple[str, list[dict]]:

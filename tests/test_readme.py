@@ -98,7 +98,8 @@ def test_installed_requirements_exist():
 
 @pytest.mark.parametrize("command", QUICK, ids=" ".join)
 def test_quick_commands_run(command, main, tmp_path, monkeypatch):
-    (tmp_path / "README.md").write_text(README[:2000])  # some commands read it
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "README.md").write_text(README[:2000])  # a command reads it
     monkeypatch.chdir(tmp_path)
     report = main(*command[1:], "--max-new-tokens", 3)
     assert report["text"] and report["attended_per_step"] < report["cached_tokens"]

@@ -518,8 +518,9 @@ def test_a_hub_id_without_a_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="nobody/nothing is no folder or file here, and not fetched") as caught:
+    with pytest.raises(UserError) as caught:
         tokenizer.resolve("nobody/nothing")
+    assert "nobody/nothing is no folder or file here, and not fetched" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -119,7 +119,7 @@ def agreement() -> tuple[str, list[dict]]:
     for task, name, budget, m in measures(load("agreement")["results"]):
         if task.startswith("same token"):
             lines.setdefault(name, []).append([100 * float(budget), *interval(m)])
-    return ("With the butler, the likeliest token is nearly always the dense model's",
+    return ("With the butler, the likeliest token is mostly the dense model's",
             [{"title": "", "x": "tokens attended, %", "y": "share of steps with the same token",
               "log_x": False, "lines": lines}])
 

@@ -267,10 +267,9 @@ def untrained() -> str:
     """The paper table's words about selections without training: the same bytes per token, and the
     layer's own query, or queries from the layers below."""
     kept = load("length")["results"]["kept of oracle @8000"]
-    words = {"butler": "butler", "sketch": "untrained, the layer's own query on arrival",
-             "ahead1": "untrained, from one layer below",
-             "ahead5": "untrained, from one to five layers below"}
-    return "; ".join(f"{what} {kept[name]['0.1']['mean']:.1%}" for name, what in words.items())
+    words = {"butler": "butler", "sketch": "untrained: own query", "ahead1": "from one layer below",
+             "ahead5": "from up to five below"}
+    return ", ".join(f"{what} {kept[name]['0.1']['mean']:.1%}" for name, what in words.items())
 
 
 def paper() -> str:
@@ -307,17 +306,15 @@ def paper() -> str:
          f"n = {rivals['quest']['n']})"),
         ("parameters of the predictor", "about 1 %", f"{load('train')['share']:.2%}"),
         ("perplexity above the oracle's", "2.4 % with half kept (Llama-3.2-1B, WikiText-2)",
-         f"{over['0.5']['mean']:.1%} with half kept, {over['0.1']['mean']:.1%} with a tenth "
-         f"(encyclopedia, n = {over['0.5']['n']}). The oracle's with a tenth of 512 tokens: "
-         f"{above:.0%} above dense"),
+         f"{over['0.5']['mean']:.1%} with half kept, {over['0.1']['mean']:.1%} with a tenth, "
+         f"where the oracle's is {above:.0%} above dense (encyclopedia, n = {over['0.5']['n']})"),
         ("attention kept at 8,000 tokens, of the oracle's", "not reported", untrained()),
         ("RULER", "competitive with dense",
-         f"with a tenth {sum(shares['0.1']) / len(shares['0.1']):.0%} of dense: mean of "
-         f"{len(shares['0.1'])} pairs of RULER-style task and length that dense solves"),
+         f"{sum(shares['0.1']) / len(shares['0.1']):.0%} of dense with a tenth, RULER-style: mean "
+         f"of {len(shares['0.1'])} pairs of task and length that dense solves"),
         ("one choice serves several steps", "within 1.1 points",
-         f"kept until the query has turned (`--drift 0.25`), for {stale['steps']:.1f} steps: "
-         f"{lost[worst]:+.0f} points on the worst of three kinds of co-reference documents "
-         f"(n = {stale['n']}), {lost['copy']:+.0f} on copies "
+         f"`--drift 0.25`, {stale['steps']:.1f} steps: {lost[worst]:+.0f} points on the worst of "
+         f"three kinds of co-reference (n = {stale['n']}), {lost['copy']:+.0f} on copies "
          f"(n = {drift['copy']['butler, drift 0']['n']})"),
         ("speed on a GPU", "1.6 times dense", "not measured"),
         ("keys and values offloaded", "7.6 times dense at 1M tokens (A6000, host memory)",

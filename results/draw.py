@@ -131,7 +131,7 @@ def drift() -> tuple[str, list[dict]]:
     panels = [{"title": title, "x": "share right",
                "dots": {name: interval(*by.values()) for name, by in scores[task].items()}}
               for task, title in tasks.items()]
-    return "Where one choice serves several steps", panels
+    return "A choice that serves several steps still finds names, but copies worse", panels
 
 
 def prefill() -> tuple[str, list[dict]]:

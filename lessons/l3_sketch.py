@@ -24,7 +24,7 @@ The numbers are means over the last 32 tokens of three texts of 1,024 tokens, an
 - kept: the share of the true attention that falls on the selected 10 % of the tokens
 - of oracle: `kept`, divided by what the oracle keeps with the same budget
 
-The first row uses all 64 numbers, so it is the oracle. 
+The first row uses all 64 numbers, so it is the oracle.
 
 What the table shows: with 32 numbers on principal directions the selection is close to the
 oracle's. With 8 numbers it is clearly worse. Random directions need more numbers: 32 of them are

@@ -3,7 +3,7 @@
     <!-- results/NAME.json --> ... <!-- end -->      what is between becomes the table of that file
     <!-- results/NAME.json: a, b --> ...             only what begins with a or b
     <!-- results: paper --> ... <!-- end -->         the paper's numbers beside those of this folder
-    <!-- results: ruler -->, <!-- results: wait -->  a summary of several files
+    <!-- results: ruler --> ...                      another summary, see SUMMARIES
 
 and draws the figures (draw.py), if matplotlib is installed.
 
